@@ -1,0 +1,36 @@
+"""Qwen2 and Qwen3, dense and mixture of experts. Members with linear attention are refused.
+
+Windows are off unless ``use_sliding_window`` is set; Qwen2-MoE then stores 0, the others None.
+"""
+
+from flexpatch.registry import FULL, SLIDING, Adapter, register
+
+WINDOW = dict(use_sliding_window=True, sliding_window=8, max_window_layers=2)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+SHARED_EXPERT = dict(MOE, shared_expert_intermediate_size=32)
+LINEAR = "has linear-attention layers, whose recurrent state an attention mask cannot branch. Train it unpatched"
+
+register(
+    Adapter(
+        name="Qwen2, Qwen3",
+        masks="by_layer_type",
+        windows=lambda config: {FULL: None, SLIDING: config.sliding_window or None},
+        tiny={
+            "qwen2": [{}, WINDOW, dict(num_attention_heads=14, num_key_value_heads=2, hidden_size=112)],
+            "qwen2_moe": [SHARED_EXPERT, dict(SHARED_EXPERT, **WINDOW)],
+            "qwen3": [{}, WINDOW],
+        },
+        refused={"qwen3_next": LINEAR, "qwen3_5_text": LINEAR, "qwen3_5_moe_text": LINEAR},
+        limits="Qwen2-MoE: no router auxiliary loss",
+    )
+)
+
+register(
+    Adapter(
+        name="Qwen3-MoE",
+        masks="single",
+        windows=lambda config: {FULL: config.sliding_window or None},
+        tiny={"qwen3_moe": [MOE, dict(MOE, **WINDOW)]},
+        limits="no router auxiliary loss",
+    )
+)

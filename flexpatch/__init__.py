@@ -1,0 +1,46 @@
+"""Preference tuning that runs every shared prompt once: exact prefix sharing for Hugging Face models.
+
+>>> import flexpatch
+>>> model = flexpatch.apply(model)                                   # doctest: +SKIP
+>>> rows = flexpatch.Collator(tokenizer)(examples).to(model.device)  # doctest: +SKIP
+>>> logps = flexpatch.answer_logprobs(model, rows).answers           # doctest: +SKIP
+>>> loss = flexpatch.dpo_loss(logps, reference_logps).loss           # doctest: +SKIP
+"""
+
+from flexpatch.collator import Collator, read_jsonl
+from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.logprobs import AnswerLogprobs, answer_logprobs, separate_logprobs
+from flexpatch.losses import PreferenceLoss, dpo_loss
+from flexpatch.packing import pack
+from flexpatch.patch import apply, is_applied, model_inputs, remove
+from flexpatch.reference import reference_logprobs
+from flexpatch.registry import Adapter, register, support_table
+from flexpatch.tree import Layout, Rows, Tree, build_rows, lay_out
+
+__all__ = [
+    "Adapter",
+    "AnswerLogprobs",
+    "Collator",
+    "FlexpatchError",
+    "Layout",
+    "PreferenceLoss",
+    "Rows",
+    "Tree",
+    "UnsupportedModelError",
+    "answer_logprobs",
+    "apply",
+    "build_rows",
+    "dpo_loss",
+    "is_applied",
+    "lay_out",
+    "model_inputs",
+    "pack",
+    "read_jsonl",
+    "reference_logprobs",
+    "register",
+    "remove",
+    "separate_logprobs",
+    "support_table",
+]
+
+__version__ = "0.1.0"

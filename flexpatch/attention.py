@@ -1,0 +1,104 @@
+"""Attention over packed rows: compiled FlexAttention, with soft caps, one dtype and a small set of lengths.
+
+Shapes: B rows, H query heads, G key/value heads, L tokens, P = bucket(L) tokens, D head size.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from flexpatch.errors import FlexpatchError, UnsupportedModelError
+
+# Compiled variants one process may hold: buckets x (full, windowed) x (train, no grad) x head shapes. Torch's own
+# limit of 8 would switch to unfused O(L^2) attention without a word; with fullgraph=True passing ours is an error.
+RECOMPILE_LIMIT = 512
+
+
+def flex(
+    q_BHLD: Tensor,
+    k_BGLD: Tensor,
+    v_BGLD: Tensor,
+    mask: BlockMask,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    **others: Any,
+) -> Tensor:
+    """FlexAttention under a row's block mask.
+
+    Args:
+        q_BHLD, k_BGLD, v_BGLD: Queries, keys and values; H is a multiple of G. Mixed dtypes, as autocast makes them
+            from fp32 parameters, are brought to one.
+        mask: A mask from :func:`flexpatch.masks.block_mask`, for P >= L tokens.
+        scaling: Factor of the scores; ``None``: 1/sqrt(D).
+        softcap: Scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118).
+        dropout: Must be 0.
+        others: What else the model passes; only ``s_aux`` (attention sinks) matters, and is refused.
+
+    Returns:
+        (B, L, H, D), in the dtype of ``v``.
+
+    Raises:
+        UnsupportedModelError: For dropout or sinks.
+        FlexpatchError: If the mask is for other rows than these tokens.
+    """
+    if dropout:
+        raise UnsupportedModelError(
+            f"attention dropout {dropout} is not exact on shared tokens; set attention_dropout=0.0"
+        )
+    if others.get("s_aux") is not None:
+        raise UnsupportedModelError("attention sinks are not supported under a block mask; train this model unpatched")
+    length, padded = q_BHLD.shape[2], mask.seq_lengths[0]
+    if (
+        not length <= padded < 2 * length + 128
+        or k_BGLD.shape[2] != length
+        or mask.shape[0] not in (1, q_BHLD.shape[0])
+    ):
+        raise FlexpatchError(
+            f"the block mask is for {mask.shape[0]} rows of up to {padded} tokens, but attention got queries "
+            f"{tuple(q_BHLD.shape)} and keys {tuple(k_BGLD.shape)}: pass use_cache=False and the mask of the same rows"
+        )
+    dtype = v_BGLD.dtype
+    if torch.is_autocast_enabled(q_BHLD.device.type):
+        dtype = torch.get_autocast_dtype(q_BHLD.device.type)
+    # Only attention is padded to the bucket: the linear layers around it never see a padding token.
+    pad = (0, 0, 0, padded - length)
+    q_BHPD, k_BGPD, v_BGPD = (
+        F.pad(x.to(dtype), pad) if padded > length else x.to(dtype) for x in (q_BHLD, k_BGLD, v_BGLD)
+    )
+    if torch.compiler.is_compiling():
+        out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap)
+    else:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
+            out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap)
+    return out_BHPD[:, :, :length].transpose(1, 2).contiguous()
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None) -> Tensor:
+    """What is compiled. Never called uncompiled with gradients: eager flex with a non-linear score_mod under
+    non-reentrant checkpointing gives wrong gradients in silence (torch 2.11 and 2.13)."""
+
+    def cap(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    return flex_attention(
+        q,
+        k,
+        v,
+        score_mod=None if softcap is None else cap,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+@cache
+def _compiled() -> Any:
+    """Our own compiled function: its recompile counter is not shared with anyone else's flex_attention."""
+    return torch.compile(_attend, fullgraph=True, dynamic=False)

@@ -1,0 +1,197 @@
+"""Dataset rows to packed rows: tokenised, raw text, or conversations.
+
+A dataset row has a prompt and either ``chosen`` and ``rejected`` or a list of any number of ``answers``:
+
+===============  ==========================================  ============================================
+kind             columns                                     values
+===============  ==========================================  ============================================
+tokenised        prompt_ids, chosen_ids, rejected_ids        lists of token ids
+                 prompt_ids, answer_ids                      ... and a list of lists
+raw text         prompt, chosen, rejected                    strings
+                 prompt, answers                             ... and a list of strings
+conversations    prompt, chosen, rejected (or answers)       lists of {"role": ..., "content": ...}
+no prompt        chosen, rejected (or answers)               whole dialogues; what they share is the prompt
+===============  ==========================================  ============================================
+
+Tokenisation follows TRL's DPOTrainer: the prompt ends where the ids of prompt and prompt + answer diverge, and raw
+answers end with the tokenizer's EOS.
+"""
+
+import gzip
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from flexpatch.errors import FlexpatchError
+from flexpatch.tree import Layout, Rows, Tree, build_rows, lay_out
+
+# Ends the prompt of HH-RLHF rows, which are whole dialogues as plain text.
+TURN = "\n\nAssistant:"
+
+log = logging.getLogger(__name__)
+
+
+class Collator:
+    """Makes trees, layouts and rows of dataset rows; as a ``collate_fn`` it makes one packed row of a batch.
+
+    Args:
+        tokenizer: A tokenizer of transformers; ``None`` if all rows are tokenised.
+        max_length: Longest prompt + answer, in tokens; ``None`` for no limit.
+        on_long: What to do with a longer one: ``"error"``, or ``"truncate"`` the answer's end. A prompt that alone
+            fills ``max_length`` is an error in both cases.
+    """
+
+    def __init__(
+        self, tokenizer: Any = None, *, max_length: int | None = None, on_long: Literal["error", "truncate"] = "error"
+    ) -> None:
+        if on_long not in ("error", "truncate"):
+            raise FlexpatchError(f"on_long={on_long!r}; expected 'error' or 'truncate'")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.on_long = on_long
+        self._warned = False
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Rows:
+        """One packed row of all ``examples``. Error messages count from the first of them."""
+        return build_rows([[self.layout(example, i) for i, example in enumerate(examples)]])
+
+    def layout(self, example: Mapping[str, Any], sample: int | str = 0) -> Layout:
+        """The packed form of one dataset row; its ``len`` is what :func:`flexpatch.pack` needs."""
+        return lay_out(self.tree(example, sample), sample)
+
+    def tree(self, example: Mapping[str, Any], sample: int | str = 0) -> Tree:
+        """The prompt and answers of one dataset row.
+
+        Args:
+            example: A dataset row in one of the forms above.
+            sample: How error messages name it.
+
+        Raises:
+            FlexpatchError: For missing or malformed columns, empty prompts or answers, or too many tokens.
+        """
+        if not isinstance(example, Mapping):
+            raise FlexpatchError(f"sample {sample}: expected a dict of columns, got {type(example).__name__}")
+        if "prompt_ids" in example:
+            prompt_ids = _column(example, "prompt_ids", Sequence, sample)
+            answer_ids = _answers(example, "_ids", sample)
+        else:
+            prompt_ids, answer_ids = self._tokenise(example, sample)
+        if self.max_length is not None:
+            answer_ids = [self._fit(prompt_ids, answer, sample) for answer in answer_ids]
+        return Tree.of(prompt_ids, *answer_ids)
+
+    def _tokenise(self, example: Mapping[str, Any], sample: int | str) -> tuple[Sequence[int], list[Sequence[int]]]:
+        if self.tokenizer is None:
+            raise FlexpatchError(f"sample {sample}: a row without 'prompt_ids' needs Collator(tokenizer)")
+        answers = _answers(example, "", sample)
+        if "prompt" in example:
+            prompt = _column(example, "prompt", (str, list), sample)
+        else:
+            prompt, answers = _split_prompt(answers, sample)
+        for name, value in [("the prompt", prompt), *((f"answer {i}", answer) for i, answer in enumerate(answers))]:
+            if not value:
+                raise FlexpatchError(f"sample {sample}: {name} is empty")
+            if type(value) is not type(prompt):
+                raise FlexpatchError(
+                    f"sample {sample}: {name} is {type(value).__name__}, the prompt {type(prompt).__name__}"
+                )
+        try:
+            prompt_ids = self._encode(prompt, prompt=True)
+            whole = [self._encode(prompt + answer, prompt=False) for answer in answers]
+        except Exception as error:  # tokenizers and chat templates raise whatever they like
+            raise FlexpatchError(f"sample {sample}: the tokenizer failed: {type(error).__name__}: {error}") from error
+        stop = min(_shared(prompt_ids, ids) for ids in whole)
+        if stop < len(prompt_ids) and not self._warned:
+            self._warned = True
+            log.warning(
+                "sample %s: tokenised alone, the prompt is no prefix of prompt + answer; answers start where they "
+                "diverge, %d tokens before the prompt's end (said once)", sample, len(prompt_ids) - stop
+            )  # fmt: skip
+        return prompt_ids[:stop], [ids[stop:] for ids in whole]
+
+    def _encode(self, text: str | list[dict[str, str]], prompt: bool) -> list[int]:
+        if isinstance(text, str):
+            eos = self.tokenizer.eos_token or ""
+            ended = prompt or text.endswith(eos)
+            return self.tokenizer(text if ended else text + eos)["input_ids"]
+        return self.tokenizer.apply_chat_template(text, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+
+    def _fit(self, prompt: Sequence[int], answer: Sequence[int], sample: int | str) -> Sequence[int]:
+        assert self.max_length is not None
+        if len(prompt) >= self.max_length:
+            raise FlexpatchError(
+                f"sample {sample}: the prompt alone has {len(prompt)} tokens, max_length is {self.max_length}"
+            )
+        if len(prompt) + len(answer) > self.max_length and self.on_long == "error":
+            raise FlexpatchError(
+                f"sample {sample}: prompt + answer have {len(prompt)} + {len(answer)} tokens, max_length is "
+                f"{self.max_length}; raise it, or pass on_long='truncate' to cut answers"
+            )
+        return answer[: self.max_length - len(prompt)]
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file, plain or gzipped.
+
+    Raises:
+        FlexpatchError: If there are none, or a line is not a JSON object; the message names the line.
+        OSError: If the file cannot be read.
+    """
+    path = Path(path)
+    rows: list[dict[str, Any]] = []
+    number = 0
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise ValueError(f"expected a JSON object, got {type(rows[-1]).__name__}")
+        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+            raise FlexpatchError(f"{path}, line {max(number, 1)}: {error}") from error
+    if not rows:
+        raise FlexpatchError(f"{path} holds no rows")
+    return rows
+
+
+def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Length of the common beginning of two texts, id lists or message lists."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _column(example: Mapping[str, Any], name: str, kind: Any, sample: int | str) -> Any:
+    if name not in example:
+        raise FlexpatchError(f"sample {sample}: no column '{name}'; it has {', '.join(map(repr, example)) or 'none'}")
+    if not isinstance(example[name], kind):
+        raise FlexpatchError(f"sample {sample}: column '{name}' holds {type(example[name]).__name__}")
+    return example[name]
+
+
+def _answers(example: Mapping[str, Any], suffix: str, sample: int | str) -> list[Any]:
+    """The answers of a row: a list in one column, or chosen and rejected."""
+    together = "answer_ids" if suffix else "answers"
+    kind = Sequence if suffix else (str, list)
+    if together in example:
+        answers = list(_column(example, together, list, sample))
+        if not answers:
+            raise FlexpatchError(f"sample {sample}: column '{together}' holds no answer")
+        return answers
+    return [_column(example, name + suffix, kind, sample) for name in ("chosen", "rejected")]
+
+
+def _split_prompt(answers: list[Any], sample: int | str) -> tuple[Any, list[Any]]:
+    """Prompt and answers of whole dialogues: the messages they share, or the text through the last shared turn."""
+    shared = min(_shared(answers[0], answer) for answer in answers)
+    if all(isinstance(answer, str) for answer in answers):
+        stop = answers[0].rfind(TURN, 0, shared) + len(TURN)
+        if stop < len(TURN):
+            raise FlexpatchError(
+                f"sample {sample}: no column 'prompt', and the texts share no turn that ends in {TURN!r}"
+            )
+    else:
+        # An answer is at least one message, also when two dialogues are equal.
+        stop = min(shared, *(len(answer) - 1 for answer in answers))
+    return answers[0][:stop], [answer[stop:] for answer in answers]

@@ -1,0 +1,94 @@
+"""Log-probabilities of answers, from answer positions alone: prompt logits are never computed.
+
+Shapes: V vocabulary, T scored tokens, A answers, K distinct tokens that predict a scored one.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flexpatch.patch import model_inputs
+from flexpatch.registry import Adapter
+from flexpatch.tree import Layout, Rows, Tree, lay_out
+
+
+class AnswerLogprobs(NamedTuple):
+    """Log-probabilities in nats, float32 (float64 for a float64 model).
+
+    Attributes:
+        answers: (A,) sums over each answer, in the order of the samples and their answers.
+        tokens: (T,) one for each scored token, answer by answer.
+    """
+
+    answers: Tensor
+    tokens: Tensor
+
+
+def answer_logprobs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None) -> AnswerLogprobs:
+    """Log-probabilities of every answer in ``rows``, each given its own ancestors alone.
+
+    Args:
+        model: A causal language model after :func:`flexpatch.apply`.
+        rows: Packed rows on the model's device. One row a call is best: with several, logits are computed at the
+            union of their answer positions.
+        adapter: See :func:`flexpatch.patch.model_inputs`.
+
+    Raises:
+        FlexpatchError, UnsupportedModelError: As :func:`flexpatch.patch.model_inputs`.
+    """
+    length = rows.input_ids.shape[1]
+    keep, column = torch.unique(rows.sources % length, return_inverse=True)
+    # A tensor, not a count: Gemma 4 slices its masks when it is an int.
+    logits_BKV = model(**model_inputs(model, rows, adapter=adapter), logits_to_keep=keep).logits
+    row = torch.div(rows.sources, length, rounding_mode="floor")
+    tokens = _token_logprobs(logits_BKV.flatten(0, 1), row * len(keep) + column, rows.targets)
+    return AnswerLogprobs(_sums(tokens, rows.answer_tokens), tokens)
+
+
+def separate_logprobs(
+    model: nn.Module, trees: Sequence[Tree | Layout], *, pad_id: int = 0, batch_size: int | None = None
+) -> AnswerLogprobs:
+    """The same numbers the ordinary way: every answer with its prompt as a sequence of its own, right-padded.
+
+    It is the reference :func:`answer_logprobs` is checked against, and the ``--paired`` side of the example. It works
+    on patched and unpatched models alike.
+
+    Args:
+        model: A causal language model.
+        trees: The samples.
+        pad_id: Id of padding tokens.
+        batch_size: Sequences a call; ``None`` for all at once.
+
+    Raises:
+        FlexpatchError: For a malformed tree (the message names the sample).
+    """
+    device = next(model.parameters()).device
+    layouts = [tree if isinstance(tree, Layout) else lay_out(tree, i) for i, tree in enumerate(trees)]
+    sequences = [torch.from_numpy(layout.ids[path]) for layout in layouts for path in layout.answers]
+    scored = [length for layout in layouts for length in layout.answer_lengths]
+    tokens: list[Tensor] = []
+    size = batch_size or len(sequences)
+    for at in range(0, len(sequences), size):
+        some = sequences[at : at + size]
+        ids = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=pad_id).to(device)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in some], batch_first=True).to(device)
+        logits_NSV = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        for logits_SV, sequence, count in zip(logits_NSV, some, scored[at : at + size], strict=True):
+            stop = len(sequence)
+            sources = torch.arange(stop - count - 1, stop - 1, device=device)
+            tokens.append(_token_logprobs(logits_SV, sources, sequence[stop - count :].to(device)))
+    return AnswerLogprobs(torch.stack([t.sum() for t in tokens]), torch.cat(tokens))
+
+
+def _token_logprobs(logits_KV: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
+    """log softmax of ``logits[source]`` at each target, in at least float32."""
+    if logits_KV.dtype != torch.float64:
+        logits_KV = logits_KV.float()
+    return logits_KV[sources, targets] - torch.logsumexp(logits_KV, dim=-1)[sources]
+
+
+def _sums(tokens: Tensor, answer_tokens: Tensor) -> Tensor:
+    """Sum of each answer's tokens. A gather and not an index_add: the same bits in every run on CUDA."""
+    return torch.cat([tokens, tokens.new_zeros(1)])[answer_tokens].sum(-1)

@@ -1,0 +1,52 @@
+"""Preference losses: pure functions of answer log-probabilities."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexpatch.errors import FlexpatchError
+
+
+class PreferenceLoss(NamedTuple):
+    """Attributes:
+    loss: (), the mean over pairs.
+    chosen_rewards, rejected_rewards: (pairs,), detached: beta * (policy - reference).
+    """
+
+    loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+def dpo_loss(
+    policy: Tensor, reference: Tensor | None = None, *, beta: float = 0.1, label_smoothing: float = 0.0
+) -> PreferenceLoss:
+    """The sigmoid DPO loss (arXiv 2305.18290, eq. 7; label smoothing: conservative DPO).
+
+    Args:
+        policy: (2 * pairs,) summed log-probs in nats, chosen and rejected alternating, as :func:`answer_logprobs`
+            returns them for trees made by ``Tree.of(prompt, chosen, rejected)``.
+        reference: The same of the reference model; ``None`` for a reference-free loss.
+        beta: Strength of the reference, > 0.
+        label_smoothing: Probability that a label is flipped, in [0, 0.5).
+
+    Raises:
+        FlexpatchError: For an odd number of answers, shapes that differ, or settings out of range.
+    """
+    if policy.ndim != 1 or policy.numel() == 0 or policy.numel() % 2:
+        raise FlexpatchError(
+            f"DPO needs chosen and rejected log-probs in turn, a vector of even length; got {tuple(policy.shape)}"
+        )
+    if reference is None:
+        reference = torch.zeros_like(policy)
+    if reference.shape != policy.shape:
+        raise FlexpatchError(f"policy log-probs have shape {tuple(policy.shape)}, reference {tuple(reference.shape)}")
+    if beta <= 0 or not 0 <= label_smoothing < 0.5:
+        raise FlexpatchError(f"beta={beta} must be > 0 and label_smoothing={label_smoothing} in [0, 0.5)")
+    rewards = beta * (policy - reference.to(policy.device))
+    chosen, rejected = rewards.view(-1, 2).unbind(-1)
+    margin = chosen - rejected
+    losses = -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    return PreferenceLoss(losses.mean(), chosen.detach(), rejected.detach())

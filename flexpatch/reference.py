@@ -1,0 +1,104 @@
+"""Reference log-probabilities for a whole dataset, computed once and kept in a safetensors file."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from flexpatch.errors import FlexpatchError
+from flexpatch.logprobs import answer_logprobs
+from flexpatch.packing import pack
+from flexpatch.patch import weights
+from flexpatch.tree import Layout, build_rows
+
+
+@torch.no_grad()
+def reference_logprobs(
+    model: nn.Module,
+    layouts: Sequence[Layout],
+    *,
+    capacity: int,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+) -> list[Tensor]:
+    """Answer log-probs of every sample under the reference model.
+
+    Args:
+        model: A patched model. A peft model is run with its adapters off; any other is itself the reference.
+        layouts: The samples, from :func:`flexpatch.lay_out` or :meth:`flexpatch.Collator.layout`.
+        capacity: Tokens a row. Samples are packed first-fit-decreasing.
+        cache_dir: Where to keep the result. The file name is a hash of the reference's weights and configuration, the
+            samples, the dtype, the backend and the device type: any change computes anew.
+        progress: Show a progress bar.
+
+    Returns:
+        For each sample a float32 tensor on the CPU, one value (in nats) an answer.
+
+    Raises:
+        FlexpatchError: If a sample is longer than ``capacity``, a result is not finite (naming the sample), or a
+            cached file is damaged.
+    """
+    path = None
+    counts = [len(layout.answers) for layout in layouts]
+    if cache_dir is not None:
+        path = Path(cache_dir) / f"reference-{_key(model, layouts)}.safetensors"
+        if path.exists():
+            return list(_load(path, sum(counts)).split(counts))
+    device = next(model.parameters()).device
+    values: list[Tensor] = [torch.empty(0)] * len(layouts)
+    was_training = model.training
+    model.eval()
+    try:
+        with getattr(model, "disable_adapter", nullcontext)():
+            for samples in tqdm(
+                pack(list(map(len, layouts)), capacity), desc="reference", unit="row", disable=not progress
+            ):
+                rows = build_rows([[layouts[i] for i in samples]]).to(device)
+                answers = answer_logprobs(model, rows).answers.float().cpu()
+                for i, value in zip(samples, answers.split([counts[i] for i in samples]), strict=True):
+                    if not value.isfinite().all():
+                        raise FlexpatchError(
+                            f"sample {i}: the reference model gives {value.tolist()}; check its weights"
+                        )
+                    values[i] = value
+    finally:
+        model.train(was_training)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({"logprobs": torch.cat(values)}, partial, metadata={"samples": str(len(layouts))})
+        partial.replace(path)  # a killed run leaves no half-written cache
+    return values
+
+
+def _load(path: Path, answers: int) -> Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            logprobs = file.get_tensor("logprobs")
+        if logprobs.shape != (answers,):
+            raise ValueError(f"it holds {tuple(logprobs.shape)} values, not {answers}")
+    except Exception as error:
+        raise FlexpatchError(f"the reference cache {path} cannot be used ({error}); delete it") from error
+    return logprobs
+
+
+def _key(model: nn.Module, layouts: Sequence[Layout]) -> str:
+    """Hash of everything the log-probs depend on."""
+    digest = hashlib.blake2b(digest_size=16)
+    settings, tensors = weights(model)
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    for layout in layouts:
+        for array in (layout.ids, layout.ends, layout.sources, layout.targets):
+            digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+        digest.update(json.dumps(layout.answer_lengths).encode())
+    return digest.hexdigest()

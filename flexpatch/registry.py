@@ -1,0 +1,144 @@
+"""The adapter record and the table of all records.
+
+An architecture is data: which mask its layers take, which window each layer type has, which rope types are exact,
+and why some of its relatives are refused. Nothing in a record is code of the model.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flexpatch.errors import FlexpatchError, UnsupportedModelError
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+
+def no_windows(config: Any) -> dict[str, int | None]:
+    """The window rule of a model whose every layer sees the whole past."""
+    return {FULL: None}
+
+
+def never(config: Any) -> str | None:
+    """The refusal rule of a family whose every configuration is exact."""
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What flexpatch must know about one family of architectures.
+
+    Attributes:
+        name: The family, as people write it.
+        tiny: ``config.model_type`` served -> keyword arguments of small configurations. Tests and the verifier build
+            random models from them, so every mask, window and rope variant of the family should appear.
+        masks: ``"single"`` when the decoder takes one mask for all layers, ``"by_layer_type"`` when it takes a dict
+            keyed by the entries of ``config.layer_types``.
+        windows: ``config`` -> window in tokens (``None``: unlimited) for each layer type. A ``"single"`` family has
+            the one key ``"full_attention"``, whose window, if set, holds in every layer. A query at position p sees
+            keys at positions > p - window, as in transformers.
+        ropes: Rope types whose frequencies are exact under restarted positions. ``"longrope"`` may be listed: calls
+            that straddle its switching length are refused one by one.
+        implementations: The attention implementations of the model's own that are right for it, in order of preference.
+        reject: ``config`` -> why this configuration cannot be exact and what to do instead, or ``None``.
+        refused: Known relatives that are never exact: ``model_type`` -> reason.
+        limits: One line for the support table; empty if there are none.
+    """
+
+    name: str
+    tiny: Mapping[str, Sequence[Mapping[str, Any]]]
+    masks: Literal["single", "by_layer_type"]
+    windows: Callable[[Any], Mapping[str, int | None]] = no_windows
+    ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
+    implementations: tuple[str, ...] = ("sdpa", "eager")
+    reject: Callable[[Any], str | None] = never
+    refused: Mapping[str, str] = field(default_factory=dict)
+    limits: str = ""
+
+
+_adapters: dict[str, Adapter] = {}
+
+
+def register(adapter: Adapter) -> Adapter:
+    """Add ``adapter`` to the table.
+
+    Raises:
+        FlexpatchError: If one of its model types already has an adapter.
+    """
+    for model_type in (*adapter.tiny, *adapter.refused):
+        if model_type in _adapters:
+            raise FlexpatchError(
+                f"model type '{model_type}' is already served by the {_adapters[model_type].name} adapter"
+            )
+    _adapters.update(dict.fromkeys((*adapter.tiny, *adapter.refused), adapter))
+    return adapter
+
+
+def adapters() -> dict[str, Adapter]:
+    """All model types an adapter serves, in order of registration."""
+    importlib.import_module("flexpatch.adapters")  # here, because those files import this one
+    return {model_type: adapter for model_type, adapter in _adapters.items() if model_type in adapter.tiny}
+
+
+def adapter_for(config: Any) -> Adapter:
+    """The adapter of a (text) model configuration.
+
+    Args:
+        config: A ``transformers.PreTrainedConfig``.
+
+    Raises:
+        UnsupportedModelError: If no adapter serves ``config.model_type``, or its adapter refuses this configuration.
+    """
+    known = adapters()
+    model_type = config.model_type
+    adapter = _adapters.get(model_type)
+    if adapter is None:
+        raise UnsupportedModelError(
+            f"no adapter for model type '{model_type}'; known: {', '.join(sorted(known))}. "
+            "Write one (adapters/llama.py is the shortest), flexpatch.register() it, "
+            f"and check it with 'python -m flexpatch.verify {model_type}'"
+        )
+    reason = adapter.refused.get(model_type) or adapter.reject(config) or _reject(config, adapter)
+    if reason is not None:
+        raise UnsupportedModelError(f"model type '{model_type}': {reason}")
+    return adapter
+
+
+def ropes(config: Any) -> dict[str, Mapping[str, Any]]:
+    """Rope type -> its parameters, from ``config.rope_parameters``, which is flat or keyed by layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [rope for rope in parameters.values() if isinstance(rope, Mapping)]
+    return {rope.get("rope_type", "default"): rope for rope in nested or [parameters]}
+
+
+def _reject(config: Any, adapter: Adapter) -> str | None:
+    """What no architecture can do exactly, checked for all."""
+    if inexact := set(ropes(config)) - adapter.ropes:
+        return (
+            f"rope type {', '.join(sorted(inexact))} is not exact: its frequencies depend on the longest sequence of "
+            f"the call, so a sequence changes with its neighbours. Exact here: {', '.join(sorted(adapter.ropes))}"
+        )
+    if getattr(config, "attention_dropout", 0):
+        return (
+            f"attention_dropout={config.attention_dropout} draws one mask for all answers that share a token, which is "
+            "not what the unpatched model does. Set config.attention_dropout = 0.0"
+        )
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if adapter.masks == "by_layer_type" and (unknown := layer_types - set(adapter.windows(config))):
+        return f"layer types {', '.join(sorted(unknown))} cannot be isolated by an attention mask"
+    return None
+
+
+def support_table() -> str:
+    """The table of supported architectures in README, as Markdown."""
+    lines = ["| family | `model_type` | masks | sliding windows | limits |", "|---|---|---|---|---|"]
+    for adapter in dict.fromkeys(adapters().values()):
+        types = ", ".join(f"`{model_type}`" for model_type in adapter.tiny)
+        masks = {"single": "one for all layers", "by_layer_type": "one per layer type"}[adapter.masks]
+        windows = "–" if adapter.windows is no_windows else "exact"
+        lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {adapter.limits or '–'} |")
+    refused = {m: reason for m, adapter in _adapters.items() for reason in [adapter.refused.get(m)] if reason}
+    lines += ["", "Refused, with the reason:", ""]
+    lines += [f"- `{model_type}`: {reason}" for model_type, reason in refused.items()]
+    return "\n".join(lines)

@@ -1,0 +1,309 @@
+"""Prefix trees and the packed rows they become.
+
+A **tree** is a run of tokens and the trees that continue it: a prompt and its answers, or a dialogue with several
+replies at every turn. A **row** holds many trees in depth-first order, each token once. For every token a row keeps
+
+- ``position``: its depth in tokens from its root, which is its rope position (siblings restart after their parent);
+- ``end``: the row index at which the subtree of its node ends (exclusive).
+
+In depth-first order the descendants-or-self of a token's node are the indices before ``end``, so the whole attention
+rule is ``q may see kv  <=>  kv <= q < end[kv]``. It contains Algorithms 1 to 3 of arXiv 2410.20305 and any deeper tree.
+
+Shapes: B rows, L tokens a row, T scored tokens, A answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexpatch.errors import FlexpatchError
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A run of tokens and what continues it.
+
+    >>> pair = Tree.of([1, 2, 3], [4, 5], [6])                      # prompt, chosen, rejected
+    >>> chat = Tree([1, 2], [Tree([3], [Tree([4], [Tree([5]), Tree([6])], answer=False)], answer=True)])
+
+    Attributes:
+        ids: Token ids of this run, at least one.
+        children: Trees that continue it. Their order is the order of the answers.
+        answer: Whether the run's tokens are scored. ``None``: yes for a leaf that has a parent. A scored root is an
+            ordinary sequence: all its tokens but the first, which nothing predicts.
+    """
+
+    ids: Sequence[int]
+    children: Sequence[Tree] = ()
+    answer: bool | None = None
+
+    @classmethod
+    def of(cls, prompt: Sequence[int], *answers: Sequence[int]) -> Tree:
+        """A prompt and any number of answers."""
+        return cls(prompt, [cls(answer) for answer in answers])
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """One tree laid out in depth-first order, before it has a place in a row. NumPy arrays, so that a loader's
+    worker processes can build it.
+
+    Attributes:
+        ids, positions, ends: (L,) int64; ``ends`` counts from the layout's own first token.
+        sources: (T,) int64, index of the token that predicts each scored token.
+        targets: (T,) int64, id of each scored token.
+        answers: Index arrays, one an answer, of all tokens from the root to the answer's last: its separate sequence.
+        answer_lengths: Scored tokens of each answer.
+        separate_tokens: Tokens that separate runs of every root-to-leaf sequence would need.
+    """
+
+    ids: np.ndarray
+    positions: np.ndarray
+    ends: np.ndarray
+    sources: np.ndarray
+    targets: np.ndarray
+    answers: list[np.ndarray]
+    answer_lengths: list[int]
+    separate_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def lay_out(tree: Tree, sample: int | str = 0) -> Layout:
+    """Lay ``tree`` out in depth-first order, merging whatever its branches have in common.
+
+    Two answers that begin alike share those tokens too: a token is computed once for every sequence it begins.
+
+    Args:
+        tree: The tree.
+        sample: How error messages name it.
+
+    Raises:
+        FlexpatchError: For an empty run, or ids that are not integers >= 0. The message names the sample and the run.
+    """
+    branches, spans = _branches(tree, sample)
+    ids, positions, ends, paths = merge_prefixes(branches)
+    sources, targets, answers, lengths = [], [], [], []
+    for branch, start, stop in spans:
+        path = paths[branch][:stop]
+        sources.append(path[start - 1 : stop - 1])
+        targets.append(ids[path[start:stop]])
+        answers.append(path)
+        lengths.append(stop - start)
+    nothing = np.empty(0, np.int64)
+    return Layout(
+        ids,
+        positions,
+        ends,
+        np.concatenate([nothing, *sources]),
+        np.concatenate([nothing, *targets]),
+        answers,
+        lengths,
+        sum(map(len, branches)),
+    )
+
+
+def _branches(tree: Tree, sample: int | str) -> tuple[list[np.ndarray], list[tuple[int, int, int]]]:
+    """Root-to-leaf sequences, and (branch, start, stop) of every scored run, in depth-first order of the runs."""
+    branches: list[np.ndarray] = []
+    spans: list[tuple[int, int, int]] = []
+    stack: list[tuple[Tree, np.ndarray, str]] = [(tree, np.empty(0, np.int64), "")]
+    while stack:
+        node, before, name = stack.pop()
+        run = _checked(node.ids, sample, name)
+        sequence = np.concatenate([before, run])
+        answer = (not node.children and bool(name)) if node.answer is None else node.answer
+        if answer:
+            start = max(len(before), 1)
+            if start == len(sequence):
+                raise FlexpatchError(f"sample {sample}: a sequence of one token has no token to score")
+            spans.append((len(branches), start, len(sequence)))  # the next branch to be finished runs through here
+        if node.children:
+            children = [(child, sequence, f"{name}.{i}" if name else str(i)) for i, child in enumerate(node.children)]
+            stack.extend(reversed(children))
+        else:
+            branches.append(sequence)
+    return branches, spans
+
+
+def _checked(ids: Sequence[int], sample: int | str, name: str) -> np.ndarray:
+    """``ids`` as an int64 array, or the reason why not."""
+    where = f"sample {sample}: {f'answer {name}' if name else 'the prompt'}"
+    run = np.asarray(ids)
+    if run.ndim != 1:
+        raise FlexpatchError(f"{where} must be a flat list of token ids, but has shape {run.shape}")
+    if len(run) == 0:
+        raise FlexpatchError(f"{where} is empty; every run needs at least one token")
+    if not np.issubdtype(run.dtype, np.integer):
+        raise FlexpatchError(f"{where} holds {run.dtype} values; token ids are integers")
+    if run.min() < 0:
+        raise FlexpatchError(f"{where} holds the id {run.min()}; token ids are >= 0")
+    return run.astype(np.int64)
+
+
+def merge_prefixes(sequences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
+    """The prefix forest of ``sequences`` in depth-first order.
+
+    Args:
+        sequences: Non-empty int64 id arrays. Sequences with a common beginning share its tokens.
+
+    Returns:
+        ``ids``, ``positions``, ``ends`` (each (L,) int64) and, for each sequence, the indices of its tokens.
+    """
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    ends = np.empty(sum(map(len, sequences)), np.int64)
+    paths: list[list[np.ndarray]] = [[] for _ in sequences]
+    cursor = 0
+    # A stack instead of recursion: answers that extend one another nest as deeply as there are answers.
+    todo: list[tuple[int, list[int]]] = list(_split(range(len(sequences)), sequences, 0))
+    closing = -1  # marks a stack entry that ends the subtree of the run [group[0], group[1])
+    while todo:
+        depth, group = todo.pop()
+        if depth == closing:
+            ends[group[0] : group[1]] = cursor
+            continue
+        first = sequences[group[0]]
+        stop = min(_common(first, sequences[other], depth) for other in group)
+        run = np.arange(cursor, cursor + stop - depth)
+        cursor += stop - depth
+        ids.append(first[depth:stop])
+        positions.append(np.arange(depth, stop))
+        for index in group:
+            paths[index].append(run)
+        todo.append((closing, [cursor - len(run), cursor]))
+        todo.extend(_split([i for i in group if len(sequences[i]) > stop], sequences, stop))
+    return np.concatenate(ids), np.concatenate(positions), ends[:cursor], [np.concatenate(path) for path in paths]
+
+
+def _split(group: Sequence[int], sequences: list[np.ndarray], depth: int) -> Iterator[tuple[int, list[int]]]:
+    """``group`` by the token at ``depth``, last group first so that a stack pops them in order of appearance."""
+    by_token: dict[int, list[int]] = {}
+    for index in group:
+        by_token.setdefault(int(sequences[index][depth]), []).append(index)
+    for indices in reversed(by_token.values()):
+        yield depth, indices
+
+
+def _common(a: np.ndarray, b: np.ndarray, start: int) -> int:
+    """Length of the common beginning of ``a`` and ``b``, known to be alike before ``start``."""
+    stop = min(len(a), len(b))
+    differs = np.flatnonzero(a[start:stop] != b[start:stop])
+    return start + int(differs[0]) if len(differs) else stop
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Packed rows on one device: everything a forward pass and its answer log-probs need.
+
+    Attributes:
+        input_ids: (B, L) int64.
+        position_ids: (B, L) int64, rope positions.
+        ends: (B, L) int32, exclusive row index at which each token's subtree ends. A padding token is its own tree.
+        sources: (T,) int64 into the flattened (B*L) tokens: the token that predicts each scored token.
+        targets: (T,) int64, ids of the scored tokens, answer by answer.
+        answer_tokens: (A, longest answer) int64 into T; T itself marks padding.
+        sample_of_answer: (A,) int64, which tree of the input each answer belongs to.
+        tokens: Tokens computed, without padding.
+        separate_tokens: Tokens that separate runs of every sequence would compute, without padding.
+        depth: Longest root-to-leaf sequence, in tokens.
+        sequence_lengths: Length of every answer's separate sequence, in tokens.
+        largest_ids: Largest id of each tree.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    ends: Tensor
+    sources: Tensor
+    targets: Tensor
+    answer_tokens: Tensor
+    sample_of_answer: Tensor
+    tokens: int
+    separate_tokens: int
+    depth: int
+    sequence_lengths: list[int]
+    largest_ids: list[int]
+    # Masks already built from these rows, so that policy and reference share them.
+    masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def _each(self, function: Any) -> Rows:
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, masks={}, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Rows:
+        """The same rows on another device. Masks are built there anew."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Rows:
+        """The same rows in pinned memory; ``DataLoader(pin_memory=True)`` calls it."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A BlockMask holds a closure and cannot leave the process.
+        return {f.name: {} if f.name == "masks" else getattr(self, f.name) for f in fields(self)}
+
+
+def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows:
+    """Pack trees into rows, one row for each bin, padded to the longest.
+
+    Args:
+        bins: The trees (or layouts made by :func:`lay_out`) of each row, in order. Samples are numbered through.
+        pad_id: Id of padding tokens. They attend only to themselves and score nothing.
+
+    Raises:
+        FlexpatchError: For an empty bin, or a malformed tree (the message names the sample).
+    """
+    if not bins or not all(bins):
+        raise FlexpatchError("every row needs at least one tree")
+    firsts = np.cumsum([0, *map(len, bins)])
+    rows = [
+        [tree if isinstance(tree, Layout) else lay_out(tree, int(first) + i) for i, tree in enumerate(trees)]
+        for first, trees in zip(firsts, bins, strict=False)
+    ]
+    length = max(sum(map(len, row)) for row in rows)
+    input_ids = np.full((len(rows), length), pad_id, np.int64)
+    position_ids = np.zeros((len(rows), length), np.int64)
+    ends = np.tile(np.arange(1, length + 1, dtype=np.int32), (len(rows), 1))
+    sources, targets, answers, samples = [], [], [], []
+    layouts = [layout for row in rows for layout in row]
+    scored = 0
+    sample = 0
+    for b, row in enumerate(rows):
+        start = 0
+        for layout in row:
+            span = slice(start, start + len(layout))
+            input_ids[b, span] = layout.ids
+            position_ids[b, span] = layout.positions
+            ends[b, span] = layout.ends + start
+            sources.append(layout.sources + b * length + start)
+            targets.append(layout.targets)
+            for answer_length in layout.answer_lengths:
+                answers.append(np.arange(scored, scored + answer_length))
+                samples.append(sample)
+                scored += answer_length
+            start += len(layout)
+            sample += 1
+    answer_tokens = np.full((len(answers), max(map(len, answers), default=0)), scored, np.int64)
+    for i, answer in enumerate(answers):
+        answer_tokens[i, : len(answer)] = answer
+    return Rows(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        ends=torch.from_numpy(ends),
+        sources=torch.from_numpy(np.concatenate(sources)),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        answer_tokens=torch.from_numpy(answer_tokens),
+        sample_of_answer=torch.tensor(samples, dtype=torch.int64),
+        tokens=sum(map(len, layouts)),
+        separate_tokens=sum(layout.separate_tokens for layout in layouts),
+        depth=max(int(layout.positions.max()) + 1 for layout in layouts),
+        sequence_lengths=[len(answer) for layout in layouts for answer in layout.answers],
+        largest_ids=[int(layout.ids.max()) for layout in layouts],
+    )
