@@ -145,7 +145,8 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     number = 0
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
         try:
-            for number, line in enumerate(lines, 1):
+            for line in lines:
+                number += 1
                 if line.strip():
                     rows.append(json.loads(line))
                     if not isinstance(rows[-1], dict):
