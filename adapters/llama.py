@@ -2,7 +2,7 @@
 
 from flexpatch.registry import Adapter, register
 
-YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64)
+YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=64)
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=10000.0,
