@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from flexpatch import attention
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention that trains on the CPU, exactly and in float64.
+
+    Torch refuses gradients of flex on the CPU because Inductor has no kernel for them. Block masks, score functions,
+    autograd and Dynamo's guards are the same code on every device, so with the check off and without Inductor
+    (``aot_eager``) all of them are tested here; only the kernels need ``tests/gpu``.
+
+    Graphs are kept from test to test; one that counts them starts with ``torch._dynamo.reset()``.
+    """
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    monkeypatch.setattr(attention, "_compiled", _compiled)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(attention._attend, backend="aot_eager", fullgraph=True, dynamic=False)

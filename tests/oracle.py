@@ -1,0 +1,113 @@
+"""What the parity tests share: awkward trees, the oracle, the gradient of a loss, and rows broken on purpose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+import flexpatch
+from flexpatch import Adapter, AnswerLogprobs, Rows, Tree
+from flexpatch.models import tiny_model
+from flexpatch.registry import adapters
+
+# Every (model_type, variant) an adapter serves. Their windows are 8 tokens.
+MODELS = [
+    (model_type, variant)
+    for model_type, adapter in adapters().items()
+    for variant in range(len(adapter.tiny[model_type]))
+]
+
+
+def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:
+    """Runs of random token ids of the given lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 151, (length,), generator=generator).tolist() for length in lengths]
+
+
+def trees() -> list[Tree]:
+    """All shapes a tree can have: 300 tokens, so three blocks, and most runs are longer than every window."""
+    p, q, r, s, *a = random_ids(50, 21, 12, 10, 31, 17, 23, 9, 5, 14, 11, 6, 19, 13, 7)
+    return [
+        Tree.of(p, a[0], a[1]),
+        Tree.of([4], [5], a[2]),  # a prompt of one token, an answer of one token
+        Tree.of(q, a[3], [6], a[4]),  # three answers
+        Tree.of(q, a[5], a[5]),  # equal answers; and the prompt of another tree
+        Tree.of(r, a[4] + a[6], a[4] + a[7]),  # answers that begin alike
+        Tree.of(s, a[8], a[8] + a[9]),  # an answer that begins another
+        # A dialogue: two unscored branches and a scored turn that two answers continue.
+        Tree(r, [Tree(s, [Tree(a[0]), Tree(a[9])], answer=False), Tree(a[10], [Tree(a[4]), Tree(a[3])], answer=True)]),
+        Tree(q[::-1], answer=True),  # an ordinary sequence
+        Tree.of(s[::-1], a[7]),
+    ]
+
+
+def gradient(model: nn.Module, answers: Tensor) -> Tensor:
+    """The DPO loss's gradient in all trainable parameters, as one vector. Answers are paired in turn."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = None
+    flexpatch.dpo_loss(answers[: len(answers) // 2 * 2]).loss.backward()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+@dataclass(frozen=True)
+class Result:
+    """Log-probs and a loss's gradient of one model on :func:`trees`."""
+
+    tokens: Tensor
+    answers: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, logps: AnswerLogprobs) -> "Result":
+        return cls(logps.tokens.detach(), logps.answers.detach(), gradient(model, logps.answers))
+
+    def errors(self, true: "Result") -> tuple[float, float]:
+        """Largest log-prob error in nats, and the norm of the gradient's error over the gradient's."""
+        logps = max((self.tokens - true.tokens).abs().max(), (self.answers - true.answers).abs().max())
+        return float(logps), float((self.gradient - true.gradient).norm() / true.gradient.norm())
+
+
+@cache
+def oracle(model_type: str, variant: int) -> Result:
+    """An unpatched model that sees every answer with its prompt as a sequence of its own."""
+    model = tiny_model(model_type, variant)
+    return Result.of(model, separate(model, trees()))
+
+
+def separate(model: nn.Module, samples: Sequence[Tree]) -> AnswerLogprobs:
+    # Without padding: in float64 Gemma 2's eager attention gives NaN for padding that its window leaves without a key.
+    return flexpatch.separate_logprobs(model, samples, batch_size=1)
+
+
+def no_window(adapter: Adapter) -> Adapter:
+    """All layers see the whole past."""
+    return replace(adapter, windows=lambda config: dict.fromkeys(adapter.windows(config)))
+
+
+def wider(adapter: Adapter, tokens: int) -> Adapter:
+    """Windows that are off by a few tokens."""
+    return replace(
+        adapter,
+        windows=lambda config: {k: None if w is None else w + tokens for k, w in adapter.windows(config).items()},
+    )
+
+
+def see_siblings(rows: Rows) -> Rows:
+    """Every answer sees the answers before it: ordinary packing."""
+    ends = rows.ends.clone()
+    for row in ends:
+        start = 0
+        while start < len(row):
+            stop = int(row[start])
+            row[start:stop] = stop
+            start = stop
+    return replace(rows, ends=ends, masks={})
+
+
+def packed_positions(rows: Rows) -> Rows:
+    """Positions are row indices."""
+    index = torch.arange(rows.input_ids.shape[1]).expand_as(rows.input_ids)
+    return replace(rows, position_ids=index, depth=rows.input_ids.shape[1], masks={})
