@@ -12,6 +12,7 @@ from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.logprobs import AnswerLogprobs, answer_logprobs, separate_logprobs
 from flexpatch.losses import PreferenceLoss, dpo_loss
 from flexpatch.packing import pack
+from flexpatch.parity import Report, check_parity
 from flexpatch.patch import apply, is_applied, model_inputs, remove
 from flexpatch.reference import reference_logprobs
 from flexpatch.registry import Adapter, register, support_table
@@ -24,12 +25,14 @@ __all__ = [
     "FlexpatchError",
     "Layout",
     "PreferenceLoss",
+    "Report",
     "Rows",
     "Tree",
     "UnsupportedModelError",
     "answer_logprobs",
     "apply",
     "build_rows",
+    "check_parity",
     "dpo_loss",
     "is_applied",
     "lay_out",

@@ -44,7 +44,7 @@ def answer_logprobs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = N
     logits_BKV = model(**model_inputs(model, rows, adapter=adapter), logits_to_keep=keep).logits
     row = torch.div(rows.sources, length, rounding_mode="floor")
     tokens = _token_logprobs(logits_BKV.flatten(0, 1), row * len(keep) + column, rows.targets)
-    return AnswerLogprobs(_sums(tokens, rows.answer_tokens), tokens)
+    return AnswerLogprobs(sum_answers(tokens, rows), tokens)
 
 
 def separate_logprobs(
@@ -89,6 +89,6 @@ def _token_logprobs(logits_KV: Tensor, sources: Tensor, targets: Tensor) -> Tens
     return logits_KV[sources, targets] - torch.logsumexp(logits_KV, dim=-1)[sources]
 
 
-def _sums(tokens: Tensor, answer_tokens: Tensor) -> Tensor:
-    """Sum of each answer's tokens. A gather and not an index_add: the same bits in every run on CUDA."""
-    return torch.cat([tokens, tokens.new_zeros(1)])[answer_tokens].sum(-1)
+def sum_answers(tokens: Tensor, rows: Rows) -> Tensor:
+    """(T,) token values to (A,) sums. A gather and not an index_add: the same bits in every run on CUDA."""
+    return torch.cat([tokens, tokens.new_zeros(1)])[rows.answer_tokens].sum(-1)

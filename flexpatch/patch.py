@@ -57,7 +57,7 @@ def apply(model: AnyModel, *, backend: str = "auto") -> AnyModel:
     if backend not in BACKENDS:
         raise FlexpatchError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
     inner = _pretrained(model)
-    adapter = adapter_for(_config(inner))
+    adapter = adapter_for(text_config(inner))
     current = inner.config._attn_implementation
     original = _parse(current)[1] if current.startswith(PREFIX) else current
     if original not in adapter.implementations:
@@ -83,7 +83,13 @@ def remove(model: AnyModel) -> AnyModel:
 
 def is_applied(model: nn.Module) -> bool:
     """Whether ``model`` takes packed rows."""
-    return str(_pretrained(model).config._attn_implementation).startswith(PREFIX)
+    return backend_of(model) is not None
+
+
+def backend_of(model: nn.Module) -> str | None:
+    """The ``backend`` that ``model`` was patched with; ``None`` if it is not patched."""
+    name = str(_pretrained(model).config._attn_implementation)
+    return _parse(name)[0] if name.startswith(PREFIX) else None
 
 
 def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None
             switching length.
     """
     inner = _pretrained(model)
-    config = _config(inner)
+    config = text_config(inner)
     if not is_applied(inner):
         raise FlexpatchError("this model does not take packed rows yet: call flexpatch.apply(model) first")
     device = inner.get_input_embeddings().weight.device
@@ -121,6 +127,29 @@ def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None
     else:
         mask = mask_of(rows, windows[FULL], dtype)
     return dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the transformers model inside ``model``.
+
+    Raises:
+        UnsupportedModelError: For a multimodal model, whose vision or audio towers would be patched with it.
+    """
+    inner = _pretrained(model)
+    if inner.config.get_text_config() is not inner.config:
+        raise UnsupportedModelError(
+            f"{type(inner).__name__} is a multimodal model; load its text model instead, for example with "
+            "AutoModelForCausalLM.from_pretrained(name, config=config.get_text_config())"
+        )
+    return inner.config
+
+
+def eager_experts(model: nn.Module) -> nn.Module:
+    """Let mixture-of-experts layers run in any dtype; their grouped matrix products have no float64."""
+    inner = _pretrained(model)
+    if inner._can_set_experts_implementation():
+        inner.set_experts_implementation("eager")
+    return model
 
 
 def weights(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -190,16 +219,6 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel):
             return module
     raise FlexpatchError(f"{type(model).__name__} holds no transformers model; pass a PreTrainedModel, bare or wrapped")
-
-
-def _config(inner: PreTrainedModel) -> Any:
-    """The model's configuration. Its vision or audio towers would be patched with it, so such models are refused."""
-    if inner.config.get_text_config() is not inner.config:
-        raise UnsupportedModelError(
-            f"{type(inner).__name__} is a multimodal model; load its text model instead, for example with "
-            "AutoModelForCausalLM.from_pretrained(name, config=config.get_text_config())"
-        )
-    return inner.config
 
 
 def _attention(
