@@ -222,6 +222,8 @@ class _Verification:
                 "verify a smaller model of the architecture, or its registered name (a tiny random model)"
             )
         model = eager_experts(copy.deepcopy(self.model).double())
+        if getattr(model, "is_gradient_checkpointing", False):
+            model.gradient_checkpointing_disable()  # recomputation would run outside of the mode below
         with _Float64():
             return self._separate(model, sum_answers(stock, self.rows))
 

@@ -1,16 +1,24 @@
 """What the parity tests share: awkward trees, the oracle, the gradient of a loss, and rows broken on purpose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from parameterized import param
 from torch import Tensor, nn
 
 import flexpatch
 from flexpatch import Adapter, AnswerLogprobs, Rows, Tree
 from flexpatch.models import tiny_model
 from flexpatch.registry import adapters
+
+# Bounds in float64: log-probs in nats, the gradient relative to its norm.
+BOUNDS = (1e-10, 1e-6)
+# transformers' eager attention, which Gemma 2 needs, takes its softmax in float32.
+EAGER_BOUNDS = (1e-5, 1e-5)
+# A broken mask must be at least this many bounds off.
+CONTROL = 1000
 
 # Every (model_type, variant) an adapter serves. Their windows are 8 tokens.
 MODELS = [
@@ -61,6 +69,10 @@ class Result:
     gradient: Tensor
 
     @classmethod
+    def packed(cls, model: nn.Module, rows: Rows, adapter: Adapter | None = None) -> "Result":
+        return cls.of(model, flexpatch.answer_logprobs(model, rows, adapter=adapter))
+
+    @classmethod
     def of(cls, model: nn.Module, logps: AnswerLogprobs) -> "Result":
         return cls(logps.tokens.detach(), logps.answers.detach(), gradient(model, logps.answers))
 
@@ -68,6 +80,17 @@ class Result:
         """Largest log-prob error in nats, and the norm of the gradient's error over the gradient's."""
         logps = max((self.tokens - true.tokens).abs().max(), (self.answers - true.answers).abs().max())
         return float(logps), float((self.gradient - true.gradient).norm() / true.gradient.norm())
+
+    def matches(self, true: "Result", bounds: tuple[float, float] = BOUNDS) -> None:
+        logps, gradient = self.errors(true)
+        assert logps <= bounds[0], f"log-probs are {logps} nat off"
+        assert gradient <= bounds[1], f"the gradient is {gradient} off"
+
+    def differs(self, true: "Result", bounds: tuple[float, float] = BOUNDS, what: str = "broken on purpose") -> None:
+        """The negative control of :meth:`matches`."""
+        logps, gradient = self.errors(true)
+        assert logps > CONTROL * bounds[0], f"{what}, yet log-probs are only {logps} nat off"
+        assert gradient > CONTROL * bounds[1], f"{what}, yet the gradient is only {gradient} off"
 
 
 @cache
@@ -80,6 +103,11 @@ def oracle(model_type: str, variant: int) -> Result:
 def separate(model: nn.Module, samples: Sequence[Tree]) -> AnswerLogprobs:
     # Without padding: in float64 Gemma 2's eager attention gives NaN for padding that its window leaves without a key.
     return flexpatch.separate_logprobs(model, samples, batch_size=1)
+
+
+def name(function: Callable[..., None], number: int, case: param) -> str:
+    """Test names that show the case."""
+    return "_".join([function.__name__, *map(str, case.args)])
 
 
 def no_window(adapter: Adapter) -> Adapter:
