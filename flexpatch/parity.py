@@ -222,7 +222,7 @@ class _Verification:
                 "verify a smaller model of the architecture, or its registered name (a tiny random model)"
             )
         model = eager_experts(copy.deepcopy(self.model).double())
-        if getattr(model, "is_gradient_checkpointing", False):
+        if _checkpoints(model):
             model.gradient_checkpointing_disable()  # recomputation would run outside of the mode below
         with _Float64():
             return self._separate(model, sum_answers(stock, self.rows))
@@ -407,6 +407,10 @@ def _take_gradients(model: nn.Module) -> Gradients:
     return gradients
 
 
+def _checkpoints(model: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def _check_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -429,6 +433,6 @@ def _settings(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dic
     }
     if isinstance(model, peft.PeftModel):
         settings["peft"] = peft.__version__
-    if getattr(model, "is_gradient_checkpointing", False):
+    if _checkpoints(model):
         settings["checkpointing"] = "on"
     return settings
