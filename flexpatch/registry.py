@@ -25,7 +25,7 @@ def never(config: Any) -> str | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
     """What flexpatch must know about one family of architectures.
 
