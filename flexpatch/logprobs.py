@@ -38,12 +38,9 @@ def answer_logprobs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = N
     Raises:
         FlexpatchError, UnsupportedModelError: As :func:`flexpatch.patch.model_inputs`.
     """
-    length = rows.input_ids.shape[1]
-    keep, column = torch.unique(rows.sources % length, return_inverse=True)
-    # A tensor, not a count: Gemma 4 slices its masks when it is an int.
-    logits_BKV = model(**model_inputs(model, rows, adapter=adapter), logits_to_keep=keep).logits
-    row = torch.div(rows.sources, length, rounding_mode="floor")
-    tokens = _token_logprobs(logits_BKV.flatten(0, 1), row * len(keep) + column, rows.targets)
+    # logits_to_keep as a tensor of columns, not a count: a count would keep prompts, and Gemma 4 slices masks by it.
+    logits_BKV = model(**model_inputs(model, rows, adapter=adapter), logits_to_keep=rows.columns).logits
+    tokens = _token_logprobs(logits_BKV.flatten(0, 1), rows.logit_of_token, rows.targets)
     return AnswerLogprobs(sum_answers(tokens, rows), tokens)
 
 
