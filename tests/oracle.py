@@ -94,6 +94,7 @@ class Result:
 
 
 @cache
+@torch.enable_grad()
 def oracle(model_type: str, variant: int) -> Result:
     """An unpatched model that sees every answer with its prompt as a sequence of its own."""
     model = tiny_model(model_type, variant)
@@ -103,6 +104,13 @@ def oracle(model_type: str, variant: int) -> Result:
 def separate(model: nn.Module, samples: Sequence[Tree]) -> AnswerLogprobs:
     # Without padding: in float64 Gemma 2's eager attention gives NaN for padding that its window leaves without a key.
     return flexpatch.separate_logprobs(model, samples, batch_size=1)
+
+
+def read(logits: Tensor, rows: Rows) -> AnswerLogprobs:
+    """Log-probs of the answers from the logits of all tokens."""
+    tokens = logits.flatten(0, 1)[rows.sources].log_softmax(-1).gather(-1, rows.targets[:, None])[:, 0]
+    answers = [tokens[answer[answer < len(tokens)]].sum() for answer in rows.answer_tokens]
+    return AnswerLogprobs(torch.stack(answers), tokens)
 
 
 def name(function: Callable[..., None], number: int, case: param) -> str:

@@ -19,6 +19,7 @@ from oracle import (
     oracle,
     packed_positions,
     random_ids,
+    read,
     see_siblings,
     separate,
     trees,
@@ -133,8 +134,8 @@ class TrapTest(unittest.TestCase):
         """Stock packing: transformers sees position_ids restart and starts a new sequence, without the prompt."""
         model = tiny_model(model_type, variant)
         rows = build_rows([trees()])
-        logits = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits.flatten(0, 1)
-        naive = logits[rows.sources].log_softmax(-1).gather(-1, rows.targets[:, None])[:, 0]
+        logits = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False).logits
+        naive = read(logits, rows).tokens
         assert (naive - oracle(model_type, variant).tokens).abs().max() > self.visible
 
     @parameterized.expand([case for case in MODELS if has_window(*case)], name_func=name)
@@ -144,8 +145,7 @@ class TrapTest(unittest.TestCase):
         by_index = packed_positions(rows)
         model = flexpatch.apply(tiny_model(model_type, variant), backend="dense")
         inputs = model_inputs(model, by_index) | dict(position_ids=rows.position_ids)
-        logits = model(**inputs).logits.flatten(0, 1)
-        wrong = logits[rows.sources].log_softmax(-1).gather(-1, rows.targets[:, None])[:, 0]
+        wrong = read(model(**inputs).logits, rows).tokens
         assert (wrong - oracle(model_type, variant).tokens).abs().max() > self.visible
 
     @parameterized.expand(
