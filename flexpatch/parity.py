@@ -9,7 +9,8 @@ Three independent checks, on the device, in the dtype and under the checkpointin
 3. **Gradients** of the DPO loss by all trainable parameters, against separate runs.
 
 The unpatched model is the oracle. In float64 the two are compared directly. In any lower precision both are compared
-with the same weights in float64 (the truth), and ours may be off by no more than a stated multiple of what stock is.
+with the same weights in float64 (the truth; float32 for 16-bit models whose float64 copy does not fit into memory), and
+ours may be off by no more than a stated multiple of what stock is.
 
 Each check is repeated with a mask or positions broken on purpose (the negative controls), and must then fail.
 """
@@ -149,20 +150,23 @@ class _Verification:
         self.config = text_config(model)
         self.adapter = adapter_for(self.config)
         parameter = next(model.parameters())
-        self.device, self.exact = parameter.device, parameter.dtype == torch.float64
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.exact = self.dtype == torch.float64
         generator = torch.Generator().manual_seed(seed)
         self.trees = _sample_trees(self._reach(), self.config.vocab_size, generator)
         self.rows = build_rows([self.trees]).to(self.device)
         self.padded_rows = build_rows([self.trees[:1], self.trees[1:]]).to(self.device)
         self.noise = torch.randn(len(self.rows.sample_of_answer), generator=generator).to(self.device)
         self.bar = tqdm(desc="verify", unit=" passes", disable=not progress, leave=False, file=sys.stderr)
-        self.report = Report(name, _settings(model, self.device, parameter.dtype))
+        self.report = Report(name, _settings(model, self.device, self.dtype))
 
     def run(self) -> Report:
         stock, stock_gradients = self._separate(self.model)
         if not stock.isfinite().all():
             raise FlexpatchError("the unpatched model's log-probs are not finite; there is nothing to compare with")
-        truth, truth_gradients = self._truth(stock)
+        # A float64 model is its own truth, but for the float32 softmax of eager attention.
+        direct = self.exact and self.adapter.implementations[0] != "eager"
+        truth, truth_gradients = (stock, stock_gradients) if direct else self._truth(stock)
         oracle, oracle_gradients = (stock, stock_gradients) if self.exact else (truth, truth_gradients)
         gradient_bound = self._bound(GRADIENT_BOUND, FACTOR * _distance(stock_gradients, truth_gradients)[0])
         means = "" if self.exact else ", mean"
@@ -214,16 +218,22 @@ class _Verification:
         return torch.cat(tokens), _take_gradients(model)
 
     def _truth(self, stock: Tensor) -> tuple[Tensor, Gradients]:
-        """The same of the same weights in float64, with no value rounded to float32 on the way."""
-        size = sum(tensor.numel() for tensor in self.model.state_dict().values())
-        if 16 * size > _free_memory(self.device):
+        """The same of the same weights in float64, with no value rounded to float32 on the way. A 16-bit model whose
+        float64 copy does not fit into memory is held to float32."""
+        weights = sum(p.numel() * (2 if p.requires_grad else 1) for p in self.model.parameters())  # and gradients
+        free = _free_memory(self.device)
+        dtypes = [torch.float64] if self.dtype.itemsize > 2 else [torch.float64, torch.float32]
+        dtype = next((dtype for dtype in dtypes if dtype.itemsize * weights < free), None)
+        if dtype is None:
+            need = dtypes[-1].itemsize * weights
             raise FlexpatchError(
-                f"the float64 truth of {size:.2e} weights needs about {16 * size / 1e9:.0f} GB on {self.device}; "
-                "verify a smaller model of the architecture, or its registered name (a tiny random model)"
+                f"a copy of the model in {dtypes[-1]}, with gradients, needs {need / 1e9:.1f} GB on {self.device}, where "
+                f"{free / 1e9:.1f} are free: verify it with --lora, or a smaller model of the architecture"
             )
-        model = eager_experts(copy.deepcopy(self.model).double())
+        self.report.settings["truth"] = str(dtype).removeprefix("torch.")
+        model = eager_experts(copy.deepcopy(self.model).to(dtype))
         if _checkpoints(model):
-            model.gradient_checkpointing_disable()  # recomputation would run outside of the mode below
+            model.gradient_checkpointing_disable()  # type: ignore[operator]  # recomputation would leave the mode below
         with _Float64():
             return self._separate(model, sum_answers(stock, self.rows))
 
@@ -305,9 +315,7 @@ class _Verification:
 
     def _bound(self, absolute: float, of_stock: float) -> float:
         """``of_stock``: the allowed multiple of the stock model's distance from the truth."""
-        if not self.exact:
-            return of_stock
-        return max(of_stock, absolute) if self.adapter.implementations[0] == "eager" else absolute
+        return max(of_stock, absolute) if self.exact else of_stock
 
     def _error(self, ours: Tensor, oracle: Tensor) -> float:
         return _worst(ours, oracle) if self.exact else float((ours.double() - oracle.double()).abs().mean())
