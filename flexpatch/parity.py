@@ -227,7 +227,7 @@ class _Verification:
         if dtype is None:
             need = dtypes[-1].itemsize * weights
             raise FlexpatchError(
-                f"a copy of the model in {dtypes[-1]}, with gradients, needs {need / 1e9:.1f} GB on {self.device}, where "
+                f"a copy of the model in {dtypes[-1]}, with gradients, needs {need / 1e9:.1f} GB on {self.device}; "
                 f"{free / 1e9:.1f} are free: verify it with --lora, or a smaller model of the architecture"
             )
         self.report.settings["truth"] = str(dtype).removeprefix("torch.")

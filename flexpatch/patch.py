@@ -69,7 +69,9 @@ def apply(model: AnyModel, *, backend: str = "auto") -> AnyModel:
     if inner.config._attn_implementation == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
     if current != inner.config._attn_implementation:
-        log.info("flexpatch applied to %s: backend %s, %s for ordinary calls", type(inner).__name__, backend, original)
+        device = inner.get_input_embeddings().weight.device
+        chosen = "flex" if _mask_dtype(inner, device) is None else "dense"
+        log.info("flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, chosen, device)
     return model
 
 
