@@ -1,0 +1,52 @@
+"""Random prefix trees, and what their rows mean by definition: slow, obvious, and independent of flexpatch."""
+
+import numpy as np
+
+from flexpatch.tree import Tree
+
+Prefix = tuple[int, tuple[int, ...]]  # which tree of the row, and all ids from its root to the token
+
+
+def random_tree(rng: np.random.Generator, *, levels: int = 4, longest_run: int = 3) -> Tree:
+    """Up to four children a node, and so few distinct ids that siblings often begin alike."""
+    vocabulary = int(rng.integers(3, 6))
+
+    def grow(left: int) -> Tree:
+        ids = rng.integers(0, vocabulary, rng.integers(1, longest_run + 1)).tolist()
+        children = [grow(left - 1) for _ in range(rng.integers(0, 5))] if left > 1 else []
+        return Tree(ids, children, answer=(None, True, False)[rng.integers(3)])
+
+    tree = grow(int(rng.integers(1, levels + 1)))
+    # A scored root needs a second token.
+    return Tree([*tree.ids, 0], tree.children, tree.answer) if tree.answer and len(tree.ids) == 1 else tree
+
+
+def runs(tree: Tree, before: tuple[int, ...] = ()) -> list[tuple[Tree, tuple[int, ...], int]]:
+    """Every run of ``tree`` in depth-first order: its node, its whole sequence, and where in that it starts."""
+    sequence = (*before, *tree.ids)
+    here = [(tree, sequence, len(before))]
+    return here + [run for child in tree.children for run in runs(child, sequence)]
+
+
+def row_prefixes(ids: np.ndarray, positions: np.ndarray) -> list[Prefix]:
+    """The prefix of every token of a row. A token's parent is the last token before it that is one less deep."""
+    prefixes: list[Prefix] = []
+    path: list[int] = []
+    for token, position in zip(ids.tolist(), positions.tolist(), strict=True):
+        path = [*path[:position], token]
+        number = prefixes[-1][0] if prefixes else -1
+        prefixes.append((number + (position == 0), tuple(path)))
+    return prefixes
+
+
+def visible(prefixes: list[Prefix], window: int | None = None) -> np.ndarray:
+    """(L, L) bool: token i sees token j if j's prefix begins i's, in the same tree and fewer than ``window`` deeper."""
+    assert len(set(prefixes)) == len(prefixes), "a token appears twice"
+    seen = np.zeros((len(prefixes), len(prefixes)), bool)
+    lineages: dict[Prefix, list[int]] = {}
+    for i, (number, prefix) in enumerate(prefixes):
+        lineage = [*lineages.get((number, prefix[:-1]), []), i]
+        assert len(lineage) == len(prefix), "a token comes before its parent"
+        lineages[number, prefix] = lineage
+        seen[i, lineage if window is None else lineage[-window:]] = True
+    return seen
