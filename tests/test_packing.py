@@ -1,0 +1,76 @@
+"""First-fit-decreasing against the textbook loop, bin for bin."""
+
+import time
+
+import numpy as np
+import pytest
+from parameterized import parameterized
+
+from flexpatch import FlexpatchError, pack
+
+
+def fit(lengths: list[int], capacity: int, *, decreasing: bool = True, best: bool = False) -> list[list[int]]:
+    """First-fit, or best-fit: each item into the first, or the fullest, bin that has room for it."""
+    bins: list[list[int]] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]) if decreasing else range(len(lengths)):
+        room = [capacity - sum(lengths[i] for i in bin) for bin in bins]
+        fitting = [b for b in range(len(bins)) if room[b] >= lengths[item]]
+        if not fitting:
+            bins.append([item])
+        else:
+            bins[min(fitting, key=room.__getitem__) if best else fitting[0]].append(item)
+    return bins
+
+
+def random_lengths(rng: np.random.Generator) -> tuple[list[int], int]:
+    capacity = int(rng.integers(1, 60))
+    # Few distinct lengths give ties and bins filled to the last token.
+    longest = int(rng.integers(1, capacity + 1))
+    return rng.integers(1, longest + 1, rng.integers(0, 80)).tolist(), capacity
+
+
+def test_bins_are_those_of_the_textbook() -> None:
+    exactly_full = 0
+    for seed in range(1000):
+        lengths, capacity = random_lengths(np.random.default_rng(seed))
+        bins = pack(lengths, capacity)
+        assert bins == fit(lengths, capacity)
+        assert sorted(item for bin in bins for item in bin) == list(range(len(lengths)))
+        exactly_full += sum(sum(lengths[i] for i in bin) == capacity for bin in bins)
+    assert exactly_full > 1000
+
+
+def test_other_rules_give_other_bins() -> None:
+    lengths = [2, 5, 4, 7, 1, 3, 8]
+    assert pack(lengths, 10) == [[6, 0], [3, 5], [1, 2, 4]]
+    assert len(fit(lengths, 10, decreasing=False)) == 4  # first-fit in the given order
+    lengths = [7, 4, 4, 2]
+    assert pack(lengths, 10) == [[0, 3], [1, 2]]
+    assert fit(lengths, 10, best=True) == [[0], [1, 2, 3]]  # best-fit
+
+
+@parameterized.expand(
+    [
+        ("nothing", [], 8, []),
+        ("one", [8], 8, [[0]]),
+        ("capacity met", [3, 5, 4, 4], 8, [[1, 0], [2, 3]]),
+        ("one token too many", [4, 5], 8, [[1], [0]]),
+        ("ties keep their order", [2, 2, 2, 2], 4, [[0, 1], [2, 3]]),
+    ]
+)
+def test_pack(_name: str, lengths: list[int], capacity: int, bins: list[list[int]]) -> None:
+    assert pack(lengths, capacity) == bins
+
+
+@parameterized.expand([("too long", [3, 9], 9), ("nothing in it", [3, 0], 0), ("negative", [3, -1], -1)])
+def test_refuses(_name: str, lengths: list[int], length: int) -> None:
+    with pytest.raises(FlexpatchError, match=f"^sample 1 has {length} tokens, outside 1 to 8"):
+        pack(lengths, 8)
+
+
+def test_large_datasets_are_packed_in_seconds() -> None:
+    lengths = np.random.default_rng(0).integers(1, 8193, 50_000).tolist()
+    start = time.process_time()
+    bins = pack(lengths, 8192)
+    assert time.process_time() - start < 5
+    assert len(bins) <= 1.02 * sum(lengths) / 8192
