@@ -1,0 +1,343 @@
+"""flex() against a plain softmax, and what it compiles.
+
+Shapes: B rows, H query heads, G key/value heads, L tokens, D head size.
+"""
+
+import unittest
+from typing import Any
+
+import pytest
+import torch
+from oracle import name, random_ids, see_siblings
+from parameterized import parameterized
+from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn import functional as F
+
+import flexpatch
+from flexpatch import FlexpatchError, Rows, Tree, UnsupportedModelError, attention, build_rows
+from flexpatch.attention import flex
+from flexpatch.masks import block_mask, bucket, dense_mask
+from flexpatch.models import tiny_model
+
+
+def rows_of(*lengths: int) -> Rows:
+    """One row for each length, of trees whose answers, shared beginnings and prompts are uneven."""
+    bins = []
+    for seed, length in enumerate(lengths):
+        trees, left = [], length
+        while left > 60:
+            p, a, b = random_ids(left // 4, left // 6, left // 9 + 1, seed=seed + left)
+            trees.append(Tree.of(p, [3, *a], [4, *b]))
+            left -= len(p) + len(a) + len(b) + 2
+        bins.append([*trees, *([Tree(random_ids(left)[0])] if left else [])])
+    rows = build_rows(bins)
+    assert rows.input_ids.shape == (len(lengths), max(lengths))
+    return rows
+
+
+def mask_of(rows: Rows, window: int | None = None) -> Any:
+    return block_mask(rows.ends, rows.position_ids, window)
+
+
+def random_qkv(B: int, H: int, G: int, L: int, D: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(B, heads, L, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for heads in (H, G, G)
+    ]
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """The definition, in float64. ``mask`` is (B, 1, L, L) bool; the output is (B, L, H, D)."""
+    q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+
+
+def with_gradients(out: Tensor, qkv: list[Tensor]) -> list[Tensor]:
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [out.detach(), *torch.autograd.grad((out.double() * weights).sum(), qkv)]
+
+
+@torch.no_grad()
+def error(some: list[Tensor], true: list[Tensor]) -> float:
+    """Largest relative error of the output and of the three gradients."""
+    return max(float((x.double() - y.double()).norm() / y.double().norm()) for x, y in zip(some, true, strict=True))
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+class SoftmaxTest(unittest.TestCase):
+    """Output and gradients against the definition, in float64."""
+
+    bound = 1e-13
+
+    def check(
+        self, H: int, G: int, D: int, lengths: list[int], window: int | None = None, **options: float | None
+    ) -> None:
+        rows = rows_of(*lengths)
+        qkv = random_qkv(len(lengths), H, G, max(lengths), D)
+        true = with_gradients(softmax_attention(*qkv, self.dense(rows, window), **options), qkv)
+        ours = with_gradients(flex(*qkv, mask_of(rows, window), **options), qkv)
+        assert ours[0].shape == (len(lengths), max(lengths), H, D) and ours[0].is_contiguous()
+        assert ours[0].dtype == torch.float64
+        assert error(ours, true) < self.bound, error(ours, true)
+        if max(lengths) > 60:  # shorter rows here share nothing
+            wrong = with_gradients(flex(*qkv, mask_of(see_siblings(rows), window), **options), qkv)
+            assert error(wrong, true) > 1e-2, "the control must see a wrong mask"
+
+    def dense(self, rows: Rows, window: int | None) -> Tensor:
+        return dense_mask(rows.ends, rows.position_ids, window)
+
+    @parameterized.expand(
+        [
+            (4, 4, 16),
+            (4, 2, 64),
+            (4, 1, 64),
+            (8, 8, 256),  # Gemma
+            (24, 8, 128),  # 24 query heads: Llama 3.2 3B
+            (28, 4, 128),  # Qwen2 7B
+            (14, 2, 64),  # Qwen2 0.5B
+            (9, 3, 64),
+            (4, 4, 96),  # Phi 3
+        ],
+        name_func=name,
+    )
+    def test_heads(self, H: int, G: int, D: int) -> None:
+        self.check(H, G, D, [150])
+
+    @parameterized.expand([(1,), (2,), (100,), (127,), (128,), (129,), (300,), (640,)], name_func=name)
+    def test_lengths(self, length: int) -> None:
+        self.check(2, 1, 16, [length])
+        self.check(2, 1, 16, [length], window=8)
+
+    @parameterized.expand(
+        [
+            ("softcap", dict(softcap=2.0)),
+            ("scaling", dict(scaling=0.4)),
+            ("both", dict(softcap=3.0, scaling=1.0)),
+            ("window", dict(window=17)),
+            ("all", dict(softcap=3.0, scaling=1.0, window=17)),
+        ]
+    )
+    def test_options(self, _: str, options: dict[str, Any]) -> None:
+        self.check(4, 2, 16, [200], **options)
+        plain = {option: value for option, value in options.items() if option != "window"}
+        rows, qkv = rows_of(200), random_qkv(1, 4, 2, 200, 16)
+        true = softmax_attention(*qkv, self.dense(rows, None))
+        ours = flex(*qkv, mask_of(rows, options.get("window")), **plain)
+        assert error([ours], [true]) > 1e-3, "the options must matter"
+
+    def test_rows_of_different_lengths(self) -> None:
+        self.check(4, 2, 16, [200, 140, 61])
+
+    @parameterized.expand([(None,), (8,)], name_func=name)
+    def test_padding_is_finite_and_sees_itself_alone(self, window: int | None) -> None:
+        """A row without any visible key would give NaN, and in backward spread it over the batch."""
+        rows = rows_of(300, 61)
+        qkv = random_qkv(2, 4, 2, 300, 16)
+        out, *gradients = with_gradients(flex(*qkv, mask_of(rows, window)), qkv)
+        assert all(x.isfinite().all() for x in (out, *gradients))
+        own = qkv[2][1, :, 61:].repeat_interleave(2, 0).transpose(0, 1)
+        assert torch.equal(out[1, 61:], own), "a padding token attends to itself"
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+class DtypeTest(unittest.TestCase):
+    def dtypes(self, call: Any) -> set[torch.dtype]:
+        """The dtypes of the queries, keys and values that reach the kernel."""
+        seen: set[torch.dtype] = set()
+        compiled = attention._compiled()
+
+        def spy(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+            seen.update({q.dtype, k.dtype, v.dtype})
+            return compiled(q, k, v, *others)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "_compiled", lambda: spy)
+            call()
+        return seen
+
+    @parameterized.expand([(True,), (False,)], name_func=name)
+    def test_mixed_dtypes_become_one(self, autocast: bool) -> None:
+        """Rope and norms promote q and k to float32. Kernels for float32 are several times slower."""
+        rows = rows_of(150)
+        q, k, v = (
+            x.detach().to(dtype)
+            for x, dtype in zip(
+                random_qkv(1, 4, 2, 150, 16), (torch.float32, torch.float32, torch.bfloat16), strict=True
+            )
+        )
+        results = []
+
+        def call() -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                results.append(flex(q, k, v, mask_of(rows)))
+
+        assert self.dtypes(call) == {torch.bfloat16}
+        (out,) = results
+        assert out.dtype == torch.bfloat16
+        mask = dense_mask(rows.ends, rows.position_ids, None)
+        true = softmax_attention(q, k, v, mask)
+        stock = F.scaled_dot_product_attention(q.bfloat16(), k.bfloat16(), v, mask, enable_gqa=True).transpose(1, 2)
+        assert error([out], [true]) <= 2 * error([stock], [true])
+
+    @parameterized.expand([(torch.float32,), (torch.bfloat16,), (torch.float16,)], name_func=name)
+    def test_the_dtype_is_kept(self, dtype: torch.dtype) -> None:
+        qkv = random_qkv(1, 4, 2, 150, 16, dtype)
+        assert self.dtypes(lambda: flex(*qkv, mask_of(rows_of(150)))) == {dtype}
+        assert flex(*qkv, mask_of(rows_of(150))).dtype == dtype
+
+    def test_gradients_return_in_their_own_dtypes(self) -> None:
+        q, k, v = random_qkv(1, 4, 2, 150, 16, torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            flex(q, k, v.bfloat16(), mask_of(rows_of(150))).float().sum().backward()
+        assert {x.grad.dtype for x in (q, k, v)} == {torch.float32}
+
+
+class RefusalTest(unittest.TestCase):
+    """Before anything is compiled."""
+
+    def setUp(self) -> None:
+        self.mask = mask_of(rows_of(150))
+
+    def test_dropout(self) -> None:
+        with pytest.raises(UnsupportedModelError, match=r"attention dropout 0.1 is not exact.*attention_dropout=0.0"):
+            flex(*random_qkv(1, 4, 2, 150, 16), self.mask, dropout=0.1)
+
+    def test_attention_sinks(self) -> None:
+        with pytest.raises(UnsupportedModelError, match="attention sinks are not supported"):
+            flex(*random_qkv(1, 4, 2, 150, 16), self.mask, s_aux=torch.zeros(4))
+
+    @parameterized.expand(
+        [
+            ("mask_of_shorter_rows", 1, 300, 300),
+            ("mask_of_longer_rows", 1, 40, 40),
+            ("cached_keys", 1, 150, 200),
+            ("one_step_of_generation", 1, 1, 150),
+            ("mask_of_two_rows_for_three", 3, 150, 150),
+        ]
+    )
+    def test_masks_of_other_rows(self, _: str, B: int, queries: int, keys: int) -> None:
+        mask = mask_of(rows_of(150, 150)) if B == 3 else self.mask
+        q = random_qkv(B, 4, 2, queries, 16)[0]
+        _, k, v = random_qkv(B, 4, 2, keys, 16)
+        with pytest.raises(FlexpatchError, match=r"block mask is for \d rows of up to 256 tokens.*use_cache=False"):
+            flex(q, k, v, mask)
+
+    def test_one_mask_for_several_rows(self) -> None:
+        """Its rule reads the ends of each row, and has those of one."""
+        with pytest.raises(FlexpatchError, match="block mask is for 1 rows of up to 256 tokens"):
+            flex(*random_qkv(3, 4, 2, 150, 16), self.mask)
+
+    def test_what_it_does_not_know_is_ignored(self) -> None:
+        """Models pass their own keyword arguments along; an empty sink is none."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "_compiled", lambda: lambda q, *_: q)
+            qkv = random_qkv(1, 4, 2, 150, 16)
+            out = flex(*qkv, self.mask, s_aux=None, sliding_window=8, position_ids=None, use_cache=False)
+        assert torch.equal(out, qkv[0].transpose(1, 2))
+
+
+@pytest.fixture
+def graphs(flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Counts compilations in ``self.count``, from none."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention._attend, backend=counter, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(attention, "_compiled", lambda: compiled)
+    request.instance.counter = counter
+
+
+@pytest.mark.usefixtures("graphs")
+class CompilationTest(unittest.TestCase):
+    """Torch stops compiling after 8 variants and goes on uncompiled, which is slow, needs O(L^2) memory and can be
+    wrong in backward. So there must be few variants, and a limit that is loud."""
+
+    counter: CompileCounterWithBackend
+
+    @property
+    def count(self) -> int:
+        return self.counter.frame_count
+
+    def run_flex(self, length: int, window: int | None = None, training: bool = False) -> None:
+        rows = rows_of(length)
+        out = flex(
+            *(x.detach().requires_grad_(training) for x in random_qkv(1, 2, 1, length, 16)), mask_of(rows, window)
+        )
+        if training:
+            out.sum().backward()
+
+    def test_one_graph_a_bucket_and_none_falls_back(self) -> None:
+        lengths = [100, 250, 300, 400, 500, 600, 700, 800, 900, 1100, 1200, 1500]
+        buckets = {bucket(length) for length in lengths}
+        assert len(buckets) > 8 == torch._dynamo.config.recompile_limit
+        for length in lengths + lengths:
+            self.run_flex(length)
+        assert self.count == len(buckets)
+        assert torch._dynamo.config.recompile_limit == 8, "the limit is raised for our calls alone"
+
+    def test_passing_the_limit_is_an_error(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "RECOMPILE_LIMIT", 2)
+            self.run_flex(100)
+            self.run_flex(200)
+            with pytest.raises(FailOnRecompileLimitHit):
+                self.run_flex(300)
+        assert self.count == 2
+
+    def test_masks_lengths_of_a_bucket_and_windows_share_graphs(self) -> None:
+        for training, expected in ((True, 1), (False, 2)):
+            for length in (520, 570, 640):
+                assert bucket(length) == 640
+                self.run_flex(length, training=training)
+                assert self.count == expected, "another mask or length of the same bucket compiled anew"
+        for training, expected in ((True, 3), (False, 4)):
+            for window in (8, 16, 300):
+                self.run_flex(600, window=window, training=training)
+                assert self.count == expected, "another window compiled anew"
+
+    def test_a_row_that_fills_its_bucket_shares_its_graph(self) -> None:
+        """Packing often fills rows to the last token; models hand over transposed views, padding makes copies."""
+        model = flexpatch.apply(tiny_model("llama"), backend="flex")
+        for length in (250, 256):
+            rows = build_rows([[Tree.of(*random_ids(length - 50, 30, 20))]])
+            assert rows.input_ids.shape == (1, length)
+            flexpatch.answer_logprobs(model, rows).answers.sum().backward()
+        assert self.count == 1
+
+    def test_layers_steps_and_modes_share_graphs(self) -> None:
+        """Four layers, of two kinds; new rows every step; training and evaluation in turn."""
+        model = flexpatch.apply(tiny_model("gemma3_text"), backend="flex")
+        counts = []
+        for step in range(3):
+            rows = build_rows([[Tree.of(*random_ids(150 + step, 30, 20, seed=step))]])
+            flexpatch.answer_logprobs(model.train(), rows).answers.sum().backward()
+            with torch.no_grad():
+                flexpatch.answer_logprobs(model.eval(), rows)
+                flexpatch.answer_logprobs(model.train(), rows)
+            flexpatch.answer_logprobs(model.eval(), rows).answers.sum().backward()
+            counts.append(self.count)
+        assert counts == [4, 4, 4], "expected one graph for (full, windowed) x (gradients, none)"
+
+
+class RealCompilationTest(unittest.TestCase):
+    """Without the fixture."""
+
+    def test_training_on_the_cpu_is_an_error_and_not_a_fallback(self) -> None:
+        with pytest.raises(Exception, match="backward"):
+            flex(*random_qkv(1, 2, 1, 150, 16, torch.float32), mask_of(rows_of(150)))
+
+    @pytest.mark.slow
+    def test_inductor_on_the_cpu(self) -> None:
+        """The generated kernel, forward; needs a C++ compiler."""
+        rows, qkv = rows_of(300), random_qkv(1, 4, 2, 300, 16, torch.float32)
+        with torch.no_grad():
+            out = flex(*qkv, mask_of(rows, 17), softcap=3.0)
+        true = softmax_attention(*qkv, dense_mask(rows.ends, rows.position_ids, 17), softcap=3.0)
+        assert error([out], [true]) < 1e-6
