@@ -13,6 +13,8 @@ conversations    prompt, chosen, rejected (or answers)       lists of {"role": .
 no prompt        chosen, rejected (or answers)               whole dialogues; what they share is the prompt
 ===============  ==========================================  ============================================
 
+Conversations may also have the columns ``tools`` and ``chat_template_kwargs``, which go to the chat template.
+
 Tokenisation follows TRL's DPOTrainer: the prompt ends where the ids of prompt and prompt + answer diverge, and raw
 answers end with the tokenizer's EOS.
 """
@@ -21,15 +23,21 @@ import gzip
 import json
 import logging
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
 
 from flexpatch.errors import FlexpatchError
 from flexpatch.tree import Layout, Rows, Tree, build_rows, lay_out
 
 # Ends the prompt of HH-RLHF rows, which are whole dialogues as plain text.
 TURN = "\n\nAssistant:"
+
+IDS = (Sequence, np.ndarray, Tensor)
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +83,7 @@ class Collator:
         if not isinstance(example, Mapping):
             raise FlexpatchError(f"sample {sample}: expected a dict of columns, got {type(example).__name__}")
         if "prompt_ids" in example:
-            prompt_ids = _column(example, "prompt_ids", Sequence, sample)
+            prompt_ids = _column(example, "prompt_ids", IDS, sample)
             answer_ids = _answers(example, "_ids", sample)
         else:
             prompt_ids, answer_ids = self._tokenise(example, sample)
@@ -99,8 +107,9 @@ class Collator:
                     f"sample {sample}: {name} is {type(value).__name__}, the prompt {type(prompt).__name__}"
                 )
         try:
-            prompt_ids = self._encode(prompt, prompt=True)
-            whole = [self._encode(prompt + answer, prompt=False) for answer in answers]
+            template = _template_arguments(example)
+            prompt_ids = self._encode(prompt, prompt=True, **template)
+            whole = [self._encode(prompt + answer, prompt=False, **template) for answer in answers]
         except Exception as error:  # tokenizers and chat templates raise whatever they like
             raise FlexpatchError(f"sample {sample}: the tokenizer failed: {type(error).__name__}: {error}") from error
         stop = min(_shared(prompt_ids, ids) for ids in whole)
@@ -112,12 +121,13 @@ class Collator:
             )  # fmt: skip
         return prompt_ids[:stop], [ids[stop:] for ids in whole]
 
-    def _encode(self, text: str | list[dict[str, str]], prompt: bool) -> list[int]:
+    def _encode(self, text: str | list[dict[str, str]], prompt: bool, **template: Any) -> list[int]:
         if isinstance(text, str):
             eos = self.tokenizer.eos_token or ""
             ended = prompt or text.endswith(eos)
             return self.tokenizer(text if ended else text + eos)["input_ids"]
-        return self.tokenizer.apply_chat_template(text, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+        ids = self.tokenizer.apply_chat_template(text, add_generation_prompt=prompt, return_dict=True, **template)
+        return ids["input_ids"]
 
     def _fit(self, prompt: Sequence[int], answer: Sequence[int], sample: int | str) -> Sequence[int]:
         assert self.max_length is not None
@@ -151,7 +161,7 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                     rows.append(json.loads(line))
                     if not isinstance(rows[-1], dict):
                         raise ValueError(f"expected a JSON object, got {type(rows[-1]).__name__}")
-        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise FlexpatchError(f"{path}, line {max(number, 1)}: {error}") from error
     if not rows:
         raise FlexpatchError(f"{path} holds no rows")
@@ -161,6 +171,15 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the common beginning of two texts, id lists or message lists."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _template_arguments(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What a conversation's row asks of the chat template, as in TRL: its ``tools`` and ``chat_template_kwargs``."""
+    tools = example.get("tools")
+    return {
+        "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        **(example.get("chat_template_kwargs") or {}),
+    }
 
 
 def _column(example: Mapping[str, Any], name: str, kind: Any, sample: int | str) -> Any:
@@ -174,19 +193,24 @@ def _column(example: Mapping[str, Any], name: str, kind: Any, sample: int | str)
 def _answers(example: Mapping[str, Any], suffix: str, sample: int | str) -> list[Any]:
     """The answers of a row: a list in one column, or chosen and rejected."""
     together = "answer_ids" if suffix else "answers"
-    kind = Sequence if suffix else (str, list)
+    kind = IDS if suffix else (str, list)
     if together in example:
         answers = list(_column(example, together, list, sample))
         if not answers:
             raise FlexpatchError(f"sample {sample}: column '{together}' holds no answer")
+        for i, answer in enumerate(answers):
+            if not isinstance(answer, kind):
+                raise FlexpatchError(f"sample {sample}: answer {i} is {type(answer).__name__}")
         return answers
     return [_column(example, name + suffix, kind, sample) for name in ("chosen", "rejected")]
 
 
 def _split_prompt(answers: list[Any], sample: int | str) -> tuple[Any, list[Any]]:
     """Prompt and answers of whole dialogues: the messages they share, or the text through the last shared turn."""
+    if len(kinds := sorted({type(answer).__name__ for answer in answers})) > 1:
+        raise FlexpatchError(f"sample {sample}: the answers are {' and '.join(reversed(kinds))}; expected one kind")
     shared = min(_shared(answers[0], answer) for answer in answers)
-    if all(isinstance(answer, str) for answer in answers):
+    if isinstance(answers[0], str):
         stop = answers[0].rfind(TURN, 0, shared) + len(TURN)
         if stop < len(TURN):
             raise FlexpatchError(

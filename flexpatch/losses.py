@@ -43,7 +43,7 @@ def dpo_loss(
         reference = torch.zeros_like(policy)
     if reference.shape != policy.shape:
         raise FlexpatchError(f"policy log-probs have shape {tuple(policy.shape)}, reference {tuple(reference.shape)}")
-    if beta <= 0 or not 0 <= label_smoothing < 0.5:
+    if not beta > 0 or not 0 <= label_smoothing < 0.5:
         raise FlexpatchError(f"beta={beta} must be > 0 and label_smoothing={label_smoothing} in [0, 0.5)")
     rewards = beta * (policy - reference.to(policy.device))
     chosen, rejected = rewards.view(-1, 2).unbind(-1)

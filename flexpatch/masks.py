@@ -25,7 +25,7 @@ def bucket(length: int) -> int:
 
     Kernels are compiled for each distinct length, so there must be few; rows up to 131,072 tokens have 36 buckets.
     """
-    step = max(BLOCK, 1 << (max(length - 1, 1).bit_length() - 3))
+    step = max(BLOCK, (1 << max(length - 1, 1).bit_length()) >> 3)
     return -(-length // step) * step
 
 

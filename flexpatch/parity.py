@@ -361,6 +361,8 @@ class _Float64(TorchFunctionMode):
             if func in (F.softmax, Tensor.to):
                 args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
                 kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+            if func in (Tensor.matmul, Tensor.__matmul__, torch.matmul):  # ropes multiply by positions in float32
+                args = (args[0], args[1].to(torch.float64), *args[2:])
         return func(*args, **kwargs)
 
 

@@ -174,7 +174,7 @@ def weights(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _check_call(model: nn.Module, config: Any, rows: Rows) -> None:
     """Refuse what would be wrong for these rows, or in the model's present mode."""
-    for sample, largest in enumerate(rows.largest_ids):
+    for sample, largest in zip(rows.samples, rows.largest_ids, strict=True):
         if largest >= config.vocab_size:
             raise FlexpatchError(
                 f"sample {sample}: id {largest} is outside the vocabulary of {config.vocab_size} tokens"

@@ -53,7 +53,7 @@ def reference_logprobs(
             return list(_load(path, sum(counts)).split(counts))
     device = next(model.parameters()).device
     values: list[Tensor] = [torch.empty(0)] * len(layouts)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with getattr(model, "disable_adapter", nullcontext)():
@@ -69,11 +69,12 @@ def reference_logprobs(
                         )
                     values[i] = value
     finally:
-        model.train(was_training)
+        for module, training in modes.items():  # not model.train(): parts may be frozen in another mode
+            module.training = training
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file({"logprobs": torch.cat(values)}, partial, metadata={"samples": str(len(layouts))})
+        save_file({"logprobs": torch.cat([torch.empty(0), *values])}, partial, metadata={"samples": str(len(layouts))})
         partial.replace(path)  # a killed run leaves no half-written cache
     return values
 

@@ -61,6 +61,7 @@ class Layout:
         answers: Index arrays, one an answer, of all tokens from the root to the answer's last: its separate sequence.
         answer_lengths: Scored tokens of each answer.
         separate_tokens: Tokens that separate runs of every root-to-leaf sequence would need.
+        sample: How error messages name it.
     """
 
     ids: np.ndarray
@@ -71,6 +72,7 @@ class Layout:
     answers: list[np.ndarray]
     answer_lengths: list[int]
     separate_tokens: int
+    sample: int | str = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -107,6 +109,7 @@ def lay_out(tree: Tree, sample: int | str = 0) -> Layout:
         answers,
         lengths,
         sum(map(len, branches)),
+        sample,
     )
 
 
@@ -136,7 +139,10 @@ def _branches(tree: Tree, sample: int | str) -> tuple[list[np.ndarray], list[tup
 def _checked(ids: Sequence[int], sample: int | str, name: str) -> np.ndarray:
     """``ids`` as an int64 array, or the reason why not."""
     where = f"sample {sample}: {f'answer {name}' if name else 'the prompt'}"
-    run = np.asarray(ids)
+    try:
+        run = np.asarray(ids)
+    except ValueError as error:  # lists of unequal lengths
+        raise FlexpatchError(f"{where} must be a flat list of token ids: {error}") from error
     if run.ndim != 1:
         raise FlexpatchError(f"{where} must be a flat list of token ids, but has shape {run.shape}")
     if len(run) == 0:
@@ -171,7 +177,11 @@ def merge_prefixes(sequences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray,
             ends[group[0] : group[1]] = cursor
             continue
         first = sequences[group[0]]
-        stop = min(_common(first, sequences[other], depth) for other in group)
+        stop = len(first)
+        for other in group:
+            if stop == depth + 1:  # no run is shorter; answers that extend one another by a token would take n^2 steps
+                break
+            stop = min(stop, _common(first, sequences[other], depth))
         run = np.arange(cursor, cursor + stop - depth)
         cursor += stop - depth
         ids.append(first[depth:stop])
@@ -218,6 +228,7 @@ class Rows:
         depth: Longest root-to-leaf sequence, in tokens.
         sequence_lengths: Length of every answer's separate sequence, in tokens.
         largest_ids: Largest id of each tree.
+        samples: How error messages name each tree.
     """
 
     input_ids: Tensor
@@ -234,6 +245,7 @@ class Rows:
     depth: int
     sequence_lengths: list[int]
     largest_ids: list[int]
+    samples: list[int | str]
     # Masks already built from these rows, so that policy and reference share them.
     masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -258,12 +270,15 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
     """Pack trees into rows, one row for each bin, padded to the longest.
 
     Args:
-        bins: The trees (or layouts made by :func:`lay_out`) of each row, in order. Samples are numbered through.
+        bins: The trees (or layouts made by :func:`lay_out`) of each row, in order. Trees are numbered through in error
+            messages; layouts keep the name they were given.
         pad_id: Id of padding tokens. They attend only to themselves and score nothing.
 
     Raises:
         FlexpatchError: For an empty bin, or a malformed tree (the message names the sample).
     """
+    if any(isinstance(row, Tree | Layout) for row in bins):
+        raise FlexpatchError("expected a list of rows, each a list of trees; for a single row pass [trees]")
     if not bins or not all(bins):
         raise FlexpatchError("every row needs at least one tree")
     firsts = np.cumsum([0, *map(len, bins)])
@@ -314,4 +329,5 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
         depth=max(int(layout.positions.max()) + 1 for layout in layouts),
         sequence_lengths=[len(answer) for layout in layouts for answer in layout.answers],
         largest_ids=[int(layout.ids.max()) for layout in layouts],
+        samples=[layout.sample for layout in layouts],
     )

@@ -6,7 +6,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from forests import runs
 from parameterized import parameterized
 from tokenizers_offline import make_tokenizer
@@ -264,3 +266,21 @@ def test_read_jsonl_refuses(tmp_path: Path, name: str, content: bytes, message: 
 def test_read_jsonl_passes_on_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_jsonl(tmp_path / "none.jsonl")
+
+
+@parameterized.expand([("numpy", np.array), ("torch", torch.tensor)])
+def test_ids_as_arrays(_name: str, array: Any) -> None:
+    """Rows of a dataset in numpy or torch format."""
+    tree = Collator(max_length=4).tree(
+        dict(prompt_ids=array([1, 2]), chosen_ids=array([3]), rejected_ids=array([4, 5]))
+    )
+    assert same(tree, Tree.of([1, 2], [3], [4, 5]))
+
+
+@parameterized.expand([("a list", [{"name": "find"}]), ("json", '[{"name": "find"}]')])
+def test_columns_for_the_chat_template(_name: str, tools: Any) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ tools[0]['name'] }}{{ mood }}" + tokenizer.chat_template
+    row = dict(prompt=[USER], chosen=[MAT], rejected=[DOG], tools=tools, chat_template_kwargs={"mood": "glad"})
+    tree = Collator(tokenizer).tree(row)
+    assert tokenizer.decode(tree.ids).startswith("findglad")

@@ -254,3 +254,9 @@ def test_refuses(_name: str, tree: Tree, message: str) -> None:
 def test_refuses_empty_rows(_name: str, bins: list[list[Tree]]) -> None:
     with pytest.raises(FlexpatchError, match="every row needs at least one tree"):
         build_rows(bins)
+
+
+@parameterized.expand([("trees", [PAIR, PAIR]), ("layouts", [lay_out(PAIR)])])
+def test_refuses_trees_that_are_in_no_row(_name: str, trees: list[Tree]) -> None:
+    with pytest.raises(FlexpatchError, match=r"a list of rows.*pass \[trees\]"):
+        build_rows(trees)
