@@ -1,6 +1,6 @@
 """The LoRA DPO example on real preference data, shared against paired: the same losses, and how much faster.
 
-    python benchmarks/hh.py DATA.jsonl.gz [--steps 50] [-- options of examples/lora_dpo.py]
+    python benchmarks/hh.py DATA.jsonl.gz [--steps 50] [options of examples/lora_dpo.py]
 
 Runs examples/lora_dpo.py twice with the same seed, prints one table, and writes hh.json and hh.png (both loss curves).
 Exit code 1 if any step's losses differ by more than --tolerance.
@@ -22,13 +22,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tolerance", type=float, default=1e-4)
     parser.add_argument("--output", type=Path, default=Path("runs/hh"))
-    parser.add_argument("options", nargs="*", help="passed on to the example, after --")
-    options = parser.parse_args()
+    options, passed_on = parser.parse_known_args()
     runs = {}
     for layout in ("shared", "paired"):
         folder = options.output / layout
         command = [sys.executable, str(EXAMPLE), f"--{layout}", "--data", options.data, "--steps", str(options.steps)]
-        subprocess.run([*command, "--output", str(folder), *options.options], check=True)
+        subprocess.run([*command, "--output", str(folder), *passed_on], check=True)
         runs[layout] = json.loads((folder / "losses.json").read_text())
     print("\n" + table(runs))
     differences = [
