@@ -8,10 +8,13 @@ Exit code 1 if any step's losses differ by more than --tolerance.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "lora_dpo.py"
 
@@ -29,22 +32,38 @@ def main() -> int:
         command = [sys.executable, str(EXAMPLE), f"--{layout}", "--data", options.data, "--steps", str(options.steps)]
         subprocess.run([*command, "--output", str(folder), *passed_on], check=True)
         runs[layout] = json.loads((folder / "losses.json").read_text())
-    print("\n" + table(runs))
-    differences = [
-        abs(a["loss"] - b["loss"]) for a, b in zip(runs["shared"]["steps"], runs["paired"]["steps"], strict=True)
-    ]
-    print(f"\nlargest difference of a step's loss: {max(differences):.1e} (over {len(differences)} steps)")
+    (options.output / "table.md").write_text(report(runs))
+    print("\n" + report(runs))
     plot(runs, options.output / "hh.png")
-    return 1 if max(differences) > options.tolerance else 0
+    return 1 if largest_difference(runs) > options.tolerance else 0
 
 
-def table(runs: dict[str, Any]) -> str:
-    lines = ["| layout | tokens computed | seconds | pairs/s |", "|---|---|---|---|"]
-    for layout, run in runs.items():
-        tokens = run["tokens"]["shared" if layout == "shared" else "paired_with_padding"]
-        seconds = sum(step["seconds"] for step in run["steps"])
-        pairs = len(run["steps"]) * run["settings"]["batch_size"]
-        lines.append(f"| {layout} | {tokens:,} | {seconds:.0f} | {pairs / seconds:.2f} |")
+def largest_difference(runs: dict[str, Any]) -> float:
+    """Of any step's loss between the two runs."""
+    both = zip(runs["shared"]["steps"], runs["paired"]["steps"], strict=True)
+    return max(abs(shared["loss"] - paired["loss"]) for shared, paired in both)
+
+
+def report(runs: dict[str, Any]) -> str:
+    """The table, and the conditions under which it holds, as Markdown."""
+    seconds = {layout: sum(step["seconds"] for step in run["steps"]) for layout, run in runs.items()}
+    tokens = {"shared": runs["shared"]["tokens"]["shared"], "paired": runs["paired"]["tokens"]["paired_with_padding"]}
+    settings, versions = runs["shared"]["settings"], runs["shared"]["versions"]
+    steps = len(runs["shared"]["steps"])
+    lines = ["| LoRA DPO | tokens computed | seconds | pairs/s | speed-up |", "|---|---|---|---|---|"]
+    for layout, name in (("paired", "unpatched, padded pairs"), ("shared", "flexpatch, packed rows")):
+        pairs = steps * settings["batch_size"] / seconds[layout]
+        speed_up = seconds["paired"] / seconds[layout]
+        lines.append(f"| {name} | {tokens[layout]:,} | {seconds[layout]:.0f} | {pairs:.2f} | {speed_up:.2f}× |")
+    device = torch.cuda.get_device_name() if settings["device"] == "cuda" else f"CPU, {os.cpu_count()} cores"
+    lines += [
+        "",
+        f"The same losses: no step of {steps} differs by more than {largest_difference(runs):.0e}. Conditions: "
+        f"{settings['model'] or 'SmolLM2-135M-Instruct (dequantized)'}, {settings['dtype']}, {settings['batch_size']} pairs "
+        f"a step of `{Path(settings['data']).name}`, {device}, "
+        + ", ".join(f"{name} {version}" for name, version in versions.items() if name != "flexpatch")
+        + "; `python benchmarks/hh.py`.",
+    ]
     return "\n".join(lines)
 
 
