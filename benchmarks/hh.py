@@ -59,8 +59,8 @@ def report(runs: dict[str, Any]) -> str:
     lines += [
         "",
         f"The same losses: no step of {steps} differs by more than {largest_difference(runs):.0e}. Conditions: "
-        f"{settings['model'] or 'SmolLM2-135M-Instruct (dequantized)'}, {settings['dtype']}, {settings['batch_size']} pairs "
-        f"a step of `{Path(settings['data']).name}`, {device}, "
+        f"{settings['model'] or 'SmolLM2-135M-Instruct (dequantized)'}, {settings['dtype']}, {settings['batch_size']} "
+        f"pairs a step of `{Path(settings['data']).name}`, {device}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if name != "flexpatch")
         + "; `python benchmarks/hh.py`.",
     ]
