@@ -123,8 +123,9 @@ def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None
         )
     _check_call(model, config, rows)
     dtype = _mask_dtype(inner, device)
-    windows = (adapter or adapter_for(config)).windows(config)
-    if (adapter or adapter_for(config)).masks == "by_layer_type":
+    adapter = adapter or adapter_for(config)
+    windows = adapter.windows(config)
+    if adapter.masks == "by_layer_type":
         mask: Any = {layer: mask_of(rows, windows[layer], dtype) for layer in dict.fromkeys(config.layer_types)}
     else:
         mask = mask_of(rows, windows[FULL], dtype)
@@ -181,9 +182,11 @@ def _check_call(model: nn.Module, config: Any, rows: Rows) -> None:
             )
     if model.training:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Dropout) and module.training and module.p > 0:
+            # Attention layers keep the rate they were built with, whatever the configuration says by now.
+            rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+            if rate and module.training:
                 raise UnsupportedModelError(
-                    f"dropout {module.p} in '{name}' is active: answers would share one draw on shared tokens, "
+                    f"dropout {rate} in '{name}' is active: answers would share one draw on shared tokens, "
                     "which the unpatched model does not. Set it to 0.0 (for LoRA: LoraConfig(lora_dropout=0.0))"
                 )
     if getattr(config, "output_router_logits", False):
