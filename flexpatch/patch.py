@@ -180,14 +180,19 @@ def _check_call(model: nn.Module, config: Any, rows: Rows) -> None:
             raise FlexpatchError(
                 f"sample {sample}: id {largest} is outside the vocabulary of {config.vocab_size} tokens"
             )
-    if model.training:
-        for name, module in model.named_modules():
-            # Attention layers keep the rate they were built with, whatever the configuration says by now.
-            rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-            if rate and module.training:
+    for name, module in model.named_modules():
+        # Attention layers keep the rate they were built with, whatever the configuration says by now.
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        if rate and module.training:
+            raise UnsupportedModelError(
+                f"dropout {rate} in '{name}' is active: answers would share one draw on shared tokens, which the "
+                "unpatched model does not. Set it to 0.0 (for LoRA: LoraConfig(lora_dropout=0.0))"
+            )
+        for adapter, settings in getattr(module, "peft_config", {}).items():
+            if settings.is_prompt_learning or getattr(settings, "alora_invocation_tokens", None):
                 raise UnsupportedModelError(
-                    f"dropout {rate} in '{name}' is active: answers would share one draw on shared tokens, "
-                    "which the unpatched model does not. Set it to 0.0 (for LoRA: LoraConfig(lora_dropout=0.0))"
+                    f"peft adapter '{adapter}' ({settings.peft_type}) adds tokens to a row or looks for some in it, "
+                    "once for all answers. Use one that acts on each token alone, such as LoRA"
                 )
     if getattr(config, "output_router_logits", False):
         raise UnsupportedModelError(
