@@ -1,0 +1,106 @@
+"""examples/lora_dpo.py, run as a user runs it, on a small random model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tokenizers_offline import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import flexpatch
+from flexpatch.models import TINY, load_model, load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "examples" / "data" / "direct_answers.jsonl"
+HELD_OUT = 4
+ROWS = 16
+
+
+def example(*args: object) -> subprocess.CompletedProcess[str]:
+    # Offline: the example must not look anything up on the hub.
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "examples" / "lora_dpo.py"), "--device", "cpu", *map(str, args)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.1)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**TINY, **sizes})).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def outputs(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    outputs = {}
+    for layout in ("shared", "paired"):
+        outputs[layout] = tmp_path_factory.mktemp(layout)
+        settings = ("--steps", 3, "--batch-size", 4, "--limit", ROWS, "--held-out", HELD_OUT, "--lr", 0.01)
+        done = example(f"--{layout}", "--model", model_dir, "--output", outputs[layout], *settings)
+        assert done.returncode == 0, done.stderr
+    return outputs
+
+
+def report(output: Path) -> dict:
+    return json.loads((output / "losses.json").read_text())
+
+
+def test_shared_and_paired_train_alike(outputs: dict[str, Path]) -> None:
+    shared, paired = report(outputs["shared"]), report(outputs["paired"])
+    losses = [torch.tensor([step["loss"] for step in r["steps"]], dtype=torch.float64) for r in (shared, paired)]
+    assert len(losses[0]) == 3
+    assert (losses[0] - losses[1]).abs().max() <= 1e-5
+    # The steps have to do something for that to mean anything.
+    assert (losses[0] - losses[0][0]).abs().max() > 1e-3
+    assert shared["tokens"] == paired["tokens"]
+    assert shared["tokens"]["shared"] < shared["tokens"]["paired"] < shared["tokens"]["paired_with_padding"]
+
+
+def test_report_and_plot(outputs: dict[str, Path]) -> None:
+    for layout, output in outputs.items():
+        results = report(output)
+        assert results["settings"]["paired"] == (layout == "paired")
+        assert results["versions"]["flexpatch"] == flexpatch.__version__
+        assert results["held_out"]["before"]["loss"] == pytest.approx(0.6931472, abs=1e-5)
+        assert results["held_out"]["before"]["accuracy"] == 0.5
+        assert (output / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plain_peft_reloads_the_trained_adapter(outputs: dict[str, Path], model_dir: Path) -> None:
+    """The reloaded adapter must give the held-out loss that the example measured on the model it trained."""
+    collator = flexpatch.Collator(load_tokenizer(str(model_dir)))
+    layouts = [collator.layout(row) for row in flexpatch.read_jsonl(DATA)[ROWS - HELD_OUT : ROWS]]
+    for output in outputs.values():
+        model = PeftModel.from_pretrained(load_model(str(model_dir), torch.float32), output)
+        with torch.no_grad():
+            policy = flexpatch.separate_logprobs(model, layouts).answers
+            with model.disable_adapter():
+                reference = flexpatch.separate_logprobs(model, layouts).answers
+        after = report(output)["held_out"]["after"]["loss"]
+        assert flexpatch.dpo_loss(policy, reference).loss.item() == pytest.approx(after, abs=1e-5)
+        assert abs(after - 0.6931472) > 1e-3
+
+
+def test_bad_rows(model_dir: Path, tmp_path: Path) -> None:
+    lines = DATA.read_text(encoding="utf-8").splitlines()[:6]
+    lines[2] = json.dumps({**json.loads(lines[2]), "rejected": []})
+    data = tmp_path / "bad.jsonl"
+    data.write_text("\n".join(lines), encoding="utf-8")
+    settings = ("--model", model_dir, "--data", data, "--held-out", 2, "--steps", 1, "--output", tmp_path / "out")
+    stopped = example(*settings)
+    assert stopped.returncode == 2
+    assert "sample 2: answer 1 is empty" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    skipped = example(*settings, "--skip-bad-rows")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "skipped 1 rows: sample 2: answer 1 is empty" in skipped.stdout
+    assert not report(tmp_path / "out")["settings"]["paired"]  # shared is the default
