@@ -54,11 +54,8 @@ def flex(
     if others.get("s_aux") is not None:
         raise UnsupportedModelError("attention sinks are not supported under a block mask; train this model unpatched")
     length, padded = q_BHLD.shape[2], mask.seq_lengths[0]
-    if (
-        not length <= padded < 2 * length + 128
-        or k_BGLD.shape[2] != length
-        or mask.shape[0] not in (1, q_BHLD.shape[0])
-    ):
+    # A mask of one row must not serve several: its rule would read the ends of other rows, beyond its own.
+    if not length <= padded < 2 * length + 128 or k_BGLD.shape[2] != length or mask.shape[0] != q_BHLD.shape[0]:
         raise FlexpatchError(
             f"the block mask is for {mask.shape[0]} rows of up to {padded} tokens, but attention got queries "
             f"{tuple(q_BHLD.shape)} and keys {tuple(k_BGLD.shape)}: pass use_cache=False and the mask of the same rows"
@@ -68,15 +65,25 @@ def flex(
         dtype = torch.get_autocast_dtype(q_BHLD.device.type)
     # Only attention is padded to the bucket: the linear layers around it never see a padding token.
     pad = (0, 0, 0, padded - length)
+    # Contiguous in both cases: Dynamo guards on strides, and rows that fill their bucket would compile anew.
     q_BHPD, k_BGPD, v_BGPD = (
-        F.pad(x.to(dtype), pad) if padded > length else x.to(dtype) for x in (q_BHLD, k_BGLD, v_BGLD)
+        F.pad(x.to(dtype), pad) if padded > length else x.to(dtype).contiguous() for x in (q_BHLD, k_BGLD, v_BGLD)
     )
+    _check_device(q_BHPD, k_BGPD, v_BGPD)
     if torch.compiler.is_compiling():
         out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap)
     else:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
             out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap)
     return out_BHPD[:, :, :length].transpose(1, 2).contiguous()
+
+
+def _check_device(*tensors: Tensor) -> None:
+    """Torch 2.11 to 2.15 cannot train with flex on a CPU, and says so in a trace of many screens."""
+    if tensors[0].device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise FlexpatchError(
+            "FlexAttention has no backward on the CPU: flexpatch.apply(model, backend='dense'), or 'auto', trains there"
+        )
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None) -> Tensor:

@@ -56,7 +56,8 @@ def separate_logprobs(
         model: A causal language model.
         trees: The samples.
         pad_id: Id of padding tokens.
-        batch_size: Sequences a call; ``None`` for all at once.
+        batch_size: Sequences a call; ``None`` for all at once. Gemma 2 in float64 needs 1: for padding beyond a window
+            transformers' eager attention gives NaN there.
 
     Raises:
         FlexpatchError: For a malformed tree (the message names the sample).

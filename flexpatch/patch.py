@@ -245,7 +245,7 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
     """The eager attention of the file that defines ``module``'s class. Its bases are searched too, because FSDP2 and
     others swap a module's class for a subclass defined elsewhere."""
     for base in type(module).__mro__:
-        function = vars(sys.modules[base.__module__]).get("eager_attention_forward")
+        function = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
         if function is not None:
             return function
     raise UnsupportedModelError(f"no eager attention found for {type(module).__name__}; load the model with 'sdpa'")

@@ -20,6 +20,7 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     Graphs are kept from test to test; one that counts them starts with ``torch._dynamo.reset()``.
     """
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    monkeypatch.setattr(attention, "_check_device", lambda *tensors: None)
     monkeypatch.setattr(attention, "_compiled", _compiled)
 
 
