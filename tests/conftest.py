@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 from functools import cache
 from typing import Any
 
@@ -7,6 +8,10 @@ import pytest
 import torch
 
 from flexpatch import attention
+
+# Tiny models gain nothing from threads, and those of several workers would wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
