@@ -8,7 +8,6 @@ Exit code 1 if any step's losses differ by more than --tolerance.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +54,9 @@ def report(runs: dict[str, Any]) -> str:
         pairs = steps * settings["batch_size"] / seconds[layout]
         speed_up = seconds["paired"] / seconds[layout]
         lines.append(f"| {name} | {tokens[layout]:,} | {seconds[layout]:.0f} | {pairs:.2f} | {speed_up:.2f}× |")
-    device = torch.cuda.get_device_name() if settings["device"] == "cuda" else f"CPU, {os.cpu_count()} cores"
+    device = (
+        torch.cuda.get_device_name() if settings["device"] == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
+    )
     lines += [
         "",
         f"The same losses: no step of {steps} differs by more than {largest_difference(runs):.0e}. Conditions: "

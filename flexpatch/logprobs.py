@@ -82,9 +82,10 @@ def separate_logprobs(
 
 def _token_logprobs(logits_KV: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
     """log softmax of ``logits[source]`` at each target, in at least float32."""
-    if logits_KV.dtype != torch.float64:
-        logits_KV = logits_KV.float()
-    return logits_KV[sources, targets] - torch.logsumexp(logits_KV, dim=-1)[sources]
+    logits_TV = logits_KV[sources]
+    if logits_TV.dtype != torch.float64:
+        logits_TV = logits_TV.float()
+    return logits_TV.gather(-1, targets[:, None])[:, 0] - logits_TV.logsumexp(-1)
 
 
 def sum_answers(tokens: Tensor, rows: Rows) -> Tensor:
