@@ -54,9 +54,9 @@ def report(runs: dict[str, Any]) -> str:
         pairs = steps * settings["batch_size"] / seconds[layout]
         speed_up = seconds["paired"] / seconds[layout]
         lines.append(f"| {name} | {tokens[layout]:,} | {seconds[layout]:.0f} | {pairs:.2f} | {speed_up:.2f}× |")
-    device = (
-        torch.cuda.get_device_name() if settings["device"] == "cuda" else f"CPU ({torch.get_num_threads()} threads)"
-    )
+    threads = torch.get_num_threads()
+    cpu = f"CPU with {threads} thread{'s' * (threads > 1)}"
+    device = torch.cuda.get_device_name() if settings["device"] == "cuda" else cpu
     lines += [
         "",
         f"The same losses: no step of {steps} differs by more than {largest_difference(runs):.0e}. Conditions: "
