@@ -2,7 +2,7 @@
 
     python benchmarks/hh.py DATA.jsonl.gz [--steps 50] [options of examples/lora_dpo.py]
 
-Runs examples/lora_dpo.py twice with the same seed, prints one table, and writes hh.json and hh.png (both loss curves).
+Runs examples/lora_dpo.py twice with the same seed, prints one table, and writes table.md and hh.png (both loss curves).
 Exit code 1 if any step's losses differ by more than --tolerance.
 """
 

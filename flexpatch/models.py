@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from flexpatch.errors import FlexpatchError
+from flexpatch.patch import eager_experts
 from flexpatch.registry import adapter_for, adapters
 
 # What tiny models of every architecture have in common; an adapter's ``tiny`` entries override it.
@@ -47,7 +48,8 @@ def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False
         attn_implementation=adapter.implementations[0],
         trust_remote_code=trust_remote_code,
     )
-    return model.eval()
+    model = model.eval()
+    return eager_experts(model) if dtype == torch.float64 else model
 
 
 def load_tokenizer(name: str) -> Any:
@@ -80,13 +82,12 @@ def tiny_model(
     """
     adapter = adapters()[model_type]
     config = AutoConfig.for_model(model_type, **{**TINY, **adapter.tiny[model_type][variant]})
-    # Grouped matrix products of mixture-of-experts layers have no float64.
-    experts = {} if dtype != torch.float64 else {"experts_implementation": "eager"}
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=adapter.implementations[0], **experts)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=adapter.implementations[0])
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.15, generator=generator)
         else:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return model.to(dtype).eval()
+    model = model.to(dtype).eval()
+    return eager_experts(model) if dtype == torch.float64 else model

@@ -133,6 +133,7 @@ def check_parity(
     torch.set_float32_matmul_precision("highest")  # TF32 would hide a wrong mask behind its rounding
     try:
         remove(model)
+        model.zero_grad(set_to_none=True)  # each pass clears its own after reading them
         return _Verification(model, name or type(model).__name__, backend, seed, progress).run()
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -207,7 +208,6 @@ class _Verification:
 
         ``constants``: answer log-probs that the reference's are made of; ``None`` for the model's own.
         """
-        model.zero_grad(set_to_none=True)
         tokens = []
         for tree, here in zip(self.trees, self._samples(), strict=True):
             logps = separate_logprobs(model, [tree], batch_size=1)
@@ -243,7 +243,6 @@ class _Verification:
         return answer_logprobs(self.model, rows, adapter=adapter).tokens
 
     def _gradients(self, rows: Rows, stock: Tensor) -> Gradients:
-        self.model.zero_grad(set_to_none=True)
         reference = sum_answers(stock, self.rows) + self.noise
         answers = answer_logprobs(self.model, rows).answers
         torch.stack([_dpo(answers[here], reference[here]) for here in self._samples()]).sum().backward()

@@ -147,7 +147,7 @@ def text_config(model: nn.Module) -> Any:
     return inner.config
 
 
-def eager_experts(model: nn.Module) -> nn.Module:
+def eager_experts(model: AnyModel) -> AnyModel:
     """Let mixture-of-experts layers run in any dtype; their grouped matrix products have no float64."""
     inner = _pretrained(model)
     if inner._can_set_experts_implementation():

@@ -17,7 +17,6 @@ from torch import nn
 
 from flexpatch.models import load_model, tiny_model
 from flexpatch.parity import Report, check_parity
-from flexpatch.patch import eager_experts
 from flexpatch.registry import adapters
 
 
@@ -85,7 +84,7 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
     dtype = default if options.dtype == "auto" else getattr(torch, options.dtype)
     if not tiny:
         model = load_model(options.model, dtype, trust_remote_code=options.trust_remote_code).to(device)
-        yield options.model, eager_experts(model) if dtype == torch.float64 else model
+        yield options.model, model
         return
     for model_type in types:
         count = len(adapters()[model_type].tiny[model_type])
