@@ -8,12 +8,13 @@
 """
 
 from flexpatch.collator import Collator, read_jsonl
-from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
+from flexpatch.fold import Savings
 from flexpatch.logprobs import AnswerLogprobs, answer_logprobs, separate_logprobs
 from flexpatch.losses import PreferenceLoss, dpo_loss
 from flexpatch.packing import pack
 from flexpatch.parity import Report, check_parity
-from flexpatch.patch import apply, is_applied, model_inputs, remove
+from flexpatch.patch import apply, is_applied, model_inputs, remove, savings
 from flexpatch.reference import reference_logprobs
 from flexpatch.registry import Adapter, register, support_table
 from flexpatch.tree import Layout, Rows, Tree, build_rows, lay_out
@@ -23,10 +24,12 @@ __all__ = [
     "AnswerLogprobs",
     "Collator",
     "FlexpatchError",
+    "FlexpatchWarning",
     "Layout",
     "PreferenceLoss",
     "Report",
     "Rows",
+    "Savings",
     "Tree",
     "UnsupportedModelError",
     "answer_logprobs",
@@ -42,6 +45,7 @@ __all__ = [
     "reference_logprobs",
     "register",
     "remove",
+    "savings",
     "separate_logprobs",
     "support_table",
 ]

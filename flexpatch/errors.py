@@ -1,4 +1,4 @@
-"""The two errors flexpatch raises for what a user can put right."""
+"""The two errors flexpatch raises for what a user can put right, and its warning."""
 
 
 class FlexpatchError(ValueError):
@@ -7,3 +7,7 @@ class FlexpatchError(ValueError):
 
 class UnsupportedModelError(FlexpatchError):
     """A model, or a setting of it, for which shared prefixes would not be exact; the message gives the way out."""
+
+
+class FlexpatchWarning(UserWarning):
+    """A batch runs as it was given, without sharing; the message says why. Results are those of the unpatched model."""

@@ -2,17 +2,22 @@
 
 ``apply`` gives a model an attention implementation of its own, ``flexpatch_<original>``. A block mask goes to
 FlexAttention; everything else (generation, caches, ordinary batches) goes to the original implementation, unchanged.
-The name is the only state: nothing is attached to the model, no class and no module is altered.
+The name and two hooks on the backbone are all there is: no class and no forward is altered. What the second hook needs
+travels with the call's ``input_ids``; the first keeps counts of tokens, and nothing that a result depends on.
 
 What is relied on: ``AttentionInterface`` and ``AttentionMaskInterface`` accept new names;
 ``PreTrainedModel.set_attn_implementation`` sets them; a 4-D mask, or a dict of them keyed by ``config.layer_types``,
-reaches the attention function untouched; ``position_ids`` reaches rope untouched.
+reaches the attention function untouched; ``position_ids`` reaches rope untouched; a causal model calls
+``base_model`` once, as a module, and takes all it needs from the hidden states that returns.
 """
 
 import logging
 import sys
+import warnings
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -23,9 +28,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from flexpatch.attention import flex
-from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
+from flexpatch.fold import Counts, Savings, check_ids, fold_batch, follow_columns, unfold
 from flexpatch.masks import mask_of
-from flexpatch.registry import FULL, Adapter, adapter_for, ropes
+from flexpatch.refusals import check_mode, check_rows, longrope_limit
+from flexpatch.registry import FULL, Adapter, adapter_for
 from flexpatch.tree import Rows
 
 PREFIX = "flexpatch_"
@@ -37,15 +44,19 @@ log = logging.getLogger(__name__)
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
-def apply(model: AnyModel, *, backend: str = "auto") -> AnyModel:
-    """Let ``model`` run packed rows. Ordinary calls and generation stay bit-identical.
+def apply(model: AnyModel, *, backend: str = "auto", fold: bool = True) -> AnyModel:
+    """Let ``model`` compute shared prefixes once, in ordinary padded batches and in packed rows.
 
-    Works before or after ``peft.get_peft_model``, and is idempotent. Undone by :func:`remove`.
+    An ordinary forward over a padded (N, S) batch without a cache runs as one row of prefix trees if that leaves at
+    least a tenth of its tokens out; callers see the same hidden states, logits and gradients as before. Calls with a
+    cache, generation among them, stay bit-identical. Works before or after ``peft.get_peft_model``, and is idempotent.
+    Undone by :func:`remove`.
 
     Args:
         model: A causal language model of transformers, bare or wrapped (peft, DDP).
         backend: ``"flex"``: compiled FlexAttention; ``"dense"``: the model's own attention under an L x L mask, for
             devices on which flex cannot train; ``"auto"``: flex on CUDA and XPU, dense elsewhere.
+        fold: Whether to fold ordinary batches. Without it they run as they are given.
 
     Returns:
         ``model``.
@@ -68,6 +79,10 @@ def apply(model: AnyModel, *, backend: str = "auto") -> AnyModel:
     inner.set_attn_implementation(f"{PREFIX}{backend}_{original}")
     if inner.config._attn_implementation == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
+    _unhook(inner)
+    if fold:
+        inner.base_model.register_forward_pre_hook(_FoldHook(), with_kwargs=True)
+        inner.base_model.register_forward_hook(_unfold_hook, with_kwargs=True)
     if current != inner.config._attn_implementation:
         device = inner.get_input_embeddings().weight.device
         chosen = "flex" if _mask_dtype(inner, device) is None else "dense"
@@ -80,6 +95,7 @@ def remove(model: AnyModel) -> AnyModel:
     inner = _pretrained(model)
     if is_applied(inner):
         inner.set_attn_implementation(_parse(inner.config._attn_implementation)[1])
+        _unhook(inner)
     return model
 
 
@@ -121,9 +137,14 @@ def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None
         raise FlexpatchError(
             f"the rows are on {rows.input_ids.device}, the model on {device}: pass rows.to(model.device)"
         )
-    _check_call(model, config, rows)
+    check_mode(model)
+    check_rows(config, rows)
+    return _inputs(inner, rows, adapter or adapter_for(config))
+
+
+def _inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter) -> dict[str, Any]:
+    config, device = text_config(inner), rows.input_ids.device
     dtype = _mask_dtype(inner, device)
-    adapter = adapter or adapter_for(config)
     windows = adapter.windows(config)
     if adapter.masks == "by_layer_type":
         mask: Any = {layer: mask_of(rows, windows[layer], dtype) for layer in dict.fromkeys(config.layer_types)}
@@ -173,40 +194,133 @@ def weights(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return settings, tensors
 
 
-def _check_call(model: nn.Module, config: Any, rows: Rows) -> None:
-    """Refuse what would be wrong for these rows, or in the model's present mode."""
-    for sample, largest in zip(rows.samples, rows.largest_ids, strict=True):
-        if largest >= config.vocab_size:
-            raise FlexpatchError(
-                f"sample {sample}: id {largest} is outside the vocabulary of {config.vocab_size} tokens"
-            )
-    for name, module in model.named_modules():
-        # Attention layers keep the rate they were built with, whatever the configuration says by now.
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-        if rate and module.training:
-            raise UnsupportedModelError(
-                f"dropout {rate} in '{name}' is active: answers would share one draw on shared tokens, which the "
-                "unpatched model does not. Set it to 0.0 (for LoRA: LoraConfig(lora_dropout=0.0))"
-            )
-        for adapter, settings in getattr(module, "peft_config", {}).items():
-            if settings.is_prompt_learning or getattr(settings, "alora_invocation_tokens", None):
-                raise UnsupportedModelError(
-                    f"peft adapter '{adapter}' ({settings.peft_type}) adds tokens to a row or looks for some in it, "
-                    "once for all answers. Use one that acts on each token alone, such as LoRA"
-                )
-    if getattr(config, "output_router_logits", False):
-        raise UnsupportedModelError(
-            "output_router_logits=True: the router's auxiliary loss would weigh a shared prompt once instead of once "
-            "for each answer. Set model.config.output_router_logits = False"
+class _FoldHook:
+    """Forward pre-hook of a backbone: an ordinary batch goes in as one row. Keeps the latest batches' token counts."""
+
+    def __init__(self) -> None:
+        self.counts: deque[Counts] = deque(maxlen=10_000)
+
+    def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
+        call = {**dict(zip(signature(type(backbone).forward).parameters, (None, *args), strict=False)), **kwargs}
+        call.pop("self", None)
+        mask, ids = call.get("attention_mask"), call.get("input_ids")
+        if isinstance(mask, dict | BlockMask) or (mask is not None and mask.ndim != 2):
+            return None  # rows of our own, or a mask of the caller's own
+        if call.get("past_key_values") is not None or call.get("use_cache"):
+            return None
+        if ids is not None and (ids.ndim != 2 or (mask is None and len(ids) == 1)):
+            return None
+        folded = self.fold(backbone, call)
+        return None if folded is None else ((), folded)
+
+    @torch.compiler.disable
+    def fold(self, backbone: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any] | None:
+        """The call's arguments with its batch folded; ``None`` if it should run as it was given."""
+        config = text_config(backbone)
+        if reason := _obstacle(backbone, config, call):
+            _warn_unfolded(reason)
+            return None
+        check_mode(backbone)
+        ids, given = call["input_ids"], call.get("attention_mask")
+        if given is not None and given.shape != ids.shape:
+            raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
+        batch = [call[name] for name in ("input_ids", "attention_mask", "position_ids") if call.get(name) is not None]
+        # One copy for all three: on a GPU each would wait for everything launched before.
+        arrays = iter(torch.stack([x.expand_as(ids).to(ids) for x in batch]).numpy(force=True))
+        id_array = next(arrays)
+        mask = next(arrays) != 0 if given is not None else None
+        check_ids(id_array, mask, config.vocab_size)
+        positions = next(arrays, None)
+        if positions is not None and not follow_columns(positions, mask):
+            _warn_unfolded("position_ids that do not count a sequence's columns (packed rows, for example)")
+            return None
+        folded = fold_batch(id_array, mask)
+        if folded is None or not _gains(config, folded.counts, ids.shape[1], _mask_dtype(backbone, ids.device)):
+            self.counts.append(Counts(ids.numel(), ids.numel(), ids.numel()))
+            return None
+        if (limit := longrope_limit(config)) is not None and folded.rows.depth <= limit < ids.shape[1]:
+            _warn_unfolded("left padding beyond the length at which longrope switches its frequencies")
+            return None
+        self.counts.append(folded.counts)
+        call |= _inputs(backbone, folded.rows.to(ids.device), adapter_for(config))
+        # On this tensor and not beside it: other arguments reach every layer, compiled ones included.
+        call["input_ids"].flexpatch_unfold = folded.index.to(ids.device), folded.padding
+        return call
+
+
+def _gains(config: Any, counts: Counts, columns: int, mask_dtype: torch.dtype | None) -> bool:
+    """Whether one row of ``counts.computed`` tokens costs at most 90% of the batch.
+
+    Block masks skip what is hidden. The dense backend computes all pairs of the row: to a layer of D hidden units a
+    pair costs 4 D FLOPs, a token about 24 D^2.
+    """
+    if mask_dtype is None:
+        return counts.computed <= 0.9 * counts.padded
+    token = 6 * config.hidden_size
+    return counts.computed * (token + counts.computed) <= 0.9 * counts.padded * (token + columns)
+
+
+def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> str | None:
+    """What in a call cannot be folded exactly."""
+
+    def asked(name: str) -> Any:
+        return call[name] if call.get(name) is not None else getattr(config, name, None)
+
+    if call.get("input_ids") is None:
+        return "inputs_embeds, which do not tell which tokens are equal"
+    if asked("use_cache") and not (backbone.training and torch.is_grad_enabled()):
+        return "use_cache not given, whose cache may be wanted (pass False, or set model.config.use_cache = False)"
+    for name in ("output_attentions", "output_router_logits"):
+        if asked(name):
+            return f"{name}=True"
+    if asked("return_dict") is False:
+        return "return_dict=False"
+    for name, value in call.items():
+        known = name in ("input_ids", "attention_mask", "position_ids")
+        if isinstance(value, Tensor) and not known and value.ndim and len(value) == len(call["input_ids"]):
+            return f"the argument {name}"
+    return None
+
+
+def _warn_unfolded(reason: str) -> None:
+    """Say, once for each reason, that batches run as they are given."""
+    warnings.warn(f"flexpatch: batches with {reason} run as they are given", FlexpatchWarning, 2)
+
+
+def _unfold_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a backbone: a folded batch's hidden states come out in the caller's layout."""
+    index, padding = getattr(kwargs.get("input_ids"), "flexpatch_unfold", (None, None))
+    if index is None:
+        return None
+    last = output.last_hidden_state
+    output.last_hidden_state = unfold(last, index, padding)
+    if output.get("hidden_states") is not None:
+        output.hidden_states = tuple(
+            output.last_hidden_state if h is last else h if h is None else unfold(h, index, padding)
+            for h in output.hidden_states
         )
-    if (longrope := ropes(config).get("longrope")) is not None:
-        limit = longrope["original_max_position_embeddings"]
-        shortest = min([*rows.sequence_lengths, rows.depth])
-        if shortest <= limit < rows.depth:
-            raise UnsupportedModelError(
-                f"longrope switches its frequencies at {limit} tokens for the whole call, but these sequences have "
-                f"{shortest} to {rows.depth}: put shorter and longer ones in separate rows"
-            )
+    return output
+
+
+def _unhook(inner: PreTrainedModel) -> None:
+    """Take our hooks off. Found by what they are: a handle would be state, and a copied model would have none."""
+    hooks = inner.base_model._forward_pre_hooks, inner.base_model._forward_hooks
+    flags = inner.base_model._forward_pre_hooks_with_kwargs, inner.base_model._forward_hooks_with_kwargs
+    for registered, with_kwargs in zip(hooks, flags, strict=True):
+        for key in [k for k, hook in registered.items() if isinstance(hook, _FoldHook) or hook is _unfold_hook]:
+            del registered[key], with_kwargs[key]
+
+
+def savings(model: nn.Module, last: int | None = None) -> Savings:
+    """What folding saved over the ``last`` batches, at most 10,000. Reference passes and evaluation count too.
+
+    Raises:
+        FlexpatchError: If the model does not fold batches.
+    """
+    for hook in _pretrained(model).base_model._forward_pre_hooks.values():
+        if isinstance(hook, _FoldHook):
+            return Savings.of(list(hook.counts)[-(last or 0) :])
+    raise FlexpatchError("this model does not fold batches: call flexpatch.apply(model) first")
 
 
 def _mask_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype | None:

@@ -253,7 +253,7 @@ class OrdinaryCallsTest(unittest.TestCase):
 
 
 class StateTest(unittest.TestCase):
-    """The implementation's name is the only state."""
+    """The implementation's name and two hooks on the backbone are the only state."""
 
     @pytest.fixture(autouse=True)
     def _set_up(self, tmp_path: Path) -> None:
@@ -287,8 +287,15 @@ class StateTest(unittest.TestCase):
         flexpatch.apply(model, backend="dense")
         self.tokens(model)
         patched = snapshot()
-        for what in ("classes and files", "modules, with hooks", "generation configuration"):
+        for what in ("classes and files", "generation configuration"):
             assert patched[what] == before[what], f"apply altered {what}"
+        backbone = patched["modules, with hooks"][model.base_model_prefix]
+        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
+            assert len(backbone.pop(hooks)) == len(backbone.pop(f"{hooks}_with_kwargs")) == 1
+            for kind in (hooks, f"{hooks}_with_kwargs"):
+                assert before["modules, with hooks"][model.base_model_prefix].get(kind) == {}
+                backbone[kind] = {}
+        assert patched["modules, with hooks"] == before["modules, with hooks"], "apply altered modules"
         flexpatch.remove(model)
         assert snapshot() == before
 

@@ -1,0 +1,185 @@
+"""An ordinary padded batch as one row of prefix trees, and its hidden states back as a batch.
+
+Sequences of a batch that begin alike are one tree, whatever made them so: pairs, groups of answers, nested turns,
+repeated rows. Padding is left out.
+
+Shapes: N sequences, S columns, L tokens of the row, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from flexpatch.errors import FlexpatchError
+from flexpatch.tree import Layout, Rows, build_rows, merge_prefixes
+
+# Positions are merged with ids, as the high half of an int64, where a mask has holes.
+_ID_BITS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """A batch as one row.
+
+    Attributes:
+        rows: The row, on the CPU. Nothing in it is scored.
+        index: (N, S) int64, the row's token that holds each position's hidden state.
+        padding: The token all padding points to: the row's last, a tree of its own. ``None`` without padding.
+        counts: What was saved.
+    """
+
+    rows: Rows
+    index: Tensor
+    padding: int | None
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of one batch: ``padded`` as given (N * S), ``real`` without padding, ``computed`` by the model."""
+
+    padded: int
+    real: int
+    computed: int
+
+    def padding(self) -> int:
+        """Padding tokens left out, when folded. One of them stays, for all padding to point to."""
+        return self.padded - self.real
+
+    def shared(self) -> int:
+        """Tokens left out because an equal one stands for them, when folded."""
+        return self.real - self.computed
+
+
+def fold_batch(ids: np.ndarray, mask: np.ndarray | None = None) -> Folded | None:
+    """Merge a batch's sequences into one row of prefix trees.
+
+    A token's position is its column less the column of its sequence's first token: what rope and windows see as
+    distance in the unpatched model, on whichever side the padding is and across holes in the mask.
+
+    Args:
+        ids: (N, S) int64.
+        mask: (N, S) bool, True for tokens; ``None``: no padding.
+
+    Returns:
+        ``None`` if the batch holds no token.
+    """
+    N, S = ids.shape
+    mask = np.ones((N, S), bool) if mask is None else mask
+    lengths = mask.sum(1)
+    real = int(lengths.sum())
+    if real == 0:
+        return None
+    firsts = mask.argmax(1)
+    # The last token's column: of the reversed mask's first, from the right.
+    spans = S - mask[:, ::-1].argmax(1) - firsts
+    holes = bool((spans != lengths)[lengths > 0].any())
+    keys = (np.arange(S) - firsts[:, None] << _ID_BITS) + ids if holes else ids
+    sequences = [keys[n, mask[n]] for n in np.flatnonzero(lengths)]
+    merged, positions, ends, paths = merge_prefixes(sequences)
+    if holes:
+        positions, merged = merged >> _ID_BITS, merged & ((1 << _ID_BITS) - 1)
+    padding = None
+    L = len(merged)
+    if real < N * S:
+        padding = L
+        merged, positions, ends = np.append(merged, 0), np.append(positions, 0), np.append(ends, L + 1)
+    index = np.full((N, S), -1 if padding is None else padding, np.int64)
+    index[mask] = np.concatenate(paths)
+    nothing = np.empty(0, np.int64)
+    layout = Layout(merged, positions, ends, nothing, nothing, [], [], real)
+    return Folded(build_rows([[layout]]), torch.from_numpy(index), padding, Counts(N * S, real, L))
+
+
+def unfold(hidden_1LD: Tensor, index: Tensor, padding: int | None) -> Tensor:
+    """Hidden states of the row, as the batch the caller gave.
+
+    An embedding lookup: its backward sums the gradients of a shared token in a fixed order, and in float32 where there
+    are many, for which indexing would use atomics. Padding gets the hidden state of a token that sees only itself, and
+    passes no gradient on.
+
+    Args:
+        hidden_1LD: (1, L, D).
+        index: (N, S) int64.
+        padding: As in :class:`Folded`.
+
+    Returns:
+        (N, S, D).
+    """
+    return F.embedding(index.to(hidden_1LD.device), hidden_1LD[0], padding_idx=padding)
+
+
+@dataclass(frozen=True)
+class Savings:
+    """What folding saved over some batches.
+
+    Attributes:
+        batches: Batches that could have been folded.
+        folded: Those that were; the others had too little to gain and ran as they were given.
+        padded: Tokens the unpatched model computes: rows times columns.
+        computed: Tokens that were computed.
+        padding: Tokens saved as padding.
+        shared: Tokens saved because sequences share them.
+    """
+
+    batches: int
+    folded: int
+    padded: int
+    computed: int
+    padding: int
+    shared: int
+
+    @classmethod
+    def of(cls, counts: Iterable[Counts]) -> Savings:
+        """Sum over batches."""
+        every = list(counts)
+        folded = [c for c in every if c.computed < c.padded]
+        padding, shared = (sum(getattr(c, kind)() for c in folded) for kind in ("padding", "shared"))
+        return cls(
+            len(every), len(folded), sum(c.padded for c in every), sum(c.computed for c in every), padding, shared
+        )
+
+    @property
+    def factor(self) -> float:
+        """How many times fewer tokens were computed."""
+        return self.padded / self.computed if self.computed else 1.0
+
+    def __str__(self) -> str:
+        whole = max(self.padded, 1)
+        return (
+            f"{self.folded} of {self.batches} batches folded: {self.computed:,} tokens computed instead of "
+            f"{self.padded:,}, {self.factor:.2f} times fewer; {self.padding / whole:.0%} were padding, "
+            f"{self.shared / whole:.0%} shared prefixes"
+        )
+
+
+def follow_columns(positions: np.ndarray, mask: np.ndarray | None) -> bool:
+    """Whether given (N, S) position ids count columns, from wherever in each sequence: then folding keeps distances."""
+    shift = positions - np.arange(positions.shape[1])
+    if mask is not None:
+        first = np.take_along_axis(shift, mask.argmax(1)[:, None], 1)
+        shift = np.where(mask, shift, first)
+    return bool((shift == shift[:, :1]).all())
+
+
+def check_ids(ids: np.ndarray, mask: np.ndarray | None, vocabulary: int) -> None:
+    """Refuse ids outside the vocabulary, which a GPU reports as a failed assertion somewhere later.
+
+    Raises:
+        FlexpatchError: Naming the row and column.
+    """
+    wrong = (ids < 0) | (ids >= vocabulary)
+    if mask is not None:
+        wrong &= mask
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0].tolist()
+        raise FlexpatchError(
+            f"row {row}, column {column} of the batch holds id {ids[row, column]}, outside the vocabulary of "
+            f"{vocabulary} tokens"
+        )
