@@ -7,6 +7,7 @@ import pytest
 from parameterized import parameterized
 
 from flexpatch import FlexpatchError, pack
+from flexpatch.packing import epoch_bins
 
 
 def fit(lengths: list[int], capacity: int, *, decreasing: bool = True, best: bool = False) -> list[list[int]]:
@@ -74,3 +75,45 @@ def test_large_datasets_are_packed_in_seconds() -> None:
     bins = pack(lengths, 8192)
     assert time.process_time() - start < 5
     assert len(bins) <= 1.02 * sum(lengths) / 8192
+
+
+class TestEpochBins:
+    def lengths(self, n: int = 500) -> list[int]:
+        return np.random.default_rng(0).integers(20, 900, n).tolist()
+
+    def test_every_item_once_within_the_budget(self) -> None:
+        lengths = self.lengths()
+        for ranks in (1, 2, 3, 8):
+            bins = epoch_bins(lengths, 2048, ranks=ranks)
+            assert sorted(item for items in bins for item in items) == list(range(500))
+            assert all(sum(lengths[item] for item in items) <= 2048 for items in bins)
+            assert len(bins) % ranks == 0
+            assert len(bins) <= 1.1 * sum(lengths) / 2048 + ranks
+
+    def test_epochs_differ_in_all_but_their_number(self) -> None:
+        lengths = self.lengths()
+        epochs = [epoch_bins(lengths, 2048, ranks=4, seed=1, epoch=epoch) for epoch in range(5)]
+        assert len({len(bins) for bins in epochs}) == 1
+        shared = [{frozenset(items) for items in bins} for bins in epochs]
+        assert all(len(shared[0] & other) < len(shared[0]) / 2 for other in shared[1:])
+        assert epochs[2] == epoch_bins(lengths, 2048, ranks=4, seed=1, epoch=2)
+        assert epochs[2] != epoch_bins(lengths, 2048, ranks=4, seed=2, epoch=2)
+
+    def test_ranks_of_a_step_have_like_costs(self) -> None:
+        lengths = self.lengths()
+        costs = [length**1.5 for length in lengths]
+        bins = epoch_bins(lengths, 2048, costs=costs, ranks=4)
+        alike = np.array([sum(costs[item] for item in items) for items in bins])
+        steps = alike.reshape(-1, 4)
+        dealt = np.random.default_rng(0).permutation(alike).reshape(-1, 4)
+        assert np.median(np.ptp(steps, 1) / steps.mean(1)) < 0.02
+        assert np.median(np.ptp(dealt, 1) / dealt.mean(1)) > 0.1, "bins so alike show nothing"
+        assert alike.tolist() != sorted(alike), "steps come in no order of cost"
+
+    def test_bins_that_cannot_be_split_repeat(self) -> None:
+        bins = epoch_bins([5, 5, 5], 5, ranks=2)
+        assert len(bins) == 4 and {item for items in bins for item in items} == {0, 1, 2}
+
+    def test_too_long_items_keep_their_name(self) -> None:
+        with pytest.raises(FlexpatchError, match="sample 2 has 11 tokens, outside 1 to 10"):
+            epoch_bins([1, 2, 11, 3], 10)

@@ -1,0 +1,486 @@
+"""Ordinary batches, folded: the unpatched model's hidden states, logits and gradients, whatever the batch."""
+
+import copy
+import pickle
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from forests import row_prefixes, visible
+from oracle import see_siblings
+from parameterized import parameterized
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+import flexpatch
+from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, patch
+from flexpatch.fold import Counts, Folded, Savings, fold_batch, follow_columns
+from flexpatch.models import TINY, tiny_model
+from flexpatch.parity import _Float64
+from flexpatch.registry import adapters
+
+# Full attention, windows on all layers, on some, two ropes; Gemma 2 in float64 gives NaN for padded batches unpatched.
+KINDS = [("llama", 0), ("mistral", 1), ("qwen3", 1), ("gemma3_text", 0)]
+BOUND = 1e-10
+
+
+@pytest.fixture(autouse=True)
+def _fold_always(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Tests with few tokens must fold too; those about gains ask for the real rule."""
+    if "real_gains" not in request.keywords:
+        monkeypatch.setattr(patch, "_gains", lambda *args: True)
+
+
+@pytest.fixture(autouse=True)
+def _no_unfolded_batches() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FlexpatchWarning)
+        yield
+
+
+def random_batch(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of up to 9 sequences of 1 to 40 tokens that often begin alike, repeat, and are padded anyhow."""
+    vocabulary = int(rng.integers(2, 148))
+    bases = [rng.integers(3, 3 + vocabulary, rng.integers(1, 30)) for _ in range(rng.integers(1, 4))]
+    sequences = []
+    for _ in range(rng.integers(1, 10)):
+        base = bases[rng.integers(len(bases))]
+        cut = base[: rng.integers(0, len(base) + 1)]
+        sequences.append(np.concatenate([cut, rng.integers(3, 3 + vocabulary, rng.integers(cut.size == 0, 11))]))
+        if rng.random() < 0.3:
+            sequences.append(sequences[rng.integers(len(sequences))])
+    S = max(map(len, sequences)) + int(rng.integers(0, 4))
+    ids, mask = rng.integers(0, 3, (len(sequences), S)), np.zeros((len(sequences), S), bool)
+    side = rng.choice(["right", "left", "any", "holes"])
+    for n, sequence in enumerate(sequences):
+        room = S - len(sequence)
+        columns = np.arange(len(sequence)) + {"right": 0, "left": room}.get(side, int(rng.integers(room + 1)))
+        if side == "holes":
+            columns = np.sort(rng.permutation(S)[: len(sequence)])
+        ids[n, columns], mask[n, columns] = sequence, True
+    return ids, mask
+
+
+def tensors(ids: np.ndarray, mask: np.ndarray, dtype: torch.dtype = torch.int64) -> dict[str, Any]:
+    return dict(input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask).to(dtype), use_cache=False)
+
+
+def padded_batch(seed: int = 0) -> dict[str, Any]:
+    """Three prompts with three answers each, padded on the right."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for length in (20, 11, 5):
+        prompt = rng.integers(3, 151, length)
+        rows += [np.concatenate([prompt, rng.integers(3, 151, rng.integers(1, 14))]) for _ in range(3)]
+    ids = np.zeros((9, max(map(len, rows))), np.int64)
+    mask = np.arange(ids.shape[1]) < np.array([[len(row)] for row in rows])
+    ids[mask] = np.concatenate(rows)
+    return tensors(ids, mask)
+
+
+def hidden(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Last hidden states of the unpadded positions."""
+    with torch.no_grad(), _Float64():
+        return model.base_model(**batch).last_hidden_state[batch["attention_mask"].bool()]
+
+
+def fuzz(models: list[nn.Module], batches: int) -> float:
+    """Largest difference of hidden states between unpatched models and their patched copies, over random batches."""
+    patched = [flexpatch.apply(copy.deepcopy(model)) for model in models]
+    worst = 0.0
+    for seed in range(batches):
+        batch = tensors(*random_batch(np.random.default_rng(seed)))
+        if len(batch["input_ids"]) == 1:
+            batch["attention_mask"][0, -1] = 1  # or there would be no reason to fold
+        k = seed % len(models)
+        before, after = hidden(models[k], batch), hidden(patched[k], batch)
+        if not before.isfinite().all():
+            raise AssertionError(f"batch {seed}: the unpatched model is not finite")
+        worst = max(worst, float((before - after).abs().max()))
+    folded = [flexpatch.savings(model) for model in patched]
+    assert sum(s.batches for s in folded) == batches
+    assert sum(s.shared for s in folded) > 5 * batches, "the batches share too little to show anything"
+    return worst
+
+
+def test_1000_random_batches_have_the_hidden_states_of_the_unpatched_model() -> None:
+    assert fuzz([tiny_model(*kind) for kind in KINDS], 1000) < BOUND
+
+
+def test_random_batches_through_flex(flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch, "_mask_dtype", lambda *args: None)
+    assert fuzz([tiny_model(*kind) for kind in KINDS], 40) < BOUND
+
+
+@parameterized.expand(["siblings", "positions", "index", "window"])
+def test_the_fuzz_can_fail(broken: str) -> None:
+    def break_it(ids: np.ndarray, mask: np.ndarray | None = None) -> Folded | None:
+        folded = fold_batch(ids, mask)
+        if folded is None:
+            return None
+        rows, index = folded.rows, folded.index
+        if broken == "siblings":
+            rows = see_siblings(rows)
+        if broken == "positions":
+            rows = copy.copy(rows)
+            object.__setattr__(rows, "position_ids", torch.arange(rows.input_ids.shape[1])[None])
+            object.__setattr__(rows, "depth", rows.input_ids.shape[1])
+        if broken == "index":
+            index = (index - 1).clamp(min=0)
+        if broken == "window":
+            object.__setattr__(rows, "depth", 1)  # no window is reached
+        return Folded(rows, index, folded.padding, folded.counts)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(patch, "fold_batch", break_it)
+        patched.setattr(patch, "_gains", lambda *args: True)
+        assert fuzz([tiny_model(*kind) for kind in KINDS], 40) > 1e6 * BOUND
+
+
+def test_rows_are_what_they_mean() -> None:
+    """Every token of a row stands for one prefix; each position of the batch points to its own."""
+    for seed in range(300):
+        ids, mask = random_batch(np.random.default_rng(seed))
+        folded = fold_batch(ids, mask)
+        assert folded is not None
+        row, positions = folded.rows.input_ids[0].numpy(), folded.rows.position_ids[0].numpy()
+        tokens = len(row) - (folded.padding is not None)
+        prefixes: set[Any] = set()
+        for n in range(len(ids)):
+            columns = np.flatnonzero(mask[n])
+            assert (row[folded.index[n, columns]] == ids[n, columns]).all()
+            assert (positions[folded.index[n, columns]] == columns - columns[:1]).all()
+            prefixes |= {
+                tuple(zip(ids[n, columns[:i]], columns[:i] - columns[0], strict=True))
+                for i in range(1, columns.size + 1)
+            }
+        assert tokens == len(prefixes) == folded.counts.computed
+        assert (folded.index[torch.from_numpy(~mask)] == (-1 if folded.padding is None else folded.padding)).all()
+        assert folded.counts.real == mask.sum() and folded.counts.padded == mask.size
+        if (positions[:tokens] == [len(p) - 1 for _, p in row_prefixes(row[:tokens], positions[:tokens])]).all():
+            q = np.arange(tokens)
+            seen = (q[None] <= q[:, None]) & (q[:, None] < folded.rows.ends[0, :tokens].numpy()[None])
+            assert (seen == visible(row_prefixes(row[:tokens], positions[:tokens]))).all()
+
+
+@parameterized.expand([(*kind, reentrant) for kind in KINDS for reentrant in (None, True, False)])
+def test_logits_losses_and_gradients(model_type: str, variant: int, reentrant: bool | None) -> None:
+    """Through the head, in training, with both kinds of checkpointing, all hidden states asked for."""
+    model, batch = tiny_model(model_type, variant).train(), padded_batch()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+
+    def step() -> tuple[Tensor, ...]:
+        model.zero_grad()
+        real = batch["attention_mask"].bool()
+        out = model(**batch, labels=batch["input_ids"].masked_fill(~real, -100), output_hidden_states=True)
+        (out.loss + out.logits[real].square().mean()).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return torch.cat([h[real].detach() for h in out.hidden_states]), out.logits[real].detach(), gradient
+
+    before = step()
+    flexpatch.apply(model)
+    after = step()
+    assert flexpatch.savings(model).factor > 2
+    assert len(before[0]) == len(after[0])
+    for one, other, bound in zip(before, after, (BOUND, BOUND, 1e-6), strict=True):
+        assert (one - other).norm() <= bound * one.norm()
+
+
+def test_the_gradient_of_a_shared_token_is_the_sum() -> None:
+    """Loss terms on prompt positions of several sequences reach the one token that stands for them."""
+    model, batch = tiny_model("llama"), padded_batch()
+    real = batch["attention_mask"].bool()
+    weights = torch.randn(*real.shape, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def gradient() -> Tensor:
+        embeddings = model.get_input_embeddings().weight
+        states = model.base_model(**batch).last_hidden_state
+        return torch.autograd.grad(((states * weights)[real]).square().sum(), embeddings)[0]
+
+    before = gradient()
+    model.config.use_cache = False
+    assert torch.allclose(gradient(), before)
+    flexpatch.apply(model)
+    assert (gradient() - before).norm() < 1e-6 * before.norm()
+    assert flexpatch.savings(model).folded == 1
+
+
+def test_lora_and_its_reference() -> None:
+    model = tiny_model("llama")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    batch = padded_batch()
+    before = [model(**batch).logits]
+    with model.disable_adapter():
+        before.append(model(**batch).logits)
+    flexpatch.apply(model)
+    after = [model(**batch).logits]
+    with model.disable_adapter():
+        after.append(model(**batch).logits)
+    real = batch["attention_mask"].bool()
+    assert all((a - b)[real].abs().max() < 1e-10 for a, b in zip(before, after, strict=True))
+    assert (after[0] - after[1])[real].abs().max() > 0.01
+    assert flexpatch.savings(model).folded == 2
+
+
+def test_other_heads() -> None:
+    """A reward model's head and a bare backbone."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama", **{**TINY, **adapters()["llama"].tiny["llama"][0], "pad_token_id": 0, "num_labels": 1}
+    )
+    for kind in (AutoModelForSequenceClassification, AutoModel):
+        model = kind.from_config(config, dtype=torch.float64).eval()
+        batch = padded_batch()
+        before = model(**batch)[0]
+        after = flexpatch.apply(model)(**batch)[0]
+        real = batch["attention_mask"].bool() if kind is AutoModel else slice(None)
+        assert (before - after)[real].abs().max() < BOUND
+        assert flexpatch.savings(model).folded == 1
+
+
+@parameterized.expand([torch.bool, torch.int32, torch.float32])
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    model, batch = flexpatch.apply(tiny_model("llama")), padded_batch()
+    expected = hidden(model, batch)
+    assert torch.equal(hidden(model, batch | {"attention_mask": batch["attention_mask"].to(dtype)}), expected)
+
+
+def test_without_a_mask() -> None:
+    model = tiny_model("llama")
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 8], [3, 4, 5, 6]])
+    before = model(ids, use_cache=False).logits
+    assert (flexpatch.apply(model)(ids, use_cache=False).logits - before).abs().max() < BOUND
+    assert flexpatch.savings(model) == Savings(batches=1, folded=1, padded=12, computed=6, padding=0, shared=6)
+
+
+class Ran:
+    """Which batches a model folded, and that unfolded ones have the unpatched model's bits."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.model = tiny_model("llama", dtype=torch.float32)
+        for name, value in settings.items():
+            setattr(self.model.config, name, value)
+        self.batch = padded_batch()
+
+    def __call__(self, folded: int, **changes: Any) -> Any:
+        call = {name: value for name, value in (self.batch | changes).items() if value is not None}
+        before = flexpatch.remove(self.model)(**call)
+        after = flexpatch.apply(self.model)(**call)
+        first, second = (
+            [x for x in out.to_tuple() if isinstance(x, Tensor)] if hasattr(out, "to_tuple") else out[:1]
+            for out in (before, after)
+        )
+        assert flexpatch.savings(self.model).batches == folded
+        if not folded:
+            assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        return after
+
+
+def test_calls_that_run_as_they_are_without_a_word() -> None:
+    ran = Ran()
+    ran(0, use_cache=True)
+    one = {name: ran.batch[name][:1] for name in ("input_ids", "attention_mask")}
+    ran(0, input_ids=one["input_ids"], attention_mask=None)
+    mask = torch.ones(9, 1, *[ran.batch["input_ids"].shape[1]] * 2, dtype=torch.bool).tril()
+    ran(0, attention_mask=mask)
+    prefix = flexpatch.remove(ran.model)(input_ids=one["input_ids"][:, :5], use_cache=True).past_key_values
+    patched = flexpatch.apply(ran.model)
+    patched(input_ids=one["input_ids"][:, 5:8], past_key_values=prefix)
+    assert flexpatch.savings(patched).batches == 0
+
+
+@parameterized.expand(
+    [
+        ("use_cache not given", dict(use_cache=None)),
+        ("output_attentions=True", dict(output_attentions=True)),
+        ("the argument token_type_ids", dict(token_type_ids=torch.zeros(9, 33, dtype=torch.int64))),
+        ("position_ids that do not count", dict(position_ids=torch.arange(33).remainder(7).expand(9, 33))),
+        ("inputs_embeds", dict(input_ids=None, inputs_embeds=torch.randn(9, 33, TINY["hidden_size"]))),
+    ]
+)
+def test_calls_that_run_as_they_are_with_a_warning(reason: str, changes: dict[str, Any]) -> None:
+    ran = Ran(_attn_implementation="eager") if "attentions" in reason else Ran()
+    if "attentions" in reason:
+        ran.model.set_attn_implementation("eager")
+    with pytest.warns(FlexpatchWarning, match=reason):
+        ran(
+            0,
+            **{k: v[:, : ran.batch["input_ids"].shape[1]] if isinstance(v, Tensor) else v for k, v in changes.items()},
+        )
+
+
+def test_tuples() -> None:
+    """A causal model asks its backbone for a named output even then; a bare backbone returns what it is asked for."""
+    Ran()(1, return_dict=False)
+    model, batch = tiny_model("llama"), padded_batch()
+    before = model.base_model(**batch, return_dict=False)
+    with pytest.warns(FlexpatchWarning, match="return_dict=False"):
+        after = flexpatch.apply(model).base_model(**batch, return_dict=False)
+    assert torch.equal(before[0], after[0])
+
+
+def test_router_losses_run_as_they_are() -> None:
+    model = tiny_model("mixtral", dtype=torch.float32)
+    batch = padded_batch()
+    before = model(**batch, output_router_logits=True)
+    with pytest.warns(FlexpatchWarning, match="output_router_logits"):
+        after = flexpatch.apply(model)(**batch, output_router_logits=True)
+    assert torch.equal(before.aux_loss, after.aux_loss)
+    assert model(**batch).logits.shape == before.logits.shape
+
+
+def test_given_positions_that_count_columns_fold() -> None:
+    ran = Ran()
+    S = ran.batch["input_ids"].shape[1]
+    ran(1, position_ids=torch.arange(S)[None])
+    ran(1, position_ids=(ran.batch["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+    ran(1, position_ids=torch.arange(5, S + 5).expand(9, S))
+
+
+def test_which_positions_count_columns() -> None:
+    mask = np.array([[0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]], bool)
+    assert follow_columns(np.array([[1, 0, 1, 2], [0, 1, 1, 1], [9, 9, 9, 9]]), mask)
+    assert not follow_columns(np.array([[1, 0, 1, 1], [0, 1, 1, 1], [9, 9, 9, 9]]), mask)
+    assert follow_columns(np.arange(4)[None] + 3, None)
+    assert not follow_columns(np.array([[0, 1, 0, 1]]), None)
+
+
+@pytest.mark.real_gains
+def test_batches_that_gain_nothing_run_as_they_were_given() -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    ids = torch.randint(3, 151, (4, 30), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    before = model(ids, mask, use_cache=False).logits
+    assert torch.equal(flexpatch.apply(model)(ids, mask, use_cache=False).logits, before)
+    assert flexpatch.savings(model) == Savings(batches=1, folded=0, padded=120, computed=120, padding=0, shared=0)
+    model(ids[:1].expand(4, 30), mask, use_cache=False)
+    assert flexpatch.savings(model, last=1).folded == 1
+
+
+@pytest.mark.real_gains
+def test_the_rule_of_gains() -> None:
+    config = AutoConfig.for_model("llama", hidden_size=64)
+    for computed, gains in ((900, True), (901, False), (100, True)):
+        assert patch._gains(config, Counts(1000, 1000, computed), 100, None) == gains
+    # A dense row of 400 tokens computes more pairs than 8 rows of 100 columns; one of 3,200 far too many for 64 rows.
+    assert patch._gains(config, Counts(800, 800, 400), 100, torch.bool)
+    assert patch._gains(config, Counts(6400, 6400, 3200), 100, None)
+    assert not patch._gains(config, Counts(6400, 6400, 3200), 100, torch.bool)
+
+
+def test_fold_can_be_switched_off_and_on() -> None:
+    model, batch = tiny_model("llama", dtype=torch.float32), padded_batch()
+    before = model(**batch).logits
+    flexpatch.apply(model, fold=False)
+    assert torch.equal(model(**batch).logits, before)
+    with pytest.raises(FlexpatchError, match="does not fold batches"):
+        flexpatch.savings(model)
+    for _ in range(2):
+        flexpatch.apply(model)
+        assert len(model.base_model._forward_pre_hooks) == len(model.base_model._forward_hooks) == 1
+    model(**batch)
+    assert flexpatch.savings(model).folded == 1
+    flexpatch.apply(model, fold=False)
+    assert torch.equal(model(**batch).logits, before)
+    flexpatch.remove(flexpatch.apply(model))
+    assert torch.equal(model(**batch).logits, before)
+
+
+def test_hooks_of_others_stay() -> None:
+    model, seen = tiny_model("llama"), []
+    model.base_model.register_forward_pre_hook(lambda module, args: seen.append("before"))
+    model.base_model.register_forward_hook(lambda module, args, output: seen.append("after"))
+    flexpatch.remove(flexpatch.apply(model))(**padded_batch())
+    assert seen == ["before", "after"]
+
+
+def test_copies_fold_by_themselves() -> None:
+    model, batch = flexpatch.apply(tiny_model("llama")), padded_batch()
+    expected = model(**batch).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**batch).logits, expected)
+        assert flexpatch.savings(other).folded == 2
+        flexpatch.remove(other)
+    assert flexpatch.savings(model).folded == 1
+
+
+def test_compiling_the_whole_model() -> None:
+    """The fold stays outside the graphs."""
+    model, batch = flexpatch.apply(tiny_model("llama")), padded_batch()
+    expected = model(**batch).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    real = batch["attention_mask"].bool()
+    assert (compiled(**batch).logits - expected)[real].abs().max() < BOUND
+    assert flexpatch.savings(model).folded == 2
+
+
+def test_generation_is_untouched() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    prompts = {name: batch[name][:, :5] for name in ("input_ids", "attention_mask")}
+    settings = dict(max_new_tokens=8, do_sample=False)
+    before = model.generate(**prompts, **settings)
+    assert torch.equal(flexpatch.apply(model).generate(**prompts, **settings), before)
+    assert flexpatch.savings(model).batches == 0
+
+
+def test_bad_batches_are_named() -> None:
+    model, batch = flexpatch.apply(tiny_model("llama")), padded_batch()
+    for wrong in (-1, TINY["vocab_size"]):
+        ids = batch["input_ids"].clone()
+        ids[4, 2] = wrong
+        with pytest.raises(
+            FlexpatchError,
+            match=f"row 4, column 2 of the batch holds id {wrong}, outside the vocabulary of {TINY['vocab_size']}",
+        ):
+            model(**batch | {"input_ids": ids})
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, TINY["vocab_size"] + 5)
+    assert model(**batch | {"input_ids": ids}).logits.isfinite().all()
+    with pytest.raises(FlexpatchError, match=r"attention_mask has shape \(9, 3\), but input_ids has \(9, "):
+        model(**batch | {"attention_mask": batch["attention_mask"][:, :3]})
+
+
+def test_a_row_without_tokens() -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    batch["attention_mask"][3] = 0
+    before = hidden(model, batch)
+    assert (hidden(flexpatch.apply(model), batch) - before).abs().max() < BOUND
+    batch["attention_mask"][:] = 0
+    model(**batch)
+    assert fold_batch(batch["input_ids"].numpy(), np.zeros(batch["input_ids"].shape, bool)) is None
+
+
+def test_refusals() -> None:
+    batch = padded_batch()
+    model = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear")
+    )
+    flexpatch.apply(model)
+    assert model.eval()(**batch).logits.isfinite().all()
+    with pytest.raises(UnsupportedModelError, match=r"dropout 0.1 in .* is active"):
+        model.train()(**batch)
+    model = flexpatch.apply(tiny_model("llama").train())
+    model.get_input_embeddings().neftune_noise_alpha = 5.0
+    with pytest.raises(UnsupportedModelError, match="NEFTune noise on 'embed_tokens' is active"):
+        model(**batch)
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", alora_invocation_tokens=[5], target_modules="all-linear")
+    model = flexpatch.apply(peft.get_peft_model(tiny_model("llama"), config))
+    with pytest.raises(UnsupportedModelError, match=r"peft adapter 'default' \(aLoRA\)"):
+        model(**batch)
+
+
+def test_the_report() -> None:
+    saved = Savings.of([Counts(100, 80, 50), Counts(100, 100, 100), Counts(50, 50, 50)])
+    assert saved == Savings(batches=3, folded=1, padded=250, computed=200, padding=20, shared=30)
+    assert str(saved) == (
+        "1 of 3 batches folded: 200 tokens computed instead of 250, 1.25 times fewer; 8% were padding, "
+        "12% shared prefixes"
+    )
+    assert Savings.of([]).factor == 1

@@ -1,0 +1,171 @@
+"""Packed batches under TRL's DPOTrainer, and savings among a trainer's metrics."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tokenizers_offline import make_tokenizer
+from torch import Tensor, nn
+from torch.optim import SGD
+from trl import DPOConfig, DPOTrainer
+
+import flexpatch
+from flexpatch import FlexpatchError
+from flexpatch.callbacks import SavingsCallback
+from flexpatch.models import TINY, tiny_model
+from flexpatch.trl import PackedDPOTrainer, pair_lengths
+
+PAIRS = 23
+
+
+def rows(n: int = PAIRS) -> datasets.Dataset:
+    """Tokenised pairs of very different lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(longest: int) -> list[int]:
+        length = int(torch.randint(1, longest + 1, (1,), generator=generator))
+        return torch.randint(5, TINY["vocab_size"], (length,), generator=generator).tolist()
+
+    return datasets.Dataset.from_list(
+        [dict(prompt_ids=ids(60), chosen_ids=ids(30), rejected_ids=ids(30)) for _ in range(n)]
+    )
+
+
+class Unprepared:
+    """The rows are tokenised already; everything else is the stock trainer."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+        return dataset
+
+
+class Stock(Unprepared, DPOTrainer):
+    pass
+
+
+class Packed(Unprepared, PackedDPOTrainer):
+    pass
+
+
+def train(kind: Any, folder: Path, model: nn.Module | None = None, settings: Any = None, **arguments: Any) -> Any:
+    model = flexpatch.apply(tiny_model("llama")) if model is None else model
+    config = dict(
+        output_dir=str(folder), report_to="none", max_length=None, logging_steps=1, lr_scheduler_type="constant",
+        save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, max_grad_norm=0.0, learning_rate=0.1,
+        gradient_checkpointing=False,
+    ) | (settings or {})  # fmt: skip
+    trainer = kind(
+        model,
+        ref_model=flexpatch.apply(tiny_model("llama", 1)),
+        args=DPOConfig(**config),
+        train_dataset=rows(),
+        processing_class=make_tokenizer(),
+        optimizers=(SGD(model.parameters(), lr=config["learning_rate"]), None),
+        **arguments,
+    )
+    trainer.train()
+    return trainer
+
+
+def weights(trainer: Any) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def test_a_step_of_packed_batches_is_a_step_of_all_pairs(tmp_path: Path) -> None:
+    """One optimizer step over unequal bins against one batch of the same pairs, in float64."""
+    before = weights(type("", (), {"model": tiny_model("llama")}))
+    one = train(Stock, tmp_path, tiny_model("llama"), dict(per_device_train_batch_size=PAIRS, num_train_epochs=1))
+    settings = dict(gradient_accumulation_steps=100, num_train_epochs=1)
+    packed = train(Packed, tmp_path, settings=settings, token_budget=200)
+    assert one.state.global_step == packed.state.global_step == 1
+    sizes = [len(items) for items in packed.bins]
+    assert len(sizes) > 3 and len(set(sizes)) > 1, "equal bins would need no weights"
+    change = weights(one) - before
+    assert change.norm() > 1e-3 * before.norm()
+    assert (weights(packed) - weights(one)).norm() < 1e-6 * change.norm()
+    assert packed.state.log_history[0]["loss"] == pytest.approx(one.state.log_history[0]["loss"], abs=1e-4)
+
+    # Without the weights the same comparison fails.
+    class Unweighted(Packed):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return DPOTrainer.compute_loss(self, model, inputs)
+
+    unweighted = train(Unweighted, tmp_path, settings=settings, token_budget=200)
+    assert (weights(unweighted) - weights(one)).norm() > 1e-2 * change.norm()
+
+
+def test_several_steps_of_several_bins(tmp_path: Path) -> None:
+    """Every pair once an epoch, in bins that change; each step's gradient is the mean over its own pairs."""
+    seen: list[list[int]] = []
+
+    class Recorded(Packed):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(inputs["attention_mask"].sum(1).tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = train(
+        Recorded, tmp_path, settings=dict(num_train_epochs=2, gradient_accumulation_steps=2), token_budget=300
+    )
+    micro_batches = len(trainer.bins)
+    assert len(seen) == 2 * micro_batches
+    assert trainer.state.global_step == 2 * -(-micro_batches // 2)
+    lengths = sorted(len(r["prompt_ids"]) + len(r[k]) for r in rows() for k in ("chosen_ids", "rejected_ids"))
+    for epoch in (seen[:micro_batches], seen[micro_batches:]):
+        assert sorted(length for batch in epoch for length in batch) == lengths
+    assert seen[:micro_batches] != seen[micro_batches:]
+    assert flexpatch.savings(trainer.model).folded == flexpatch.savings(trainer.ref_model).folded == len(seen)
+
+
+def test_interrupted_and_resumed(tmp_path: Path) -> None:
+    settings = dict(num_train_epochs=2, gradient_accumulation_steps=2, save_strategy="steps", save_steps=3)
+    whole = train(Packed, tmp_path / "a", settings=settings, token_budget=300)
+
+    class Resumed(Packed):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            return super().train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+
+    resumed = train(Resumed, tmp_path / "b", settings=settings, token_budget=300)
+    assert resumed.state.global_step == whole.state.global_step > 3
+    assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_lengths_and_costs() -> None:
+    dataset = rows()
+    lengths, costs = pair_lengths(dataset, None, hidden_size=10)
+    assert lengths == [len(r["prompt_ids"]) + len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in dataset]
+    p, c, r = (len(dataset[0][k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    assert costs[0] == 60 * (p + c + r) + (p * p + (2 * p + c) * c + (2 * p + r) * r) / 2
+    cut, _ = pair_lengths(dataset, 40, hidden_size=10)
+    expected = []
+    for row in dataset:
+        p = min(len(row["prompt_ids"]), 40)
+        expected.append(
+            p + sum(min(len(row["prompt_ids"]) + len(row[k]), 40) - p for k in ("chosen_ids", "rejected_ids"))
+        )
+    assert cut == expected != lengths
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(FlexpatchError, match="does not fold batches"):
+        train(Packed, tmp_path, tiny_model("llama"), token_budget=300)
+    with pytest.raises(FlexpatchError, match=r"sample \d+ has \d+ tokens, outside 1 to 50 \(the budget"):
+        train(Packed, tmp_path, token_budget=50)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_savings_are_logged(tmp_path: Path, first: bool) -> None:
+    reported: list[dict[str, float]] = []
+
+    class Reporter(SavingsCallback):
+        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+            reported.append(dict(logs))
+
+    callbacks = [SavingsCallback(), Reporter()] if first else [SavingsCallback()]
+    trainer = train(Stock, tmp_path, settings=dict(max_steps=2, per_device_train_batch_size=4), callbacks=callbacks)
+    saved = flexpatch.savings(trainer.model)
+    entry = trainer.state.log_history[-1]
+    assert entry["flexpatch/token_factor"] == pytest.approx(saved.factor) and saved.factor > 1.2
+    assert entry["flexpatch/padding"] > 0 and entry["flexpatch/shared"] > 0
+    assert all("flexpatch/shared" in logs for logs in reported)
+    assert len(reported) == 3 * first
