@@ -76,13 +76,21 @@ def fold_batch(ids: np.ndarray, mask: np.ndarray | None = None) -> Folded | None
     real = int(lengths.sum())
     if real == 0:
         return None
+    tokens = np.flatnonzero(lengths)
+    columns = np.arange(S)
     firsts = mask.argmax(1)
-    # The last token's column: of the reversed mask's first, from the right.
-    spans = S - mask[:, ::-1].argmax(1) - firsts
-    holes = bool((spans != lengths)[lengths > 0].any())
-    keys = (np.arange(S) - firsts[:, None] << _ID_BITS) + ids if holes else ids
-    sequences = [keys[n, mask[n]] for n in np.flatnonzero(lengths)]
-    merged, positions, ends, paths = merge_prefixes(sequences)
+    spans = np.where(mask, columns, -1).max(1) + 1 - firsts
+    keys, tight = ids, mask
+    holes = bool((spans != lengths)[tokens].any())
+    if holes:
+        # Sequences that begin alike but for a hole have nothing in common from there on: the column is part of the key.
+        keys = (columns - firsts[:, None] << _ID_BITS) + ids
+    if holes or firsts.any():
+        tight = columns < lengths[:, None]
+        moved = np.zeros_like(ids)
+        moved[tight] = keys[mask]
+        keys = moved
+    merged, positions, ends, path = merge_prefixes(keys[tokens], lengths[tokens])
     if holes:
         positions, merged = merged >> _ID_BITS, merged & ((1 << _ID_BITS) - 1)
     padding = None
@@ -91,7 +99,7 @@ def fold_batch(ids: np.ndarray, mask: np.ndarray | None = None) -> Folded | None
         padding = L
         merged, positions, ends = np.append(merged, 0), np.append(positions, 0), np.append(ends, L + 1)
     index = np.full((N, S), -1 if padding is None else padding, np.int64)
-    index[mask] = np.concatenate(paths)
+    index[mask] = path[tight[tokens]]
     nothing = np.empty(0, np.int64)
     layout = Layout(merged, positions, ends, nothing, nothing, [], [], real)
     return Folded(build_rows([[layout]]), torch.from_numpy(index), padding, Counts(N * S, real, L))

@@ -90,20 +90,16 @@ def block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask
         some &= near[:, :, None] - far[:, None, :] < window
         full &= far[:, :, None] - near[:, None, :] < window
 
-    return BlockMask.from_kv_blocks(
-        *_ordered(some & ~full),
-        *_ordered(full),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=mask_mod(ends_BL, positions_BL, window),
-        seq_lengths=(padded, padded),
+    # Rows of blocks for queries, columns for keys; all four tables at once, since each operation costs a launch.
+    partial = some & ~full
+    chosen = torch.stack((partial, full, partial.mT, full.mT))[:, :, None].to(torch.int8)
+    counts = chosen.sum(-1, dtype=torch.int32)
+    indices = torch.argsort(chosen, dim=-1, descending=True, stable=True).to(torch.int32)
+    # Copies: a compiled kernel would be compiled anew for tensors that begin at other than 16 bytes.
+    tables = [table.clone() for pair in zip(counts, indices, strict=True) for table in pair]
+    return BlockMask(
+        (padded, padded), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod(ends_BL, positions_BL, window)
     )
-
-
-def _ordered(chosen_BNN: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts (B, 1, N) and indices (B, 1, N, N) of the chosen blocks of each row, in BlockMask's int32 format."""
-    chosen = chosen_BNN[:, None].to(torch.int8)
-    indices = torch.argsort(chosen, dim=-1, descending=True, stable=True)
-    return chosen.sum(-1, dtype=torch.int32), indices.to(torch.int32)
 
 
 def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:

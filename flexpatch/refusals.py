@@ -15,26 +15,37 @@ def check_mode(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: For active dropout, NEFTune noise, or peft adapters that look at whole rows.
     """
-    for name, module in model.named_modules():
-        # Attention layers keep the rate they were built with, whatever the configuration says by now.
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-        if rate and module.training:
-            raise UnsupportedModelError(
-                f"dropout {rate} in '{name}' is active: answers would share one draw on shared tokens, which the "
-                "unpatched model does not. Set it to 0.0 (for LoRA: LoraConfig(lora_dropout=0.0))"
-            )
-        if module.training and getattr(module, "neftune_noise_alpha", None):
-            raise UnsupportedModelError(
-                f"NEFTune noise on '{name}' is active: its size depends on the length of a row, and answers would "
-                "share one draw. Leave neftune_noise_alpha unset"
-            )
-        for adapter, settings in getattr(module, "peft_config", {}).items():
+    todo = [model]
+    # Before every call, so it must cost little: attributes that a module lacks are slow to ask for, and so are names.
+    while todo:
+        module = todo.pop()
+        has = module.__dict__
+        todo += [child for child in has["_modules"].values() if child is not None]
+        if module.training:
+            # Attention layers keep the rate they were built with, whatever the configuration says by now.
+            rate = module.p if isinstance(module, nn.Dropout) else has.get("attention_dropout")
+            if rate:
+                raise UnsupportedModelError(
+                    f"dropout {rate} in '{_name(model, module)}' is active: answers would share one draw on shared "
+                    "tokens, which the unpatched model does not. Set it to 0.0 (for LoRA: "
+                    "LoraConfig(lora_dropout=0.0))"
+                )
+            if has.get("neftune_noise_alpha"):
+                raise UnsupportedModelError(
+                    f"NEFTune noise on '{_name(model, module)}' is active: its size depends on the length of a row, "
+                    "and answers would share one draw. Leave neftune_noise_alpha unset"
+                )
+        for adapter, settings in (has.get("peft_config") or has.get("_peft_config") or {}).items():
             if settings.is_prompt_learning or getattr(settings, "alora_invocation_tokens", None):
                 raise _whole_rows(f"'{adapter}' ({settings.peft_type})")
         # A folded batch is seen by the backbone alone, above which peft keeps its settings.
-        for adapter, variant in getattr(module, "lora_variant", {}).items():
+        for adapter, variant in has.get("lora_variant", {}).items():
             if type(variant).__name__.startswith("ALora"):
                 raise _whole_rows(f"'{adapter}' (aLoRA)")
+
+
+def _name(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _whole_rows(adapter: str) -> UnsupportedModelError:

@@ -14,7 +14,7 @@ Shapes: B rows, L tokens a row, T scored tokens, A answers, K columns with logit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -91,14 +91,17 @@ def lay_out(tree: Tree, sample: int | str = 0) -> Layout:
         FlexpatchError: For an empty run, or ids that are not integers >= 0. The message names the sample and the run.
     """
     branches, spans = _branches(tree, sample)
-    ids, positions, ends, paths = merge_prefixes(branches)
-    sources, targets, answers, lengths = [], [], [], []
+    lengths = np.array([len(branch) for branch in branches])
+    keys = np.zeros((len(branches), lengths.max()), np.int64)
+    keys[np.arange(keys.shape[1]) < lengths[:, None]] = np.concatenate(branches)
+    ids, positions, ends, paths = merge_prefixes(keys, lengths)
+    sources, targets, answers, answer_lengths = [], [], [], []
     for branch, start, stop in spans:
         path = paths[branch][:stop]
         sources.append(path[start - 1 : stop - 1])
         targets.append(ids[path[start:stop]])
         answers.append(path)
-        lengths.append(stop - start)
+        answer_lengths.append(stop - start)
     nothing = np.empty(0, np.int64)
     return Layout(
         ids,
@@ -107,8 +110,8 @@ def lay_out(tree: Tree, sample: int | str = 0) -> Layout:
         np.concatenate([nothing, *sources]),
         np.concatenate([nothing, *targets]),
         answers,
-        lengths,
-        sum(map(len, branches)),
+        answer_lengths,
+        int(lengths.sum()),
         sample,
     )
 
@@ -154,59 +157,44 @@ def _checked(ids: Sequence[int], sample: int | str, name: str) -> np.ndarray:
     return run.astype(np.int64)
 
 
-def merge_prefixes(sequences: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[np.ndarray]]:
-    """The prefix forest of ``sequences`` in depth-first order.
+def merge_prefixes(keys_NS: np.ndarray, lengths_N: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The prefix forest of N sequences in depth-first order.
+
+    Sorted, sequences with a common beginning are neighbours, and each adds to the forest what it does not have in
+    common with the one before it. So no loop over sequences is needed, and no recursion however deep they nest.
 
     Args:
-        sequences: Non-empty int64 id arrays. Sequences with a common beginning share its tokens.
+        keys_NS: (N, S) int64 >= 0. Equal keys in equal columns are the same token, if all before them are.
+        lengths_N: (N,) int64 in 1 to S.
 
     Returns:
-        ``ids``, ``positions``, ``ends`` (each (L,) int64) and, for each sequence, the indices of its tokens.
+        Of the L tokens of the forest: ``keys``, ``positions`` (columns) and ``ends``, each (L,) int64; and (N, S)
+        int64, the token of each key, meaningless from a sequence's length on.
     """
-    ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    ends = np.empty(sum(map(len, sequences)), np.int64)
-    paths: list[list[np.ndarray]] = [[] for _ in sequences]
-    cursor = 0
-    # A stack instead of recursion: answers that extend one another nest as deeply as there are answers.
-    todo: list[tuple[int, list[int]]] = list(_split(range(len(sequences)), sequences, 0))
-    closing = -1  # marks a stack entry that ends the subtree of the run [group[0], group[1])
-    while todo:
-        depth, group = todo.pop()
-        if depth == closing:
-            ends[group[0] : group[1]] = cursor
-            continue
-        first = sequences[group[0]]
-        stop = len(first)
-        for other in group:
-            if stop == depth + 1:  # no run is shorter; answers that extend one another by a token would take n^2 steps
-                break
-            stop = min(stop, _common(first, sequences[other], depth))
-        run = np.arange(cursor, cursor + stop - depth)
-        cursor += stop - depth
-        ids.append(first[depth:stop])
-        positions.append(np.arange(depth, stop))
-        for index in group:
-            paths[index].append(run)
-        todo.append((closing, [cursor - len(run), cursor]))
-        todo.extend(_split([i for i in group if len(sequences[i]) > stop], sequences, stop))
-    return np.concatenate(ids), np.concatenate(positions), ends[:cursor], [np.concatenate(path) for path in paths]
-
-
-def _split(group: Sequence[int], sequences: list[np.ndarray], depth: int) -> Iterator[tuple[int, list[int]]]:
-    """``group`` by the token at ``depth``, last group first so that a stack pops them in order of appearance."""
-    by_token: dict[int, list[int]] = {}
-    for index in group:
-        by_token.setdefault(int(sequences[index][depth]), []).append(index)
-    for indices in reversed(by_token.values()):
-        yield depth, indices
-
-
-def _common(a: np.ndarray, b: np.ndarray, start: int) -> int:
-    """Length of the common beginning of ``a`` and ``b``, known to be alike before ``start``."""
-    stop = min(len(a), len(b))
-    differs = np.flatnonzero(a[start:stop] != b[start:stop])
-    return start + int(differs[0]) if len(differs) else stop
+    N, S = keys_NS.shape
+    columns = np.arange(S)
+    # Padding sorts last, so that a sequence comes after all that continue it.
+    keys = np.where(columns < lengths_N[:, None], keys_NS, -1)
+    order = np.argsort(
+        keys.view(np.dtype((np.void, keys.itemsize * S)))[:, 0]
+    )  # byte by byte: any order groups prefixes
+    keys, lengths = keys[order], lengths_N[order]
+    # Tokens each sequence has in common with the one before it.
+    common = np.zeros(N, np.int64)
+    differs = keys[1:] != keys[:-1]
+    common[1:] = np.minimum(np.where(differs.any(1), differs.argmax(1), S), lengths[1:])
+    offsets = np.concatenate([[0], np.cumsum(lengths - common)])
+    anew = common[:, None] <= columns  # nothing is shared with the sequence before from this column on
+    sequence = np.arange(N)[:, None]
+    owner = np.maximum.accumulate(np.where(anew, sequence, 0))
+    index = np.empty((N, S), np.int64)
+    index[order] = offsets[owner] + columns - common[owner]
+    # A subtree ends where the next sequence that leaves it begins.
+    leaves = np.full((N + 1, S), N)
+    leaves[:N] = np.where(anew, sequence, N)
+    leaves = np.minimum.accumulate(leaves[::-1])[::-1][1:]
+    own = anew & (columns < lengths[:, None])
+    return keys[own], np.broadcast_to(columns, (N, S))[own], offsets[leaves[own]], index
 
 
 @dataclass(frozen=True, eq=False)
