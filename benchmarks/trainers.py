@@ -12,6 +12,7 @@ dpo       LoRA DPOTrainer, gradient checkpointing, reference = adapter off: batc
 nothing   The same trainer on pairs that share nothing and need no padding: what flexpatch costs where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
 overhead  Milliseconds of folding a batch of 16,384 shared tokens: merging, copying, masks.
+profile   Kernels of one step of the first set, stock and packed, by time.
 
 Prints one table a part, writes them with trainers.json and trainers.png to --output.
 """
@@ -40,6 +41,11 @@ from flexpatch import patch
 from flexpatch.trl import PackedDPOTrainer
 
 SHAPES = {
+    # 1.9 billion parameters, in layers as wide as those people tune.
+    "8 layers of Mistral-7B": dict(
+        hidden_size=4096, num_hidden_layers=8, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, vocab_size=32000, tie_word_embeddings=False,
+    ),
     "Llama-3.2-1B": dict(
         hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
         head_dim=64, vocab_size=128256, tie_word_embeddings=True,
@@ -58,7 +64,7 @@ def main() -> None:
     add("lengths", type=Path)
     add("--sets", nargs="+", help="default: all")
     add("--parts", nargs="+", default=["dpo", "nothing", "grpo", "overhead"])
-    add("--shape", choices=SHAPES, default="Llama-3.2-1B")
+    add("--shape", choices=SHAPES, default="8 layers of Mistral-7B")
     add("--pairs", type=int, default=80, help="pairs of an epoch of stock and one-line training (%(default)s)")
     add("--batch-size", type=int, default=8)
     add("--bins", type=int, default=6, help="about so many packed batches an epoch (%(default)s)")
@@ -96,6 +102,13 @@ def main() -> None:
         elif part == "grpo":
             results[part] = {mode: grpo(options, mode) for mode in MODES[:2]}
             tables.append(grpo_table(results[part], options))
+        elif part == "profile":
+            for mode in ("stock", "packed"):
+                profiler = Profiler()
+                measure(options, mode, lengths[names[0]], callbacks=[profiler])
+                (options.output / f"profile_{mode}.txt").write_text(profiler.table)
+                print(names[0], mode, profiler.table, flush=True)
+            continue
         else:
             results[part] = {name: overhead(options, lengths[name]) for name in names}
             tables.append("Folding a batch, ms: " + ", ".join(f"{k} {v:.1f}" for k, v in results[part].items()))
@@ -120,9 +133,13 @@ def pairs_of(lengths: list[list[int]], count: int, vocabulary: int) -> datasets.
     def ids(length: int) -> list[int]:
         return [rng.randrange(5, vocabulary) for _ in range(length)]
 
-    return datasets.Dataset.from_list(
-        [dict(prompt_ids=ids(p), chosen_ids=ids(c), rejected_ids=ids(r)) for p, c, r in rng.choices(lengths, k=count)]
-    )
+    drawn = rng.choices(lengths, k=count)
+    columns = {
+        name: [ids(triple[i]) for triple in drawn]
+        for i, name in enumerate(("prompt_ids", "chosen_ids", "rejected_ids"))
+    }
+    # Named, because naming it by its contents takes seconds.
+    return datasets.Dataset(datasets.table.InMemoryTable.from_pydict(columns), fingerprint=f"random-{count}")
 
 
 class Prepared:
@@ -141,22 +158,25 @@ class Packed(Prepared, PackedDPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step, from the first batch of an epoch on; peak memory of the last epoch."""
+    """Seconds of each epoch, data included, and of each step; peak memory of the last epoch."""
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
-        self.epochs: list[list[float]] = []
+        self.epochs: list[float] = []
+        self.steps: list[float] = []
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.epochs.append([])
+        self.steps = []
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start = self.now()
+        self.epoch = self.last = self.now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.epochs[-1].append(self.now() - self.start)
+        self.steps.append(self.now() - self.last)
+        self.last += self.steps[-1]
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.epochs.append(self.now() - self.epoch)
 
     def now(self) -> float:
         if self.cuda:
@@ -164,7 +184,28 @@ class Clock(TrainerCallback):
         return time.perf_counter()
 
 
-def measure(options: argparse.Namespace, mode: str, lengths: list[list[int]], batch_size: int | None = None) -> Any:
+class Profiler(TrainerCallback):
+    """Kernels of the second epoch's second step."""
+
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        self.profile = None
+        if state.global_step == state.max_steps // 2 + 1:
+            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            self.profile = torch.profiler.profile(activities=activities, acc_events=True)
+            self.profile.start()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if self.profile is not None:
+            torch.cuda.synchronize()
+            self.profile.stop()
+            self.table = self.profile.key_averages().table(
+                sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90
+            )
+
+
+def measure(
+    options: argparse.Namespace, mode: str, lengths: list[list[int]], callbacks: list[TrainerCallback] | None = None
+) -> Any:
     model = make_model(options)
     count, arguments, kind = options.pairs, {}, Stock
     if mode != "stock":
@@ -177,7 +218,7 @@ def measure(options: argparse.Namespace, mode: str, lengths: list[list[int]], ba
     words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     config = trl.DPOConfig(
         output_dir=str(options.output), report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000,
-        max_length=None, num_train_epochs=2, per_device_train_batch_size=batch_size or options.batch_size,
+        max_length=None, num_train_epochs=2, per_device_train_batch_size=options.batch_size,
         train_sampling_strategy="sequential", bf16=options.dtype == "bfloat16", use_cpu=options.device == "cpu",
     )  # fmt: skip
     trainer = kind(
@@ -186,15 +227,15 @@ def measure(options: argparse.Namespace, mode: str, lengths: list[list[int]], ba
         train_dataset=pairs_of(lengths, count, model.config.vocab_size),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>"),
         peft_config=peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
-        callbacks=[clock],
+        callbacks=[clock, *(callbacks or [])],
         **arguments,
     )
     trainer.train()
-    first, second = (sum(epoch) for epoch in clock.epochs)
+    first, second = clock.epochs
     return dict(
         pairs_per_s=count / second,
-        ms_per_step=1e3 * statistics.median(clock.epochs[1]),
-        pairs_per_step=count / len(clock.epochs[1]),
+        ms_per_step=1e3 * statistics.median(clock.steps),
+        pairs_per_step=count / len(clock.steps),
         first_epoch_extra_s=first - second,
         peak_gb=torch.cuda.max_memory_allocated() / 1e9 if clock.cuda else None,
         token_factor=flexpatch.savings(model).factor if mode != "stock" else 1.0,
