@@ -8,7 +8,7 @@ Shapes: N sequences, S columns, L tokens of the row, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,9 @@ class Counts:
         return self.real - self.computed
 
 
-def fold_batch(ids: np.ndarray, mask: np.ndarray | None = None) -> Folded | None:
+def fold_batch(
+    ids: np.ndarray, mask: np.ndarray | None = None, worth: Callable[[Counts], bool] = lambda counts: True
+) -> Folded | None:
     """Merge a batch's sequences into one row of prefix trees.
 
     A token's position is its column less the column of its sequence's first token: what rope and windows see as
@@ -66,9 +68,10 @@ def fold_batch(ids: np.ndarray, mask: np.ndarray | None = None) -> Folded | None
     Args:
         ids: (N, S) int64.
         mask: (N, S) bool, True for tokens; ``None``: no padding.
+        worth: Asked with the counts before most of the work is done.
 
     Returns:
-        ``None`` if the batch holds no token.
+        ``None`` if the batch holds no token, or is not ``worth`` it.
     """
     N, S = ids.shape
     mask = np.ones((N, S), bool) if mask is None else mask
@@ -90,7 +93,10 @@ def fold_batch(ids: np.ndarray, mask: np.ndarray | None = None) -> Folded | None
         moved = np.zeros_like(ids)
         moved[tight] = keys[mask]
         keys = moved
-    merged, positions, ends, path = merge_prefixes(keys[tokens], lengths[tokens])
+    forest = merge_prefixes(keys[tokens], lengths[tokens], lambda merged: worth(Counts(N * S, real, merged)))
+    if forest is None:
+        return None
+    merged, positions, ends, path = forest
     if holes:
         positions, merged = merged >> _ID_BITS, merged & ((1 << _ID_BITS) - 1)
     padding = None

@@ -9,6 +9,7 @@ Shapes: B rows, L tokens a row, N = ceil(bucket(L) / 128) blocks.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,10 +97,11 @@ def block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask
     counts = chosen.sum(-1, dtype=torch.int32)
     indices = torch.argsort(chosen, dim=-1, descending=True, stable=True).to(torch.int32)
     # Copies: a compiled kernel would be compiled anew for tensors that begin at other than 16 bytes.
-    tables = [table.clone() for pair in zip(counts, indices, strict=True) for table in pair]
-    return BlockMask(
-        (padded, padded), *tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask_mod(ends_BL, positions_BL, window)
-    )
+    tables: dict[str, Any] = {}
+    for name, count, index in zip(("kv", "full_kv", "q", "full_q"), counts, indices, strict=True):
+        tables |= {f"{name}_num_blocks": count.clone(), f"{name}_indices": index.clone()}
+    rule = mask_mod(ends_BL, positions_BL, window)
+    return BlockMask(seq_lengths=(padded, padded), **tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule)
 
 
 def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:

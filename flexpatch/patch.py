@@ -40,6 +40,9 @@ BACKENDS = ("auto", "flex", "dense")
 # Implementations that accept a dense 4-D mask, and so can serve both backends.
 ORIGINALS = ("sdpa", "eager")
 
+# Marks calls that our hook has seen. A model made from a patched one's configuration has the name and no hook.
+SEEN = "flexpatch_seen"
+
 log = logging.getLogger(__name__)
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -70,13 +73,13 @@ def apply(model: AnyModel, *, backend: str = "auto", fold: bool = True) -> AnyMo
     inner = _pretrained(model)
     adapter = adapter_for(text_config(inner))
     current = inner.config._attn_implementation
-    original = _parse(current)[1] if current.startswith(PREFIX) else current
+    original = _parse(current)[2] if current.startswith(PREFIX) else current
     if original not in adapter.implementations:
         raise UnsupportedModelError(
             f"attn_implementation='{original}' cannot be kept for the ordinary calls of this architecture; call "
             f"model.set_attn_implementation('{adapter.implementations[0]}') first"
         )
-    inner.set_attn_implementation(f"{PREFIX}{backend}_{original}")
+    inner.set_attn_implementation(f"{PREFIX}{'fold' if fold else 'rows'}_{backend}_{original}")
     if inner.config._attn_implementation == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
     _unhook(inner)
@@ -94,7 +97,7 @@ def remove(model: AnyModel) -> AnyModel:
     """Undo :func:`apply`. A model that was never patched is returned as it is."""
     inner = _pretrained(model)
     if is_applied(inner):
-        inner.set_attn_implementation(_parse(inner.config._attn_implementation)[1])
+        inner.set_attn_implementation(_parse(inner.config._attn_implementation)[2])
         _unhook(inner)
     return model
 
@@ -107,7 +110,7 @@ def is_applied(model: nn.Module) -> bool:
 def backend_of(model: nn.Module) -> str | None:
     """The ``backend`` that ``model`` was patched with; ``None`` if it is not patched."""
     name = str(_pretrained(model).config._attn_implementation)
-    return _parse(name)[0] if name.startswith(PREFIX) else None
+    return _parse(name)[1] if name.startswith(PREFIX) else None
 
 
 def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None) -> dict[str, Any]:
@@ -201,26 +204,19 @@ class _FoldHook:
         self.counts: deque[Counts] = deque(maxlen=10_000)
 
     def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
-        call = {**dict(zip(signature(type(backbone).forward).parameters, (None, *args), strict=False)), **kwargs}
-        call.pop("self", None)
-        mask, ids = call.get("attention_mask"), call.get("input_ids")
-        if isinstance(mask, dict | BlockMask) or (mask is not None and mask.ndim != 2):
-            return None  # rows of our own, or a mask of the caller's own
-        if call.get("past_key_values") is not None or call.get("use_cache"):
-            return None
-        if ids is not None and (ids.ndim != 2 or (mask is None and len(ids) == 1)):
-            return None
-        folded = self.fold(backbone, call)
-        return None if folded is None else ((), folded)
+        # Without self: hooks get a call's own arguments.
+        names = list(signature(type(backbone).forward).parameters)[1:]
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        folded = self.fold(backbone, call) if _ordinary(call) else None
+        return (args, kwargs | {SEEN: True}) if folded is None else ((), folded)
 
     @torch.compiler.disable
     def fold(self, backbone: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any] | None:
         """The call's arguments with its batch folded; ``None`` if it should run as it was given."""
         config = text_config(backbone)
         if reason := _obstacle(backbone, config, call):
-            _warn_unfolded(reason)
+            _warn_unfolded(f"with {reason}")
             return None
-        check_mode(backbone)
         ids, given = call["input_ids"], call.get("attention_mask")
         if given is not None and given.shape != ids.shape:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
@@ -232,20 +228,32 @@ class _FoldHook:
         check_ids(id_array, mask, config.vocab_size)
         positions = next(arrays, None)
         if positions is not None and not follow_columns(positions, mask):
-            _warn_unfolded("position_ids that do not count a sequence's columns (packed rows, for example)")
+            _warn_unfolded("with position_ids that do not count a sequence's columns (packed rows, for example)")
             return None
-        folded = fold_batch(id_array, mask)
-        if folded is None or not _gains(config, folded.counts, ids.shape[1], _mask_dtype(backbone, ids.device)):
+        dtype = _mask_dtype(backbone, ids.device)
+        folded = fold_batch(id_array, mask, lambda counts: _gains(config, counts, ids.shape[1], dtype))
+        if folded is None:
             self.counts.append(Counts(ids.numel(), ids.numel(), ids.numel()))
             return None
+        check_mode(backbone)
         if (limit := longrope_limit(config)) is not None and folded.rows.depth <= limit < ids.shape[1]:
-            _warn_unfolded("left padding beyond the length at which longrope switches its frequencies")
+            _warn_unfolded("with left padding beyond the length at which longrope switches its frequencies")
             return None
         self.counts.append(folded.counts)
         call |= _inputs(backbone, folded.rows.to(ids.device), adapter_for(config))
         # On this tensor and not beside it: other arguments reach every layer, compiled ones included.
         call["input_ids"].flexpatch_unfold = folded.index.to(ids.device), folded.padding
         return call
+
+
+def _ordinary(call: dict[str, Any]) -> bool:
+    """Whether a call holds several sequences or padding, no cache, and no mask of the caller's or our own."""
+    mask, ids = call.get("attention_mask"), call.get("input_ids")
+    if isinstance(mask, dict | BlockMask) or (mask is not None and mask.ndim != 2):
+        return False
+    if call.get("past_key_values") is not None or call.get("use_cache"):
+        return False
+    return ids is None or (ids.ndim == 2 and (mask is not None or len(ids) > 1))
 
 
 def _gains(config: Any, counts: Counts, columns: int, mask_dtype: torch.dtype | None) -> bool:
@@ -284,7 +292,7 @@ def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> s
 
 def _warn_unfolded(reason: str) -> None:
     """Say, once for each reason, that batches run as they are given."""
-    warnings.warn(f"flexpatch: batches with {reason} run as they are given", FlexpatchWarning, 2)
+    warnings.warn(f"flexpatch: batches {reason} run as they are given", FlexpatchWarning, 2)
 
 
 def _unfold_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -325,16 +333,16 @@ def savings(model: nn.Module, last: int | None = None) -> Savings:
 
 def _mask_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype | None:
     """The kind of mask :func:`flexpatch.masks.mask_of` must build: a block mask, or what the original takes."""
-    backend, original = _parse(inner.config._attn_implementation)
+    _, backend, original = _parse(inner.config._attn_implementation)
     if backend == "flex" or (backend == "auto" and device.type in ("cuda", "xpu")):
         return None
     return torch.bool if original == "sdpa" else inner.dtype
 
 
-def _parse(name: str) -> tuple[str, str]:
-    """(backend, original implementation) of ``flexpatch_<backend>_<original>``."""
-    backend, original = name.removeprefix(PREFIX).split("_", 1)
-    return backend, original
+def _parse(name: str) -> tuple[str, str, str]:
+    """(``fold`` or ``rows``, backend, original implementation) of ``flexpatch_<fold or rows>_<backend>_<original>``."""
+    kind, backend, original = name.removeprefix(PREFIX).split("_", 2)
+    return kind, backend, original
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
@@ -346,11 +354,16 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 def _attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, original: str, **kwargs: Any
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, original: str, folds: bool, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """What the registered names call. q is (B, H, L, D), k and v are (B, G, L, D); the output is (B, L, H, D)."""
+    seen = kwargs.pop(SEEN, False)
     if isinstance(mask, BlockMask):
         return flex(q, k, v, mask, **kwargs), None
+    if folds and not seen and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling():
+        _warn_unfolded(
+            "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
+        )
     function = _eager_of(module) if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
     return function(module, q, k, v, mask, *args, **kwargs)
 
@@ -372,9 +385,10 @@ def _register(masks: Mapping[str, Callable[..., Any]] = ALL_MASK_ATTENTION_FUNCT
     """
     for original in ORIGINALS:
         for backend in BACKENDS:
-            name = f"{PREFIX}{backend}_{original}"
-            AttentionInterface.register(name, partial(_attention, original=original))
-            AttentionMaskInterface.register(name, masks[original])
+            for kind in ("fold", "rows"):
+                name = f"{PREFIX}{kind}_{backend}_{original}"
+                AttentionInterface.register(name, partial(_attention, original=original, folds=kind == "fold"))
+                AttentionMaskInterface.register(name, masks[original])
 
 
 _register()

@@ -14,7 +14,7 @@ Shapes: B rows, L tokens a row, T scored tokens, A answers, K columns with logit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -94,7 +94,9 @@ def lay_out(tree: Tree, sample: int | str = 0) -> Layout:
     lengths = np.array([len(branch) for branch in branches])
     keys = np.zeros((len(branches), lengths.max()), np.int64)
     keys[np.arange(keys.shape[1]) < lengths[:, None]] = np.concatenate(branches)
-    ids, positions, ends, paths = merge_prefixes(keys, lengths)
+    forest = merge_prefixes(keys, lengths)
+    assert forest is not None
+    ids, positions, ends, paths = forest
     sources, targets, answers, answer_lengths = [], [], [], []
     for branch, start, stop in spans:
         path = paths[branch][:stop]
@@ -157,7 +159,9 @@ def _checked(ids: Sequence[int], sample: int | str, name: str) -> np.ndarray:
     return run.astype(np.int64)
 
 
-def merge_prefixes(keys_NS: np.ndarray, lengths_N: np.ndarray) -> tuple[np.ndarray, ...]:
+def merge_prefixes(
+    keys_NS: np.ndarray, lengths_N: np.ndarray, worth: Callable[[int], bool] = lambda tokens: True
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
     """The prefix forest of N sequences in depth-first order.
 
     Sorted, sequences with a common beginning are neighbours, and each adds to the forest what it does not have in
@@ -166,24 +170,26 @@ def merge_prefixes(keys_NS: np.ndarray, lengths_N: np.ndarray) -> tuple[np.ndarr
     Args:
         keys_NS: (N, S) int64 >= 0. Equal keys in equal columns are the same token, if all before them are.
         lengths_N: (N,) int64 in 1 to S.
+        worth: Asked with L once that is known, which is early.
 
     Returns:
         Of the L tokens of the forest: ``keys``, ``positions`` (columns) and ``ends``, each (L,) int64; and (N, S)
-        int64, the token of each key, meaningless from a sequence's length on.
+        int64, the token of each key, meaningless from a sequence's length on. ``None`` if not ``worth`` it.
     """
     N, S = keys_NS.shape
     columns = np.arange(S)
     # Padding sorts last, so that a sequence comes after all that continue it.
     keys = np.where(columns < lengths_N[:, None], keys_NS, -1)
-    order = np.argsort(
-        keys.view(np.dtype((np.void, keys.itemsize * S)))[:, 0]
-    )  # byte by byte: any order groups prefixes
+    whole = keys.view(np.dtype((np.void, keys.itemsize * S)))[:, 0]
+    order = np.argsort(whole)  # byte by byte, which is an odd order, but any groups prefixes
     keys, lengths = keys[order], lengths_N[order]
     # Tokens each sequence has in common with the one before it.
     common = np.zeros(N, np.int64)
     differs = keys[1:] != keys[:-1]
     common[1:] = np.minimum(np.where(differs.any(1), differs.argmax(1), S), lengths[1:])
     offsets = np.concatenate([[0], np.cumsum(lengths - common)])
+    if not worth(int(offsets[-1])):
+        return None
     anew = common[:, None] <= columns  # nothing is shared with the sequence before from this column on
     sequence = np.arange(N)[:, None]
     owner = np.maximum.accumulate(np.where(anew, sequence, 0))

@@ -74,12 +74,13 @@ def test_adapters_are_data() -> None:
 
 
 def test_only_some_files_know_transformers_and_flex() -> None:
-    # verify and parity are leaves that report versions and settings; models loads models.
-    assert importers("transformers") <= {"patch", "models", "parity", "verify"}
+    # verify and parity are leaves that report versions and settings; models loads models; callbacks serves its Trainer.
+    assert importers("transformers") <= {"patch", "models", "parity", "verify", "callbacks"}
     assert "patch" in importers("transformers")
     assert importers(FLEX) == {"attention", "masks", "patch"}
-    assert importers("flexpatch.verify") == set()
-    assert importers("trl") == set()
+    for leaf in ("verify", "estimate", "trl", "callbacks"):
+        assert importers(f"flexpatch.{leaf}") == set()
+    assert importers("trl") == {"trl"}
 
 
 def test_imports_point_one_way() -> None:

@@ -118,7 +118,7 @@ def test_random_batches_through_flex(flex_on_cpu: None, monkeypatch: pytest.Monk
 
 @parameterized.expand(["siblings", "positions", "index", "window"])
 def test_the_fuzz_can_fail(broken: str) -> None:
-    def break_it(ids: np.ndarray, mask: np.ndarray | None = None) -> Folded | None:
+    def break_it(ids: np.ndarray, mask: np.ndarray | None = None, worth: Any = None) -> Folded | None:
         folded = fold_batch(ids, mask)
         if folded is None:
             return None
@@ -236,7 +236,7 @@ def test_other_heads() -> None:
         "llama", **{**TINY, **adapters()["llama"].tiny["llama"][0], "pad_token_id": 0, "num_labels": 1}
     )
     for kind in (AutoModelForSequenceClassification, AutoModel):
-        model = kind.from_config(config, dtype=torch.float64).eval()
+        model = kind.from_config(copy.deepcopy(config), dtype=torch.float64).eval()
         batch = padded_batch()
         before = model(**batch)[0]
         after = flexpatch.apply(model)(**batch)[0]
@@ -324,6 +324,20 @@ def test_tuples() -> None:
     with pytest.warns(FlexpatchWarning, match="return_dict=False"):
         after = flexpatch.apply(model).base_model(**batch, return_dict=False)
     assert torch.equal(before[0], after[0])
+
+
+def test_a_model_with_the_name_and_no_hooks_says_so() -> None:
+    """Trainers make references from a patched model's configuration: right, but without sharing."""
+    model, batch = flexpatch.apply(tiny_model("llama", dtype=torch.float32)), padded_batch()
+    reference = type(model)._from_config(model.config, attn_implementation=model.config._attn_implementation)
+    reference.load_state_dict(model.state_dict())
+    assert flexpatch.is_applied(reference)
+    with pytest.warns(FlexpatchWarning, match="of a model built from a patched one's settings"):
+        logits = reference(**batch).logits
+    assert torch.equal(logits, flexpatch.remove(copy.deepcopy(model))(**batch).logits)
+    flexpatch.apply(reference)(**batch)
+    assert flexpatch.savings(reference).folded == 1
+    flexpatch.apply(reference, fold=False)(**batch)  # on purpose, so without a word
 
 
 def test_router_losses_run_as_they_are() -> None:

@@ -114,7 +114,7 @@ def one_weight(base: nn.Module) -> nn.Module:
 
 
 def eager(base: nn.Module) -> nn.Module:
-    base.set_attn_implementation("flexpatch_auto_eager")
+    base.set_attn_implementation("flexpatch_fold_auto_eager")
     return base
 
 

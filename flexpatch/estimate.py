@@ -1,0 +1,315 @@
+"""``python -m flexpatch.estimate DATA --tokenizer T``: what sharing prompts would save on a preference file."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from flexpatch import models
+from flexpatch.collator import Collator, read_jsonl
+from flexpatch.errors import FlexpatchError
+from flexpatch.packing import pack
+from flexpatch.tree import Layout, Tree, lay_out
+
+BUDGETS = tuple(2**n for n in range(11, 17))
+WASTE = 0.02
+RULE = f"the smallest whose rows stay less than {WASTE:.0%} empty; without one, the one that stays least empty"
+ASSUMPTIONS = """\
+Token counts are exact. Speed-ups are an estimate by FLOPs, not a measurement:
+- Time is taken as proportional to FLOPs, forward and backward, policy and reference alike. Overheads are not modelled
+  (kernel launches, memory traffic, partly filled attention blocks, masks, optimizer, communication), so expect less.
+- A token costs 2 FLOPs a parameter of the linear layers (the experts it is routed to); a pair of tokens that see each
+  other costs 4 * heads * head size a layer. Sliding windows are not counted.
+- In padded batches every column sees all columns before it. In folded and packed rows a token is computed once and sees
+  what comes before it in its sequence: true of FlexAttention (GPU); the dense backend computes all pairs of a row.
+- A batch that folding would shrink by less than a tenth runs as it was given, as after flexpatch.apply on a GPU.
+- The head costs 2 * hidden size * vocabulary: in padded and folded batches for every column, since trainers ask for all
+  logits; in packed rows for the tokens that predict an answer's."""
+
+
+class Model(NamedTuple):
+    """The sizes that FLOPs depend on. ``ffn`` is the width of the gated MLP that one token goes through."""
+
+    hidden: int
+    layers: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+
+    def flops(self, cost: "Cost") -> int:
+        """FLOPs of the forward passes."""
+        linear = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads) + 3 * self.hidden * self.ffn
+        layer = 2 * linear * cost.tokens + 4 * self.heads * self.head_size * cost.pairs
+        return self.layers * layer + 2 * self.hidden * self.vocabulary * cost.logits
+
+
+PRESETS = {  # Llama 3's
+    "1b": Model(2048, 16, 8192, 32, 8, 64, 128256),
+    "3b": Model(3072, 28, 8192, 24, 8, 128, 128256),
+    "8b": Model(4096, 32, 14336, 32, 8, 128, 128256),
+    "70b": Model(8192, 80, 28672, 64, 8, 128, 128256),
+}
+
+
+class Cost(NamedTuple):
+    """Work: ``tokens`` through the layers, ``pairs`` (query, key) of attention, ``logits`` through the head."""
+
+    tokens: int
+    pairs: int
+    logits: int
+
+    @classmethod
+    def total(cls, costs: Iterable["Cost"]) -> "Cost":
+        """Sum over batches or dataset rows."""
+        return cls(*map(sum, zip(*costs, strict=True)))
+
+
+class Sample(NamedTuple):
+    """What is kept of one dataset row: lengths in tokens, its sequences (int32 ids), and its work in packed rows."""
+
+    prompt: int
+    answers: list[int]
+    sequences: list[Any]
+    shared: Cost
+    unshared: Cost
+
+    @classmethod
+    def of(cls, layout: Layout) -> "Sample":
+        """From a layout of the collator's: a prompt and its answers."""
+        sequences = [layout.ids[path].astype(np.int32) for path in layout.answers]
+        lengths, answers = [len(sequence) for sequence in sequences], layout.answer_lengths
+        shared = Cost(len(layout), int((layout.positions + 1).sum()), len(np.unique(layout.sources)))
+        unshared = Cost(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(answers))
+        return cls(lengths[0] - answers[0], answers, sequences, shared, unshared)
+
+    def saved(self) -> float:
+        """Share of its tokens that sharing leaves out."""
+        return 1 - self.shared.tokens / self.unshared.tokens
+
+
+def padded(batch: Sequence[Sample]) -> Cost:
+    """Work of a batch as stock trainers run it: every answer with its prompt, padded to the longest."""
+    lengths = [len(sequence) for sample in batch for sequence in sample.sequences]
+    N, S = len(lengths), max(lengths)
+    return Cost(N * S, N * S * (S + 1) // 2, N * S)
+
+
+def folded(batch: Sequence[Sample]) -> Cost:
+    """Work of the same batch after :func:`flexpatch.apply`: one row, in which all that begins alike is merged."""
+    given = padded(batch)
+    # A root above all sequences makes one tree of them. It is not counted, and it shifts positions by one.
+    forest = lay_out(Tree.of([0], *(sequence for sample in batch for sequence in sample.sequences)))
+    row = Cost(len(forest) - 1, int(forest.positions.sum()), given.logits)
+    return row if row.tokens <= 0.9 * given.tokens else given
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Mean, extremes and percentiles; the latter are values that occur."""
+    inner = {f"p{q}": np.percentile(values, q, method="inverted_cdf").item() for q in (10, 50, 90, 99)}
+    return dict(mean=float(np.mean(values)), min=min(values), **inner, max=max(values))
+
+
+def estimate(samples: Sequence[Sample], model: Model, *, batch_size: int, seed: int) -> dict[str, Any]:
+    """Lengths, tokens and expected speed-ups of one epoch, as plain numbers.
+
+    Args:
+        samples: At least one.
+        model: Whose FLOPs are counted.
+        batch_size: Dataset rows of a padded batch.
+        seed: Of the batches' order.
+    """
+    order = np.random.default_rng(seed).permutation(len(samples))
+    batches = [[samples[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
+    costs = dict(padded=Cost.total(map(padded, batches)), folded=Cost.total(map(folded, batches)))
+    costs |= {f"packed_{name}": Cost.total(getattr(s, name) for s in samples) for name in ("unshared", "shared")}
+    layouts: dict[str, dict[str, float]] = {}
+    for name, cost in costs.items():
+        layouts[name] = dict(**cost._asdict(), flops=model.flops(cost))
+        layouts[name]["speedup"] = layouts["padded"]["flops"] / layouts[name]["flops"]
+    lengths = dict(prompt=[s.prompt for s in samples], answer=[length for s in samples for length in s.answers])
+    lengths |= dict(sequence=[len(x) for s in samples for x in s.sequences], tree=[s.shared.tokens for s in samples])
+    budgets = []
+    longest = max(lengths["tree"])
+    for budget in [b for b in BUDGETS if b >= longest] or [1 << (longest - 1).bit_length()]:
+        rows, unshared_rows = (len(pack(lengths[kind], budget)) for kind in ("tree", "sequence"))
+        empty = 1 - costs["packed_shared"].tokens / (rows * budget)
+        budgets.append(dict(budget=budget, rows=rows, empty=empty, unshared_rows=unshared_rows))
+    best = next((b for b in budgets if b["empty"] < WASTE), min(budgets, key=lambda b: b["empty"]))
+    return dict(
+        rows=len(samples), answers=len(lengths["answer"]), batch_size=batch_size, seed=seed, layouts=layouts,
+        lengths={name: percentiles(values) for name, values in lengths.items()},
+        saved=percentiles([sample.saved() for sample in samples]),
+        budgets=budgets, best_budget=best["budget"], rule=RULE, assumptions=ASSUMPTIONS,
+    )  # fmt: skip
+
+
+def report(result: dict[str, Any]) -> str:
+    """What ``--json`` prints, as text."""
+    heads = list(result["saved"])
+    names = dict(prompt="a prompt", answer="an answer", sequence="a prompt with one answer")
+    names["tree"] = "a prompt with all its answers"
+    lengths = [["tokens of", *heads]]
+    for name, values in result["lengths"].items():
+        lengths.append([names[name], *(f"{values[head]:,.0f}" for head in heads)])
+    lengths.append(["share that sharing saves", *(f"{result['saved'][head]:.0%}" for head in heads)])
+    titles = [f"padded batches of {result['batch_size']} rows", "  folded by flexpatch.apply", "packed, unshared"]
+    layouts = [["one epoch", "tokens", "of padded", "forward FLOPs", "expected speed-up"]]
+    whole = result["layouts"]["padded"]["tokens"]
+    for title, cost in zip([*titles, "packed, shared"], result["layouts"].values(), strict=True):
+        share = f"{cost['tokens'] / whole:.1%}"
+        layouts.append([title, f"{cost['tokens']:,}", share, f"{cost['flops']:.3g}", f"{cost['speedup']:.2f} x"])
+    budgets = [["token budget of a row", "shared rows", "empty", "unshared rows"]]
+    for b in result["budgets"]:
+        budgets.append([f"{b['budget']:,}", f"{b['rows']:,}", f"{b['empty']:.1%}", f"{b['unshared_rows']:,}"])
+    tables = ["\n".join(_line(row) for row in table) for table in (lengths, layouts, budgets)]
+    first = f"{result['rows']:,} rows, {result['answers']:,} answers; FLOPs of {result['model']['name']}"
+    if result["skipped"]:
+        first += f"\nskipped {len(result['skipped']):,} rows; the first: {result['skipped'][0]}"
+    best = f"best token budget: {result['best_budget']:,}: {RULE}"
+    return "\n\n".join([first, *tables, best, ASSUMPTIONS])
+
+
+def _line(cells: Sequence[str]) -> str:
+    width = 80 // (len(cells) - 1)
+    return f"{cells[0]:<30}" + "".join(f"{cell:>{width}}" for cell in cells[1:])
+
+
+def plot(samples: Sequence[Sample], path: str) -> None:
+    """Histograms of prompt and answer lengths, and of the share that sharing saves, as a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    lengths = dict(prompts=[s.prompt for s in samples], answers=[length for s in samples for length in s.answers])
+    every = [length for values in lengths.values() for length in values]
+    edges = np.unique(np.geomspace(min(every), max(every) + 1, 31).round())
+    for name, values in lengths.items():
+        left.hist(values, edges, alpha=0.6, label=f"{name}, median {np.median(values):,.0f}")
+    left.set(title="lengths", xlabel="tokens", ylabel="count", xscale="log")
+    left.xaxis.set_major_formatter("{x:,.0f}")
+    left.margins(y=0.3)  # room for the legend
+    left.legend()
+    saved = [100 * s.saved() for s in samples]
+    right.hist(saved, np.linspace(0, 100, 41), color="tab:green", label=f"median {np.median(saved):.0f}%")
+    right.set(title="share of its tokens that sharing saves", xlabel="% of a row's tokens", ylabel="dataset rows")
+    right.legend()
+    for panel in (left, right):
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130, format="png")
+
+
+def read_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
+    """The usable rows of the file, and why the others are not.
+
+    Raises:
+        FlexpatchError: For the first unusable row, unless they are to be skipped; if none is usable.
+    """
+    rows = read_jsonl(options.data)[: options.limit]
+    tokenizer = _loaded(models.load_tokenizer, options.tokenizer) if options.tokenizer else None
+    collator = Collator(tokenizer, max_length=options.max_length, on_long="truncate")
+    samples, skipped = [], []
+    for number, row in enumerate(tqdm(rows, desc="tokenising", unit="row", disable=None)):
+        if tokenizer is None and "prompt_ids" not in row:
+            raise FlexpatchError(f"sample {number}: a row without 'prompt_ids' needs --tokenizer")
+        try:
+            samples.append(Sample.of(collator.layout(row, number)))
+        except FlexpatchError as error:
+            if not options.skip_bad_rows:
+                raise FlexpatchError(f"{error} (--skip-bad-rows leaves such rows out)") from error
+            skipped.append(str(error))
+    if not samples:
+        raise FlexpatchError(f"{options.data} holds no usable row; the first: {skipped[0]}")
+    return samples, skipped
+
+
+def model_of(name: str) -> Model:
+    """A preset's sizes, or those in a model's configuration; no weights are read."""
+    if name in PRESETS:
+        return PRESETS[name]
+    found = _loaded(lambda name: models.AutoConfig.from_pretrained(**models._source(name)), name)
+    config = found.get_text_config().to_dict()
+    try:
+        hidden, layers, heads = (config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+        ffn, vocabulary = config["intermediate_size"], config["vocab_size"]
+    except KeyError as error:
+        raise FlexpatchError(f"the configuration of {name} has no {error}; try {', '.join(PRESETS)}") from error
+    if experts := config.get("num_experts_per_tok"):
+        ffn = experts * config.get("moe_intermediate_size", ffn) + config.get("shared_expert_intermediate_size", 0)
+    head_size = config.get("head_dim") or hidden // heads
+    return Model(hidden, layers, ffn, heads, config.get("num_key_value_heads") or heads, head_size, vocabulary)
+
+
+def _loaded(load: Callable[[str], Any], name: str) -> Any:
+    try:
+        return load(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise FlexpatchError(f"cannot load {name}: {error}") from error
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flexpatch.estimate",
+        description="Count what an epoch over a preference file computes in four layouts (padded batches of stock\n"
+        "trainers, the same after flexpatch.apply, packed rows without and with sharing), and predict speed-ups.",
+        epilog=f"The best token budget of a row is {RULE}.\n\n{ASSUMPTIONS}\n\n"
+        "exit code: 0 done, 2 wrong usage or unusable data",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("data", help="JSON Lines, may be gzipped, in any form flexpatch.Collator reads")
+    add("--tokenizer", metavar="T", help="hub name, directory or GGUF file; not needed for token ids")
+    add(
+        "--model",
+        default="8b",
+        metavar="M",
+        help=f"whose FLOPs to count: {', '.join(PRESETS)}, or as --tokenizer (%(default)s)",
+    )
+    add("--batch-size", type=_positive, default=8, metavar="N", help="rows of a padded batch (%(default)s)")
+    add("--max-length", type=_positive, metavar="N", help="tokens of prompt + answer; answers are cut (no limit)")
+    add("--limit", type=_positive, metavar="N", help="use the first N rows only")
+    add("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, instead of stopping")
+    add("--seed", type=int, default=0, metavar="N", help="of the order of padded batches (%(default)s)")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", default="estimate.png", metavar="PNG", help="where histograms go (%(default)s)")
+    add("--no-plot", dest="plot", action="store_const", const=None, help="draw none")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 unusable options or data."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.plot and find_spec("matplotlib") is None:
+            raise FlexpatchError("histograms need matplotlib: pip install matplotlib, or pass --no-plot")
+        model = model_of(options.model)
+        samples, skipped = read_samples(options)
+        result = estimate(samples, model, batch_size=options.batch_size, seed=options.seed)
+        result |= dict(data=options.data, skipped=skipped, model=dict(name=options.model, **model._asdict()))
+        if options.plot:
+            plot(samples, options.plot)
+    except KeyboardInterrupt:
+        print("flexpatch.estimate: interrupted", file=sys.stderr)
+        return 2
+    except (FlexpatchError, OSError) as error:
+        print(f"flexpatch.estimate: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(json.dumps(dict(**result, plot=options.plot), indent=1) if options.json else report(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
