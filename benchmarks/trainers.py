@@ -11,7 +11,7 @@ dpo       LoRA DPOTrainer, gradient checkpointing, reference = adapter off: batc
           one counts, so that compilation (printed apart) and allocation are over.
 nothing   The same trainer on pairs that share nothing and need no padding: what flexpatch costs where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
-overhead  Milliseconds of folding a batch of 16,384 shared tokens: merging, copying, masks.
+overhead  Milliseconds of folding a batch of 16,384 shared tokens (merging, copying, masks), and of giving up on one.
 profile   Kernels of one step of the first set, stock and packed, by time.
 
 Prints one table a part, writes them with trainers.json and trainers.png to --output.
@@ -69,6 +69,7 @@ def main() -> None:
     add("--batch-size", type=int, default=8)
     add("--bins", type=int, default=6, help="about so many packed batches an epoch (%(default)s)")
     add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
+    add("--full", action="store_true", help="all weights instead of LoRA, with a second model as the reference")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/trainers"))
@@ -111,6 +112,8 @@ def main() -> None:
             continue
         else:
             results[part] = {name: overhead(options, lengths[name]) for name in names}
+            alone = [[1, 449, 449]]
+            results[part]["nothing to share (not folded)"] = overhead(options, alone, 2 * 450 * options.batch_size)
             tables.append("Folding a batch, ms: " + ", ".join(f"{k} {v:.1f}" for k, v in results[part].items()))
         (options.output / "trainers.json").write_text(json.dumps(results, indent=1))
         (options.output / "table.md").write_text("\n\n".join(tables))
@@ -207,13 +210,20 @@ def measure(
     options: argparse.Namespace, mode: str, lengths: list[list[int]], callbacks: list[TrainerCallback] | None = None
 ) -> Any:
     model = make_model(options)
-    count, arguments, kind = options.pairs, {}, Stock
+    count, kind = options.pairs, Stock
+    arguments: dict[str, Any] = {}
     if mode != "stock":
         flexpatch.apply(model)
+    if options.full:
+        arguments["ref_model"] = make_model(options)
+        if mode != "stock":
+            flexpatch.apply(arguments["ref_model"])
+    else:
+        arguments["peft_config"] = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     if mode == "packed":
         mean = statistics.mean(map(sum, lengths))
         count = max(options.pairs, round(options.bins * options.budget / mean))
-        arguments, kind = dict(token_budget=options.budget), Packed
+        arguments["token_budget"], kind = options.budget, Packed
     clock = Clock(options.device == "cuda")
     words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     config = trl.DPOConfig(
@@ -226,7 +236,6 @@ def measure(
         args=config,
         train_dataset=pairs_of(lengths, count, model.config.vocab_size),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>"),
-        peft_config=peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
         callbacks=[clock, *(callbacks or [])],
         **arguments,
     )
@@ -289,10 +298,11 @@ def timed(step: Callable[[], Any], device: str, repeats: int = 7) -> float:
     return statistics.median(times[2:])
 
 
-def overhead(options: argparse.Namespace, lengths: list[list[int]]) -> float:
-    """Milliseconds of folding one batch of about ``options.budget`` shared tokens."""
+def overhead(options: argparse.Namespace, lengths: list[list[int]], tokens: int | None = None) -> float:
+    """Milliseconds of folding one batch of about ``tokens`` (``options.budget``) shared tokens, or of finding that this
+    would gain nothing."""
     model = flexpatch.apply(make_model(options))
-    count = max(2, round(options.budget / statistics.mean(map(sum, lengths))))
+    count = max(2, round((tokens or options.budget) / statistics.mean(map(sum, lengths))))
     rows = pairs_of(lengths, count, model.config.vocab_size)
     sequences = [torch.tensor(row["prompt_ids"] + row[key]) for key in ("chosen_ids", "rejected_ids") for row in rows]
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(options.device)
@@ -303,9 +313,10 @@ def overhead(options: argparse.Namespace, lengths: list[list[int]]) -> float:
 
 
 def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
+    kind, reference = ("full fine-tuning", "a second model") if options.full else ("LoRA", "adapter off")
     lines = [
-        f"LoRA DPOTrainer, gradient checkpointing, reference by adapter off; stock and one line: {options.batch_size} "
-        f"pairs a batch; packed: {options.budget:,} tokens a batch.\n",
+        f"DPOTrainer, {kind}, gradient checkpointing, reference pass by {reference}; stock and one line: "
+        f"{options.batch_size} pairs a batch; packed: {options.budget:,} tokens a batch.\n",
         "| lengths like | stock, pairs/s | one line, pairs/s | packed, pairs/s | one line | packed | "
         "tokens | peak GB: stock, one line, packed | compiling, s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -313,11 +324,14 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
     for name, modes in results.items():
         speed = {mode: modes[mode]["pairs_per_s"] for mode in MODES}
         peak = ", ".join("–" if modes[m]["peak_gb"] is None else f"{modes[m]['peak_gb']:.1f}" for m in MODES)
-        lines.append(
-            f"| {name} | " + " | ".join(f"{speed[m]:.1f}" for m in MODES)
-            + "".join(f" | **{speed[m] / speed['stock']:.2f}×**" for m in MODES[1:])
-            + f" | ÷ {modes['one line']['token_factor']:.2f} | {peak} | {modes['one line']['first_epoch_extra_s']:.0f} |"
-        )  # fmt: skip
+        cells = [
+            name,
+            *(f"{speed[m]:.1f}" for m in MODES),
+            *(f"**{speed[m] / speed['stock']:.2f}×**" for m in MODES[1:]),
+        ]
+        ours = modes["one line"]
+        cells += [f"÷ {ours['token_factor']:.2f}", peak, f"{ours['first_epoch_extra_s']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -18,7 +18,11 @@ from flexpatch.tree import Layout, Tree, lay_out
 
 BUDGETS = tuple(2**n for n in range(11, 17))
 WASTE = 0.02
-RULE = f"the smallest whose rows stay less than {WASTE:.0%} empty; without one, the one that stays least empty"
+BUSY = 8192  # tokens; launching the kernels of shorter rows takes a GPU's host longer than running them
+RULE = (
+    f"the smallest of at least {BUSY:,} (shorter rows leave a GPU waiting) whose rows stay less than {WASTE:.0%} "
+    "empty; without one, the one that stays least empty"
+)
 ASSUMPTIONS = """\
 Token counts are exact. Speed-ups are an estimate by FLOPs, not a measurement:
 - Time is taken as proportional to FLOPs, forward and backward, policy and reference alike. Overheads are not modelled
@@ -141,7 +145,8 @@ def estimate(samples: Sequence[Sample], model: Model, *, batch_size: int, seed: 
         rows, unshared_rows = (len(pack(lengths[kind], budget)) for kind in ("tree", "sequence"))
         empty = 1 - costs["packed_shared"].tokens / (rows * budget)
         budgets.append(dict(budget=budget, rows=rows, empty=empty, unshared_rows=unshared_rows))
-    best = next((b for b in budgets if b["empty"] < WASTE), min(budgets, key=lambda b: b["empty"]))
+    good = [b for b in budgets if b["budget"] >= BUSY and b["empty"] < WASTE]
+    best = good[0] if good else min(budgets, key=lambda b: b["empty"])
     return dict(
         rows=len(samples), answers=len(lengths["answer"]), batch_size=batch_size, seed=seed, layouts=layouts,
         lengths={name: percentiles(values) for name, values in lengths.items()},
