@@ -1,27 +1,51 @@
-"""README's first program runs as printed, but for the model's name."""
+"""README's programs run as printed, but for the model's name and the length of training."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers_offline import make_tokenizer
 
+import flexpatch
 from flexpatch.models import TINY, tiny_model
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = re.findall(r"```python\n(import flexpatch.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_the_first_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny model with its tokenizer, in a directory; the working directory is the checkout."""
     tokenizer = make_tokenizer()
     monkeypatch.setitem(TINY, "vocab_size", len(tokenizer))
     tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    program = re.search(r"```python\n(import flexpatch.*?)```", README.read_text(), re.DOTALL)
-    assert program is not None
-    names: dict[str, object] = {}
-    exec(re.sub(r'name = ".*?"', f"name = {str(tmp_path)!r}", program[1]), names)
-    logps, model = names["logps"], names["model"]
-    assert isinstance(logps, torch.Tensor) and logps.shape == (2,)
-    assert isinstance(model, torch.nn.Module)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    monkeypatch.chdir(ROOT)
+    return tmp_path
+
+
+def run(program: str, model: Path, **replaced: str) -> dict[str, Any]:
+    name = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+    for old, new in {name: repr(str(model)), **replaced}.items():
+        assert old in program
+        program = program.replace(old, new)
+    names: dict[str, Any] = {}
+    exec(program, names)
+    return names
+
+
+def test_the_first_program(model: Path) -> None:
+    out = str(model / "out")
+    settings = f'DPOConfig("{out}", max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True)'
+    names = run(PROGRAMS[0], model, **{'DPOConfig("out")': settings})
+    saved = flexpatch.savings(names["model"])
+    assert saved.folded == 4 and saved.factor > 1.2  # two steps, each with a reference pass
+
+
+def test_rows_of_your_own(model: Path) -> None:
+    names = run(PROGRAMS[1], model)
+    assert names["logps"].shape == (2,)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in names["model"].parameters())
+    assert len(PROGRAMS) == 2
