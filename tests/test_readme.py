@@ -41,7 +41,7 @@ def test_the_first_program(model: Path) -> None:
     settings = f'DPOConfig("{out}", max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True)'
     names = run(PROGRAMS[0], model, **{'DPOConfig("out")': settings})
     saved = flexpatch.savings(names["model"])
-    assert saved.folded == 4 and saved.factor > 1.2  # two steps, each with a reference pass
+    assert saved.batches == 4 and saved.factor > 1.2  # two steps, each with a reference pass
 
 
 def test_rows_of_your_own(model: Path) -> None:
