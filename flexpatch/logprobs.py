@@ -49,8 +49,8 @@ def separate_logprobs(
 ) -> AnswerLogprobs:
     """The same numbers the ordinary way: every answer with its prompt as a sequence of its own, right-padded.
 
-    It is the reference :func:`answer_logprobs` is checked against, and the ``--paired`` side of the example. It works
-    on patched and unpatched models alike.
+    It is the reference :func:`answer_logprobs` is checked against, and the ``--paired`` side of the example. On a
+    patched model its batches fold like any others: for an independent reference call :func:`flexpatch.remove` first.
 
     Args:
         model: A causal language model.

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from flexpatch.errors import FlexpatchError
 from flexpatch.logprobs import answer_logprobs, separate_logprobs, sum_answers
-from flexpatch.patch import apply, backend_of, eager_experts, model_inputs, remove, text_config
+from flexpatch.patch import apply, eager_experts, model_inputs, remove, savings, settings_of, text_config
 from flexpatch.registry import Adapter, adapter_for
 from flexpatch.tree import Rows, Tree, build_rows
 
@@ -128,7 +128,7 @@ def check_parity(
         UnsupportedModelError: If the model cannot be patched.
         FlexpatchError: If its weights or log-probs are not finite, or the float64 truth does not fit into memory.
     """
-    before = backend_of(model)
+    before = settings_of(model)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would hide a wrong mask behind its rounding
     try:
@@ -138,7 +138,7 @@ def check_parity(
     finally:
         torch.set_float32_matmul_precision(precision)
         model.zero_grad(set_to_none=True)
-        remove(model) if before is None else apply(model, backend=before)
+        remove(model) if before is None else apply(model, **before)
 
 
 class _Verification:
@@ -180,8 +180,10 @@ class _Verification:
         kind = "derivatives" if self._routes() else "logits"
         detail = "an answer reaches tokens outside it"
         self._add(f"leak ({kind} outside a changed answer)", self._leaks(self.rows), 0, detail)
-        for layout, rows in (("one row", self.rows), ("padded rows", self.padded_rows)):
-            ours = self._logprobs(rows)
+        folded, folded_gradients = self._separate(self.model, sum_answers(stock, self.rows), batch_size=None)
+        assert savings(self.model).folded == len(self.trees), "each tree's padded batch gains"
+        packed = (self._logprobs(rows) for rows in (self.rows, self.padded_rows))
+        for layout, ours in zip(("one row", "padded rows", "folded batches"), (*packed, folded), strict=True):
             self._add(f"log-probs, {layout}{means}", self._error(ours, oracle), bound, self._where(ours, oracle))
             if not self.exact:
                 name = f"log-probs, {layout}, worst token"
@@ -190,6 +192,8 @@ class _Verification:
             self._adapters_off(worst_bound)
         error, worst = _distance(self._gradients(self.rows, stock), oracle_gradients)
         self._add("gradients of the DPO loss", error, gradient_bound, f"worst in {worst}")
+        error, worst = _distance(folded_gradients, oracle_gradients)
+        self._add("gradients, folded batches", error, gradient_bound, f"worst in {worst}")
 
         margin = CONTROL_MARGIN if self.exact else 1.0
         self._add("control, leak: answers see each other", self._leaks(broken), 0, margin=margin)
@@ -203,14 +207,16 @@ class _Verification:
 
     # --- passes ---------------------------------------------------------------------------------------------------
 
-    def _separate(self, model: nn.Module, constants: Tensor | None = None) -> tuple[Tensor, Gradients]:
-        """Token log-probs and DPO gradients of an unpatched model, one sequence at a time.
+    def _separate(
+        self, model: nn.Module, constants: Tensor | None = None, batch_size: int | None = 1
+    ) -> tuple[Tensor, Gradients]:
+        """Token log-probs and DPO gradients from ordinary batches: of an unpatched model one sequence at a time.
 
         ``constants``: answer log-probs that the reference's are made of; ``None`` for the model's own.
         """
         tokens = []
         for tree, here in zip(self.trees, self._samples(), strict=True):
-            logps = separate_logprobs(model, [tree], batch_size=1)
+            logps = separate_logprobs(model, [tree], batch_size=batch_size)
             base = logps.answers.detach() if constants is None else constants[here]
             _dpo(logps.answers, base + self.noise[here]).backward()
             tokens.append(logps.tokens.detach())

@@ -82,8 +82,9 @@ def apply(model: AnyModel, *, backend: str = "auto", fold: bool = True) -> AnyMo
     inner.set_attn_implementation(f"{PREFIX}{'fold' if fold else 'rows'}_{backend}_{original}")
     if inner.config._attn_implementation == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
-    _unhook(inner)
-    if fold:
+    if not fold:
+        _unhook(inner)
+    elif _hook_of(inner) is None:
         inner.base_model.register_forward_pre_hook(_FoldHook(), with_kwargs=True)
         inner.base_model.register_forward_hook(_unfold_hook, with_kwargs=True)
     if current != inner.config._attn_implementation:
@@ -104,13 +105,16 @@ def remove(model: AnyModel) -> AnyModel:
 
 def is_applied(model: nn.Module) -> bool:
     """Whether ``model`` takes packed rows."""
-    return backend_of(model) is not None
+    return settings_of(model) is not None
 
 
-def backend_of(model: nn.Module) -> str | None:
-    """The ``backend`` that ``model`` was patched with; ``None`` if it is not patched."""
+def settings_of(model: nn.Module) -> dict[str, Any] | None:
+    """The ``backend`` and ``fold`` that ``model`` was patched with; ``None`` if it is not patched."""
     name = str(_pretrained(model).config._attn_implementation)
-    return _parse(name)[1] if name.startswith(PREFIX) else None
+    if not name.startswith(PREFIX):
+        return None
+    kind, backend, _ = _parse(name)
+    return {"backend": backend, "fold": kind == "fold"}
 
 
 def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None) -> dict[str, Any]:
@@ -325,10 +329,14 @@ def savings(model: nn.Module, last: int | None = None) -> Savings:
     Raises:
         FlexpatchError: If the model does not fold batches.
     """
-    for hook in _pretrained(model).base_model._forward_pre_hooks.values():
-        if isinstance(hook, _FoldHook):
-            return Savings.of(list(hook.counts)[-(last or 0) :])
-    raise FlexpatchError("this model does not fold batches: call flexpatch.apply(model) first")
+    hook = _hook_of(_pretrained(model))
+    if hook is None:
+        raise FlexpatchError("this model does not fold batches: call flexpatch.apply(model) first")
+    return Savings.of(list(hook.counts)[-(last or 0) :])
+
+
+def _hook_of(inner: PreTrainedModel) -> _FoldHook | None:
+    return next((h for h in inner.base_model._forward_pre_hooks.values() if isinstance(h, _FoldHook)), None)
 
 
 def _mask_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype | None:

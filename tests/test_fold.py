@@ -401,11 +401,21 @@ def test_fold_can_be_switched_off_and_on() -> None:
         flexpatch.apply(model)
         assert len(model.base_model._forward_pre_hooks) == len(model.base_model._forward_hooks) == 1
     model(**batch)
-    assert flexpatch.savings(model).folded == 1
+    assert flexpatch.savings(flexpatch.apply(model)).folded == 1
     flexpatch.apply(model, fold=False)
     assert torch.equal(model(**batch).logits, before)
     flexpatch.remove(flexpatch.apply(model))
     assert torch.equal(model(**batch).logits, before)
+
+
+@parameterized.expand([(None,), (True,), (False,)])
+def test_checking_parity_leaves_folding_as_it_was(fold: bool | None) -> None:
+    model = tiny_model("llama")
+    if fold is not None:
+        flexpatch.apply(model, backend="dense", fold=fold)
+    assert flexpatch.check_parity(model).passed
+    assert patch.settings_of(model) == (None if fold is None else {"backend": "dense", "fold": fold})
+    assert len(model.base_model._forward_pre_hooks) == bool(fold)
 
 
 def test_hooks_of_others_stay() -> None:

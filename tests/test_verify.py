@@ -12,7 +12,7 @@ from parameterized import parameterized
 import flexpatch
 from flexpatch import parity, verify
 from flexpatch.models import tiny_model
-from flexpatch.patch import backend_of
+from flexpatch.patch import settings_of
 from flexpatch.registry import adapters
 from flexpatch.tree import Rows
 
@@ -86,7 +86,7 @@ def test_the_model_is_left_as_it_was(backend: str | None) -> None:
         flexpatch.apply(model, backend=backend)
     name = model.config._attn_implementation
     flexpatch.check_parity(model)
-    assert backend_of(model) == backend
+    assert settings_of(model) == (None if backend is None else {"backend": backend, "fold": True})
     assert model.config._attn_implementation == name
     assert all(parameter.grad is None for parameter in model.parameters())
 
