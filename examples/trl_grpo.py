@@ -5,7 +5,8 @@
     python examples/trl_grpo.py                   # prompts once
     python examples/trl_grpo.py --off             # without the line: the same completions and rewards, slower
 
-Generation itself is left as it is, and no faster: what shares prompts are the passes that score completions and train.
+Generation itself is left as it is, and no faster: what shares prompts are the passes that compute log-probs.
+TRL itself reports its use to Hugging Face; HF_HUB_DISABLE_TELEMETRY=1 in the environment stops that.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def parse_args():
     add("--data", default=DATA, help="JSON Lines in the form of %(default)s")
     add("--off", action="store_true", help="stock training, for comparison")
     add("--steps", type=int, default=3, help="(%(default)s)")
-    add("--group", type=int, default=8, help="completions of a prompt, one prompt a step (%(default)s)")
+    add("--group", type=int, default=8, help="completions of a step's prompt (%(default)s)")
     add("--new-tokens", type=int, default=24, help="of a completion, at most (%(default)s)")
     add("--lr", type=float, default=3e-4, help="(%(default)s)")
     return parser.parse_args()
@@ -83,7 +84,8 @@ def run(args):
     for log in trainer.state.log_history:
         if "reward" in log:
             print(f"step {log['step']}: {log['step_time']:.2f} s, reward {log['reward']:.6f} ± {log['reward_std']:.6f}")
-    print("flexpatch is off" if args.off else f"{flexpatch.savings(model)} (not counted, as ever: generation)")
+    print("flexpatch is off" if args.off else flexpatch.savings(model))
+    print("The seconds include generation, which shares no prompts: only log-prob passes do.")
 
 
 def main():

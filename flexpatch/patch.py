@@ -257,7 +257,9 @@ def _ordinary(call: dict[str, Any]) -> bool:
         return False
     if call.get("past_key_values") is not None or call.get("use_cache"):
         return False
-    return ids is None or (ids.ndim == 2 and (mask is not None or len(ids) > 1))
+    # One row with positions of its own may be several sequences, packed by the caller ("padding-free").
+    packed = call.get("position_ids") is not None and call.get("use_cache") is False
+    return ids is None or (ids.ndim == 2 and (mask is not None or len(ids) > 1 or packed))
 
 
 def _gains(config: Any, counts: Counts, columns: int, mask_dtype: torch.dtype | None) -> bool:

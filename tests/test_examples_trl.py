@@ -121,7 +121,7 @@ def test_grpo(settings: tuple[str, ...], inside: Any, tmp_path: Path) -> None:
     # Rewards differ within groups, so later completions depend on what earlier steps learned.
     assert len(set(steps(on))) == 3 and not any(step.endswith("± 0.000000") for step in steps(on))
     assert factor(on) > 1.2
-    assert "not counted, as ever: generation" in on
+    assert all("seconds include generation, which shares no prompts" in output for output in (on, off))
     assert "flexpatch is off" in off
 
 
@@ -136,11 +136,18 @@ def test_the_default_model_may_be_missing(name: str, inside: Any, monkeypatch: p
     assert len(error.strip().splitlines()) == 1
 
 
-def test_grpo_needs_conversations(settings: tuple[str, ...], inside: Any, tmp_path: Path) -> None:
-    data = tmp_path / "raw.jsonl"
-    data.write_text(
-        json.dumps(dict(chosen="\n\nHuman: A? \n\nAssistant: B", rejected="\n\nHuman: A? \n\nAssistant: C"))
-    )
-    code, _, error = inside("trl_grpo.py", *settings[:2], "--data", data)
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("trl_dpo.py", dict(prompt="A?", completion="B"), "rows need chosen and rejected"),
+        ("trl_grpo.py", dict(prompt="A?", chosen="B"), "rows need prompt and chosen as conversations"),
+    ],
+)
+def test_rows_of_another_form(
+    name: str, row: dict[str, str], message: str, settings: tuple[str, ...], inside: Any, tmp_path: Path
+) -> None:
+    data = tmp_path / "other.jsonl"
+    data.write_text(json.dumps(row))
+    code, _, error = inside(name, *settings[:2], "--data", data)
     assert code == 2
-    assert "rows need prompt and chosen as conversations" in error.splitlines()[-1]
+    assert message in error.splitlines()[-1]

@@ -316,6 +316,17 @@ def test_calls_that_run_as_they_are_with_a_warning(reason: str, changes: dict[st
         )
 
 
+def test_rows_packed_by_the_caller_run_as_they_are_with_a_warning() -> None:
+    """What trainers call padding-free: several sequences in a row, told apart by their positions."""
+    model = tiny_model("llama", dtype=torch.float32)
+    call = dict(
+        input_ids=torch.tensor([[3, 4, 5, 3, 4, 6]]), position_ids=torch.tensor([[0, 1, 2] * 2]), use_cache=False
+    )
+    before = model(**call).logits
+    with pytest.warns(FlexpatchWarning, match="position_ids that do not count .* .packed rows"):
+        assert torch.equal(flexpatch.apply(model)(**call).logits, before)
+
+
 def test_tuples() -> None:
     """A causal model asks its backbone for a named output even then; a bare backbone returns what it is asked for."""
     Ran()(1, return_dict=False)
