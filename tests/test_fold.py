@@ -26,6 +26,9 @@ from flexpatch.registry import adapters
 # Full attention, windows on all layers, on some, two ropes; Gemma 2 in float64 gives NaN for padded batches unpatched.
 KINDS = [("llama", 0), ("mistral", 1), ("qwen3", 1), ("gemma3_text", 0)]
 BOUND = 1e-10
+# Where float64 cannot be kept throughout (checkpointing): transformers' norms and ropes round to float32, and a last bit
+# can flip that.
+ROUNDED = 1e-7
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +192,7 @@ def test_logits_losses_and_gradients(model_type: str, variant: int, reentrant: b
     after = step()
     assert flexpatch.savings(model).factor > 2
     assert len(before[0]) == len(after[0])
-    for one, other, bound in zip(before, after, (BOUND, BOUND, 1e-6), strict=True):
+    for one, other, bound in zip(before, after, (ROUNDED, ROUNDED, 1e-6), strict=True):
         assert (one - other).norm() <= bound * one.norm()
 
 
@@ -224,7 +227,7 @@ def test_lora_and_its_reference() -> None:
     with model.disable_adapter():
         after.append(model(**batch).logits)
     real = batch["attention_mask"].bool()
-    assert all((a - b)[real].abs().max() < 1e-10 for a, b in zip(before, after, strict=True))
+    assert all((a - b)[real].abs().max() < ROUNDED for a, b in zip(before, after, strict=True))
     assert (after[0] - after[1])[real].abs().max() > 0.01
     assert flexpatch.savings(model).folded == 2
 
@@ -238,8 +241,9 @@ def test_other_heads() -> None:
     for kind in (AutoModelForSequenceClassification, AutoModel):
         model = kind.from_config(copy.deepcopy(config), dtype=torch.float64).eval()
         batch = padded_batch()
-        before = model(**batch)[0]
-        after = flexpatch.apply(model)(**batch)[0]
+        with _Float64():
+            before = model(**batch)[0]
+            after = flexpatch.apply(model)(**batch)[0]
         real = batch["attention_mask"].bool() if kind is AutoModel else slice(None)
         assert (before - after)[real].abs().max() < BOUND
         assert flexpatch.savings(model).folded == 1
@@ -255,8 +259,10 @@ def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
 def test_without_a_mask() -> None:
     model = tiny_model("llama")
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 7, 8], [3, 4, 5, 6]])
-    before = model(ids, use_cache=False).logits
-    assert (flexpatch.apply(model)(ids, use_cache=False).logits - before).abs().max() < BOUND
+    with _Float64():
+        before = model(ids, use_cache=False).logits
+        after = flexpatch.apply(model)(ids, use_cache=False).logits
+    assert (after - before).abs().max() < BOUND
     assert flexpatch.savings(model) == Savings(batches=1, folded=1, padded=12, computed=6, padding=0, shared=6)
 
 
@@ -454,7 +460,7 @@ def test_compiling_the_whole_model() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     real = batch["attention_mask"].bool()
-    assert (compiled(**batch).logits - expected)[real].abs().max() < BOUND
+    assert (compiled(**batch).logits - expected)[real].abs().max() < ROUNDED
     assert flexpatch.savings(model).folded == 2
 
 
