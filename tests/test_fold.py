@@ -26,8 +26,8 @@ from flexpatch.registry import adapters
 # Full attention, windows on all layers, on some, two ropes; Gemma 2 in float64 gives NaN for padded batches unpatched.
 KINDS = [("llama", 0), ("mistral", 1), ("qwen3", 1), ("gemma3_text", 0)]
 BOUND = 1e-10
-# Where float64 cannot be kept throughout (checkpointing): transformers' norms and ropes round to float32, and a last bit
-# can flip that.
+# Where float64 cannot be kept throughout (checkpointing): transformers' norms and ropes round to float32, and a last
+# bit can flip that.
 ROUNDED = 1e-7
 
 
