@@ -1,14 +1,16 @@
 """apply, remove and model inputs: the only file that touches transformers' internals.
 
-``apply`` gives a model an attention implementation of its own, ``flexpatch_<original>``. A block mask goes to
-FlexAttention; everything else (generation, caches, ordinary batches) goes to the original implementation, unchanged.
-The name and two hooks on the backbone are all there is: no class and no forward is altered. What the second hook needs
-travels with the call's ``input_ids``; the first keeps counts of tokens, and nothing that a result depends on.
+``apply`` gives a model an attention implementation of its own, whose name ends with the original's, and its backbone
+two hooks. The first folds an ordinary batch into one row, the second unfolds the hidden states. In attention a block
+mask goes to FlexAttention; everything else (generation, caches, batches as they are) goes to the original
+implementation, unchanged. No class and no forward is altered. What the second hook needs travels with the call's
+``input_ids``; the first keeps counts of tokens, and nothing that a result depends on.
 
 What is relied on: ``AttentionInterface`` and ``AttentionMaskInterface`` accept new names;
 ``PreTrainedModel.set_attn_implementation`` sets them; a 4-D mask, or a dict of them keyed by ``config.layer_types``,
-reaches the attention function untouched; ``position_ids`` reaches rope untouched; a causal model calls
-``base_model`` once, as a module, and takes all it needs from the hidden states that returns.
+reaches the attention function untouched; ``position_ids`` reaches rope untouched; other arguments reach the attention
+function; a causal model calls ``base_model`` once, as a module, and needs nothing but the hidden states it returns.
+tests/test_internals.py has a test for each.
 """
 
 import logging

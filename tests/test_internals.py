@@ -207,3 +207,35 @@ def test_configurations_say_what_adapters_read(model_type: str) -> None:
         assert not getattr(config, "layer_types", None), (
             f"{HERE}: {model_type} has layer types now; its decoder may take a dict of masks"
         )
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_backbone_is_called_once_as_a_module_and_its_hidden_states_are_all_that_counts(model_type: str) -> None:
+    """Folding: one hook sees the batch, the other's hidden states become the logits."""
+    model, calls = tiny_model(model_type), []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(kwargs)
+
+    def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state.flip(0)
+        return output
+
+    batch = torch.cat([ids(), ids().flip(1)])
+    expected = model(batch, use_cache=False).logits.flip(0)
+    model.base_model.register_forward_pre_hook(before, with_kwargs=True)
+    model.base_model.register_forward_hook(after, with_kwargs=True)
+    assert torch.equal(model(batch, use_cache=False).logits, expected), f"{HERE}: logits need more than hidden states"
+    assert len(calls) == 1, f"{HERE}: base_model is called {len(calls)} times"
+    assert calls[0]["input_ids"] is batch and calls[0]["use_cache"] is False, (
+        f"{HERE}: the backbone no longer gets the caller's own arguments by name"
+    )
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_other_arguments_reach_the_attention_function(probe: Probe, model_type: str) -> None:
+    """By one of them it knows that our hook has seen the call."""
+    probed(model_type)(ids(), some_argument=True)
+    assert all(call.get("some_argument") is True for call in probe.calls), (
+        f"{HERE}: arguments of a call no longer reach the attention function"
+    )
