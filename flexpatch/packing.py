@@ -46,48 +46,44 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def epoch_bins(
-    lengths: Sequence[int],
-    capacity: int,
-    *,
-    costs: Sequence[float] | None = None,
-    ranks: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
+    lengths: Sequence[int], capacity: int, *, ranks: int = 1, seed: int = 0, epoch: int = 0
 ) -> list[list[int]]:
     """The bins of one epoch, shuffled: rank r of R takes bins r, r + R, r + 2R, ...
 
     Their number is the same in every epoch and a multiple of ``ranks``, so schedules are known ahead and no rank waits
-    for another's last step. Which samples share a bin changes from epoch to epoch: lengths are rounded up to a 512th of
-    ``capacity``, and samples of one rounded length trade places. The ``ranks`` bins of a step have neighbouring costs.
+    for another's last step. The R bins that are run together hold equally many items, because trainers gather values of
+    items over ranks, and have neighbouring costs. Which samples share a bin changes from epoch to epoch: lengths are
+    rounded up to a 512th of ``capacity``, and samples of one rounded length trade places.
 
     Args:
         lengths: As in :func:`pack`.
         capacity: As in :func:`pack`.
-        costs: Cost of each item in any unit, to balance the ranks; ``None``: its length.
         ranks: Processes that share the epoch.
         seed: Of all epochs.
         epoch: Number of the epoch.
 
     Returns:
-        Item indices of each bin; deterministic. If no bin is left to split, the last ones repeat items to fill a step.
+        Item indices of each bin; deterministic. If ``ranks`` does not divide the number of items, up to ``ranks - 1``
+        of them occur twice, as in stock samplers.
 
     Raises:
         FlexpatchError: As in :func:`pack`.
     """
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
     step = max(1, capacity // 512)
     for item, length in enumerate(lengths):  # pack would name a shuffled item
         if not 0 < length <= capacity:
             raise FlexpatchError(f"sample {item} has {length} tokens, outside 1 to {capacity} (the budget of one row)")
-    rounded = [min(-(-lengths[item] // step) * step, capacity) for item in order]
-    bins = [[int(order[i]) for i in items] for items in pack(rounded, capacity)]
-    while len(bins) % ranks:
-        largest = max(range(len(bins)), key=lambda b: len(bins[b]))
-        bins.append(bins[largest][1::2] or bins[largest])
-        if len(bins[largest]) > 1:
-            bins[largest] = bins[largest][::2]
-    cost = [sum((costs or lengths)[item] for item in items) for items in bins]
-    ranked = sorted(range(len(bins)), key=lambda b: -cost[b])
-    steps = [ranked[i : i + ranks] for i in range(0, len(bins), ranks)]
-    return [bins[b] for i in rng.permutation(len(steps)) for b in steps[i]]
+    rounded = [min(-(-length // step) * step, capacity) for length in lengths]
+    # Longest first, random among equals: what follows depends on rounded lengths alone, so epochs differ in items only.
+    items = sorted(rng.permutation(len(lengths)).tolist(), key=lambda item: -rounded[item])
+    missing = -len(items) % ranks
+    items += (items * ranks)[::-1][:missing]
+    # Neighbours in length go to different ranks, and are packed as if they were one item, as long as the longest.
+    groups = [items[at : at + ranks] for at in range(0, len(items), ranks)]
+    steps = pack([max(rounded[item] for item in group) for group in groups], capacity)
+    bins: list[list[int]] = []
+    for i in rng.permutation(len(steps)):
+        dealt = [rng.permutation(groups[number]).tolist() for number in steps[i]]
+        bins += [list(some) for some in zip(*dealt, strict=True)]
+    return bins

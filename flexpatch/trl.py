@@ -18,7 +18,7 @@ from trl import DPOTrainer
 
 from flexpatch.errors import FlexpatchError
 from flexpatch.packing import epoch_bins
-from flexpatch.patch import savings, text_config
+from flexpatch.patch import savings
 
 
 class PackedDPOTrainer(DPOTrainer):
@@ -42,10 +42,9 @@ class PackedDPOTrainer(DPOTrainer):
         savings(self.accelerator.unwrap_model(self.model))  # raises for a model that does not fold
         if not hasattr(self.train_dataset, "__len__"):
             raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
-        hidden_size = text_config(self.accelerator.unwrap_model(self.model)).hidden_size
-        lengths, costs = pair_lengths(self.train_dataset, self.args.max_length, hidden_size)
+        lengths = pair_lengths(self.train_dataset, self.args.max_length)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.bins = BinSampler(lengths, token_budget, costs, self.accelerator.num_processes, seed)
+        self.bins = BinSampler(lengths, token_budget, self.accelerator.num_processes, seed)
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(
@@ -86,13 +85,12 @@ def _pairs(inputs: Any) -> int:
     return len(inputs["input_ids"]) // 2
 
 
-def pair_lengths(dataset: Any, max_length: int | None, hidden_size: int) -> tuple[list[int], list[float]]:
-    """Tokens of each tokenised pair in a shared row, and its cost in FLOPs, up to a factor.
+def pair_lengths(dataset: Any, max_length: int | None) -> list[int]:
+    """Tokens of each tokenised pair in a shared row.
 
     Args:
         dataset: With the columns ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
         max_length: Longest prompt + answer; what is longer will be cut.
-        hidden_size: D. A layer takes about 24 D^2 FLOPs a token and 4 D a pair of tokens that see each other.
     """
     columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     lengths = np.array(
@@ -102,28 +100,22 @@ def pair_lengths(dataset: Any, max_length: int | None, hidden_size: int) -> tupl
             for row in zip(*batch.values(), strict=True)
         ]
     )
-    chosen, rejected = (lengths[:, 0] + lengths[:, i] for i in (1, 2))
     prompt = lengths[:, 0]
+    chosen, rejected = prompt + lengths[:, 1], prompt + lengths[:, 2]
     if max_length is not None:
-        # Cut at either end: what is left of two cut sequences shares at most the whole prompt.
-        chosen, rejected = np.minimum(chosen, max_length), np.minimum(rejected, max_length)
-        prompt = np.minimum(prompt, max_length)
-    tokens = chosen + rejected - prompt
-    pairs = (chosen**2 + rejected**2 - prompt**2) / 2
-    return tokens.tolist(), (6 * hidden_size * tokens + pairs).tolist()
+        prompt, chosen, rejected = (np.minimum(x, max_length) for x in (prompt, chosen, rejected))
+    return (chosen + rejected - prompt).tolist()
 
 
 class BinSampler(Sampler[list[int]]):
     """The bins of an epoch, of all ranks; accelerate deals them out in turn and calls ``set_epoch``.
 
     Args:
-        lengths, token_budget, costs, ranks, seed: As in :func:`flexpatch.packing.epoch_bins`.
+        lengths, token_budget, ranks, seed: As in :func:`flexpatch.packing.epoch_bins`.
     """
 
-    def __init__(self, lengths: list[int], token_budget: int, costs: list[float], ranks: int, seed: int) -> None:
-        self.settings: dict[str, Any] = dict(
-            lengths=lengths, capacity=token_budget, costs=costs, ranks=ranks, seed=seed
-        )
+    def __init__(self, lengths: list[int], token_budget: int, ranks: int, seed: int) -> None:
+        self.settings: dict[str, Any] = dict(lengths=lengths, capacity=token_budget, ranks=ranks, seed=seed)
         self.length = len(epoch_bins(**self.settings))
         self.epoch = 0
 

@@ -83,12 +83,20 @@ class TestEpochBins:
 
     def test_every_item_once_within_the_budget(self) -> None:
         lengths = self.lengths()
-        for ranks in (1, 2, 3, 8):
+        for ranks in (1, 2, 3, 8, 64):
             bins = epoch_bins(lengths, 2048, ranks=ranks)
-            assert sorted(item for items in bins for item in items) == list(range(500))
-            assert all(sum(lengths[item] for item in items) <= 2048 for items in bins)
+            items = sorted(item for some in bins for item in some)
+            assert sorted(set(items)) == list(range(500))
+            assert len(items) == -(-500 // ranks) * ranks, "only what fills the last step occurs twice"
+            assert all(sum(lengths[item] for item in some) <= 2048 for some in bins)
             assert len(bins) % ranks == 0
             assert len(bins) <= 1.1 * sum(lengths) / 2048 + ranks
+
+    def test_ranks_of_a_step_hold_equally_many(self) -> None:
+        for lengths, capacity in ((self.lengths(), 2048), (self.lengths(41), 900), ([5] * 7, 10)):
+            for ranks in (2, 3, 8):
+                counts = [len(some) for some in epoch_bins(lengths, capacity, ranks=ranks)]
+                assert all(len(set(counts[i : i + ranks])) == 1 for i in range(0, len(counts), ranks))
 
     def test_epochs_differ_in_all_but_their_number(self) -> None:
         lengths = self.lengths()
@@ -100,19 +108,19 @@ class TestEpochBins:
         assert epochs[2] != epoch_bins(lengths, 2048, ranks=4, seed=2, epoch=2)
 
     def test_ranks_of_a_step_have_like_costs(self) -> None:
-        lengths = self.lengths()
-        costs = [length**1.5 for length in lengths]
-        bins = epoch_bins(lengths, 2048, costs=costs, ranks=4)
-        alike = np.array([sum(costs[item] for item in items) for items in bins])
-        steps = alike.reshape(-1, 4)
-        dealt = np.random.default_rng(0).permutation(alike).reshape(-1, 4)
-        assert np.median(np.ptp(steps, 1) / steps.mean(1)) < 0.02
-        assert np.median(np.ptp(dealt, 1) / dealt.mean(1)) > 0.1, "bins so alike show nothing"
-        assert alike.tolist() != sorted(alike), "steps come in no order of cost"
+        lengths = self.lengths(2000)
+        bins = epoch_bins(lengths, 2048, ranks=4)
+        costs = np.array([sum(4096 * lengths[item] + lengths[item] ** 2 for item in some) for some in bins])
+        dealt = np.random.default_rng(0).permutation(costs).reshape(-1, 4)
+        spread, control = (float(np.mean(np.ptp(x, 1) / x.mean(1))) for x in (costs.reshape(-1, 4), dealt))
+        assert spread < 0.01 < 5 * spread < control
+        counts = [len(some) for some in bins]
+        assert counts != sorted(counts), "steps come in no order"
 
     def test_bins_that_cannot_be_split_repeat(self) -> None:
-        bins = epoch_bins([5, 5, 5], 5, ranks=2)
-        assert len(bins) == 4 and {item for items in bins for item in items} == {0, 1, 2}
+        for ranks in (2, 4):
+            bins = epoch_bins([5, 5, 5], 5, ranks=ranks)
+            assert len(bins) == 4 and {item for some in bins for item in some} == {0, 1, 2}
 
     def test_too_long_items_keep_their_name(self) -> None:
         with pytest.raises(FlexpatchError, match="sample 2 has 11 tokens, outside 1 to 10"):
