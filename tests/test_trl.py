@@ -1,5 +1,8 @@
 """Packed batches under TRL's DPOTrainer, and savings among a trainer's metrics."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from flexpatch.models import TINY, tiny_model
 from flexpatch.trl import PackedDPOTrainer, pair_lengths
 
 PAIRS = 23
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def rows(n: int = PAIRS) -> datasets.Dataset:
@@ -48,7 +52,9 @@ class Packed(Unprepared, PackedDPOTrainer):
     pass
 
 
-def train(kind: Any, folder: Path, model: nn.Module | None = None, settings: Any = None, **arguments: Any) -> Any:
+def train(
+    kind: Any, folder: Path, model: nn.Module | None = None, settings: Any = None, pairs: int = PAIRS, **arguments: Any
+) -> Any:
     model = flexpatch.apply(tiny_model("llama")) if model is None else model
     config = dict(
         output_dir=str(folder), report_to="none", max_length=None, logging_steps=1, lr_scheduler_type="constant",
@@ -59,7 +65,7 @@ def train(kind: Any, folder: Path, model: nn.Module | None = None, settings: Any
         model,
         ref_model=flexpatch.apply(tiny_model("llama", 1)),
         args=DPOConfig(**config),
-        train_dataset=rows(),
+        train_dataset=rows(pairs),
         processing_class=make_tokenizer(),
         optimizers=(SGD(model.parameters(), lr=config["learning_rate"]), None),
         **arguments,
@@ -93,6 +99,25 @@ def test_a_step_of_packed_batches_is_a_step_of_all_pairs(tmp_path: Path) -> None
 
     unweighted = train(Unweighted, tmp_path, settings=settings, token_budget=200)
     assert (weights(unweighted) - weights(one)).norm() > 1e-2 * change.norm()
+
+
+def test_ranks_share_a_step(tmp_path: Path) -> None:
+    """Two processes, with as many bins each as one process has in half: the same step."""
+    results = []
+    for ranks in (1, 2):
+        file = tmp_path / f"{ranks}.pt"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run(
+            [*command, str(Path(__file__).with_name("packed_ranks.py")), str(file)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(torch.load(file))
+    (one, world, _), (two, worlds, bins) = results
+    assert (world, worlds) == (1, 2) and bins > 2
+    before = weights(type("", (), {"model": tiny_model("llama")}))
+    assert (one - two).norm() < 1e-6 * (one - before).norm()
 
 
 def test_several_steps_of_several_bins(tmp_path: Path) -> None:
