@@ -74,6 +74,7 @@ def fold_batch(
         ``None`` if the batch holds no token, or is not ``worth`` it.
     """
     N, S = ids.shape
+    ids = ids.astype(np.int64, copy=False)
     mask = np.ones((N, S), bool) if mask is None else mask
     lengths = mask.sum(1)
     real = int(lengths.sum())
@@ -126,6 +127,7 @@ def unfold(hidden_1LD: Tensor, index: Tensor, padding: int | None) -> Tensor:
     Returns:
         (N, S, D).
     """
+    assert len(hidden_1LD) == 1, "a folded batch is one row"
     return F.embedding(index.to(hidden_1LD.device), hidden_1LD[0], padding_idx=padding)
 
 

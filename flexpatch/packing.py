@@ -64,7 +64,7 @@ def epoch_bins(
 
     Returns:
         Item indices of each bin; deterministic. If ``ranks`` does not divide the number of items, up to ``ranks - 1``
-        of them occur twice, as in stock samplers.
+        of them are repeated, as in stock samplers.
 
     Raises:
         FlexpatchError: As in :func:`pack`.

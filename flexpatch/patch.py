@@ -81,6 +81,11 @@ def apply(model: AnyModel, *, backend: str = "auto", fold: bool = True) -> AnyMo
             f"attn_implementation='{original}' cannot be kept for the ordinary calls of this architecture; call "
             f"model.set_attn_implementation('{adapter.implementations[0]}') first"
         )
+    if backend != "dense" and len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1:
+        raise UnsupportedModelError(
+            "device_map puts this model on several devices, but a block mask lives on one. Load it on one device (FSDP "
+            "or DeepSpeed for several), or pass backend='dense'"
+        )
     inner.set_attn_implementation(f"{PREFIX}{'fold' if fold else 'rows'}_{backend}_{original}")
     if inner.config._attn_implementation == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
@@ -88,7 +93,7 @@ def apply(model: AnyModel, *, backend: str = "auto", fold: bool = True) -> AnyMo
         _unhook(inner)
     elif _hook_of(inner) is None:
         inner.base_model.register_forward_pre_hook(_FoldHook(), with_kwargs=True)
-        inner.base_model.register_forward_hook(_unfold_hook, with_kwargs=True)
+        inner.base_model.register_forward_hook(_unfold_hook, with_kwargs=True, prepend=True)
     if current != inner.config._attn_implementation:
         device = inner.get_input_embeddings().weight.device
         chosen = "flex" if _mask_dtype(inner, device) is None else "dense"
@@ -101,7 +106,7 @@ def remove(model: AnyModel) -> AnyModel:
     inner = _pretrained(model)
     if is_applied(inner):
         inner.set_attn_implementation(_parse(inner.config._attn_implementation)[2])
-        _unhook(inner)
+    _unhook(inner)
     return model
 
 
@@ -210,6 +215,11 @@ class _FoldHook:
         self.counts: deque[Counts] = deque(maxlen=10_000)
 
     def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not backbone.config._attn_implementation.startswith(f"{PREFIX}fold_"):
+            _warn_unfolded(
+                "of a model whose attention implementation was changed after flexpatch.apply (apply it again)"
+            )
+            return None
         # Without self: hooks get a call's own arguments.
         names = list(signature(type(backbone).forward).parameters)[1:]
         call = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -226,9 +236,9 @@ class _FoldHook:
         ids, given = call["input_ids"], call.get("attention_mask")
         if given is not None and given.shape != ids.shape:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
-        batch = [call[name] for name in ("input_ids", "attention_mask", "position_ids") if call.get(name) is not None]
+        batch = [ids, None if given is None else given != 0, call.get("position_ids")]
         # One copy for all three: on a GPU each would wait for everything launched before.
-        arrays = iter(torch.stack([x.expand_as(ids).to(ids) for x in batch]).numpy(force=True))
+        arrays = iter(torch.stack([x.expand_as(ids).to(ids) for x in batch if x is not None]).numpy(force=True))
         id_array = next(arrays)
         mask = next(arrays) != 0 if given is not None else None
         check_ids(id_array, mask, config.vocab_size)
@@ -242,8 +252,9 @@ class _FoldHook:
             self.counts.append(Counts(ids.numel(), ids.numel(), ids.numel()))
             return None
         check_mode(backbone)
-        if (limit := longrope_limit(config)) is not None and folded.rows.depth <= limit < ids.shape[1]:
-            _warn_unfolded("with left padding beyond the length at which longrope switches its frequencies")
+        reach = ids.shape[1] if positions is None else int(positions.max()) + 1
+        if (limit := longrope_limit(config)) is not None and (folded.rows.depth <= limit) != (reach <= limit):
+            _warn_unfolded("with padding or position_ids beyond the length at which longrope switches its frequencies")
             return None
         self.counts.append(folded.counts)
         call |= _inputs(backbone, folded.rows.to(ids.device), adapter_for(config))
@@ -319,28 +330,33 @@ def _unfold_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], o
 
 
 def _unhook(inner: PreTrainedModel) -> None:
-    """Take our hooks off. Found by what they are: a handle would be state, and a copied model would have none."""
-    hooks = inner.base_model._forward_pre_hooks, inner.base_model._forward_hooks
-    flags = inner.base_model._forward_pre_hooks_with_kwargs, inner.base_model._forward_hooks_with_kwargs
-    for registered, with_kwargs in zip(hooks, flags, strict=True):
-        for key in [k for k, hook in registered.items() if isinstance(hook, _FoldHook) or hook is _unfold_hook]:
-            del registered[key], with_kwargs[key]
+    """Take our hooks off. Found by what they are: a handle would be state, and a copied model would have none. In all
+    modules: the backbone may have been wrapped since."""
+    for module in inner.modules():
+        hooks = module._forward_pre_hooks, module._forward_hooks
+        flags = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
+        for registered, with_kwargs in zip(hooks, flags, strict=True):
+            for key in [k for k, hook in registered.items() if isinstance(hook, _FoldHook) or hook is _unfold_hook]:
+                del registered[key], with_kwargs[key]
 
 
 def savings(model: nn.Module, last: int | None = None) -> Savings:
     """What folding saved over the ``last`` batches, at most 10,000. Reference passes and evaluation count too.
 
     Raises:
-        FlexpatchError: If the model does not fold batches.
+        FlexpatchError: If the model does not fold batches, or for ``last < 1``.
     """
     hook = _hook_of(_pretrained(model))
     if hook is None:
         raise FlexpatchError("this model does not fold batches: call flexpatch.apply(model) first")
+    if last is not None and last < 1:
+        raise FlexpatchError(f"last={last}; expected at least 1, or None for all")
     return Savings.of(list(hook.counts)[-(last or 0) :])
 
 
 def _hook_of(inner: PreTrainedModel) -> _FoldHook | None:
-    return next((h for h in inner.base_model._forward_pre_hooks.values() if isinstance(h, _FoldHook)), None)
+    hooks = (hook for module in inner.modules() for hook in module._forward_pre_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, _FoldHook)), None)
 
 
 def _mask_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype | None:

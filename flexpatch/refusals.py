@@ -8,12 +8,15 @@ from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.registry import ropes
 from flexpatch.tree import Rows
 
+# peft layers that see more than one token, or draw noise for each.
+WHOLE_ROW_LAYERS = {"peft.tuners.adaption_prompt.layer", "peft.tuners.pvera.layer"}
+
 
 def check_mode(model: nn.Module) -> None:
     """Refuse modules that do not act on each token alone.
 
     Raises:
-        UnsupportedModelError: For active dropout, NEFTune noise, or peft adapters that look at whole rows.
+        UnsupportedModelError: For active dropout, NEFTune or router noise, or peft adapters that look at whole rows.
     """
     todo = [model]
     # Before every call, so it must cost little: attributes that a module lacks are slow to ask for, and so are names.
@@ -35,6 +38,13 @@ def check_mode(model: nn.Module) -> None:
                     f"NEFTune noise on '{_name(model, module)}' is active: its size depends on the length of a row, "
                     "and answers would share one draw. Leave neftune_noise_alpha unset"
                 )
+            if has.get("jitter_noise"):
+                raise UnsupportedModelError(
+                    f"router jitter noise {has['jitter_noise']} in '{_name(model, module)}' is active: answers would "
+                    "share one draw on shared tokens. Set config.router_jitter_noise = 0.0 before the model is built"
+                )
+        if type(module).__module__ in WHOLE_ROW_LAYERS:
+            raise _whole_rows(f"'{_name(model, module)}' ({type(module).__name__})")
         for adapter, settings in (has.get("peft_config") or has.get("_peft_config") or {}).items():
             if settings.is_prompt_learning or getattr(settings, "alora_invocation_tokens", None):
                 raise _whole_rows(f"'{adapter}' ({settings.peft_type})")
@@ -50,8 +60,8 @@ def _name(model: nn.Module, wanted: nn.Module) -> str:
 
 def _whole_rows(adapter: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"peft adapter {adapter} adds tokens to a row or looks for some in it, once for all answers. Use one that acts "
-        "on each token alone, such as LoRA"
+        f"peft adapter {adapter} adds tokens to a row, looks for some in it, or draws noise, once for all answers. Use "
+        "one that acts on each token alone, such as LoRA"
     )
 
 

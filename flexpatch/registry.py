@@ -124,6 +124,8 @@ def _reject(config: Any, adapter: Adapter) -> str | None:
             f"attention_dropout={config.attention_dropout} draws one mask for all answers that share a token, which is "
             "not what the unpatched model does. Set config.attention_dropout = 0.0"
         )
+    if not getattr(config, "is_causal", True):
+        return "is_causal=False lets a prompt see its answer, so nothing can be shared. Train it unpatched"
     layer_types = set(getattr(config, "layer_types", None) or ())
     if adapter.masks == "by_layer_type" and (unknown := layer_types - set(adapter.windows(config))):
         return f"layer types {', '.join(sorted(unknown))} cannot be isolated by an attention mask"

@@ -20,6 +20,9 @@ from flexpatch.errors import FlexpatchError
 from flexpatch.packing import epoch_bins
 from flexpatch.patch import savings
 
+# Losses of DPOTrainer that average over tokens, or compare a batch's pairs with one another.
+NOT_MEANS = ("sft", "aot", "aot_unpaired")
+
 
 class PackedDPOTrainer(DPOTrainer):
     """A DPOTrainer whose micro-batches hold as many pairs as fit a budget of shared tokens.
@@ -34,7 +37,8 @@ class PackedDPOTrainer(DPOTrainer):
         args, kwargs: As for DPOTrainer. The model must fold batches (:func:`flexpatch.apply`).
 
     Raises:
-        FlexpatchError: If the model does not fold, the dataset is streamed, or a pair exceeds the budget.
+        FlexpatchError: If the model does not fold, the dataset is streamed, a pair exceeds the budget, or the loss is
+            no mean over pairs (sft, aot).
     """
 
     def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
@@ -42,7 +46,12 @@ class PackedDPOTrainer(DPOTrainer):
         savings(self.accelerator.unwrap_model(self.model))  # raises for a model that does not fold
         if not hasattr(self.train_dataset, "__len__"):
             raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
-        lengths = pair_lengths(self.train_dataset, self.args.max_length)
+        losses = [self.args.loss_type] if isinstance(self.args.loss_type, str) else self.args.loss_type
+        if mixed := set(losses) & set(NOT_MEANS):
+            raise FlexpatchError(
+                f"loss_type {', '.join(sorted(mixed))} is no mean over pairs: packed batches would change the objective"
+            )
+        lengths = pair_lengths(self.train_dataset, self.args.max_length, self.args.truncation_mode)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.bins = BinSampler(lengths, token_budget, self.accelerator.num_processes, seed)
 
@@ -85,12 +94,13 @@ def _pairs(inputs: Any) -> int:
     return len(inputs["input_ids"]) // 2
 
 
-def pair_lengths(dataset: Any, max_length: int | None) -> list[int]:
+def pair_lengths(dataset: Any, max_length: int | None, truncation_mode: str = "keep_start") -> list[int]:
     """Tokens of each tokenised pair in a shared row.
 
     Args:
         dataset: With the columns ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
         max_length: Longest prompt + answer; what is longer will be cut.
+        truncation_mode: ``"keep_end"``: at its start, after which a pair shares nothing.
     """
     columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     lengths = np.array(
@@ -103,6 +113,8 @@ def pair_lengths(dataset: Any, max_length: int | None) -> list[int]:
     prompt = lengths[:, 0]
     chosen, rejected = prompt + lengths[:, 1], prompt + lengths[:, 2]
     if max_length is not None:
+        if truncation_mode == "keep_end":
+            prompt = np.where(np.maximum(chosen, rejected) > max_length, 0, prompt)
         prompt, chosen, rejected = (np.minimum(x, max_length) for x in (prompt, chosen, rejected))
     return (chosen + rejected - prompt).tolist()
 

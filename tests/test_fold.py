@@ -15,6 +15,8 @@ from oracle import see_siblings
 from parameterized import parameterized
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 import flexpatch
 from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, patch
@@ -526,3 +528,95 @@ def test_the_report() -> None:
         "12% shared prefixes"
     )
     assert Savings.of([]).factor == 1
+
+
+@parameterized.expand(["sdpa", "eager", "someone_elses_attention"])
+def test_another_implementation_after_apply_runs_unfolded(implementation: str) -> None:
+    model, batch = tiny_model("llama"), padded_batch()
+    AttentionInterface.register("someone_elses_attention", ALL_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register("someone_elses_attention", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(implementation)
+    before = model(**batch).logits
+    model.set_attn_implementation("sdpa")
+    flexpatch.apply(model)
+    model.set_attn_implementation(implementation)
+    with pytest.warns(FlexpatchWarning, match="changed after flexpatch.apply .apply it again"):
+        assert torch.equal(model(**batch).logits, before)
+    flexpatch.remove(model)
+    assert not model.base_model._forward_pre_hooks and not model.base_model._forward_hooks
+    for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        type(table)._global_mapping.pop("someone_elses_attention")
+
+
+def test_a_wrapped_backbone_keeps_its_hooks_in_sight() -> None:
+    model, batch = flexpatch.apply(tiny_model("llama")), padded_batch()
+    expected = model(**batch).logits
+    model.model = torch.compile(model.model, backend="eager")
+    flexpatch.apply(model)
+    assert (model(**batch).logits - expected)[batch["attention_mask"].bool()].abs().max() < ROUNDED
+    assert flexpatch.savings(model).folded == 2
+    flexpatch.remove(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_other_noise_and_bidirectional_models_are_refused() -> None:
+    batch = padded_batch()
+    model = flexpatch.apply(tiny_model("mixtral").train())
+    model.model.layers[0].mlp.jitter_noise = 0.1
+    with pytest.raises(UnsupportedModelError, match=r"router jitter noise 0.1 in 'layers.0.mlp' is active"):
+        model(**batch)
+    for config in (
+        peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+        peft.PveraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    ):
+        model = flexpatch.apply(peft.get_peft_model(tiny_model("llama"), config))
+        with pytest.raises(UnsupportedModelError, match="acts on each token alone"):
+            model(**batch)
+    model = tiny_model("llama")
+    model.config.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="is_causal=False lets a prompt see its answer"):
+        flexpatch.apply(model)
+    model = tiny_model("llama")
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(UnsupportedModelError, match="device_map puts this model on several devices"):
+        flexpatch.apply(model)
+
+
+def test_longrope_keeps_the_side_of_its_limit() -> None:
+    """Frequencies follow the call's largest position, which padding and given positions can raise."""
+    rope = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[3.0] * 8)
+    model = tiny_model("llama")
+    settings = model.config.to_dict() | dict(
+        max_position_embeddings=128, rope_parameters=rope | dict(original_max_position_embeddings=64, factor=2.0)
+    )
+    model = type(model)(type(model.config)(**settings)).double().eval()
+    batch = padded_batch()
+    S = batch["input_ids"].shape[1]
+    with _Float64():
+        plain = model(**batch).logits
+        high = model(**batch, position_ids=torch.arange(40, 40 + S)[None]).logits
+        flexpatch.apply(model)
+        real = batch["attention_mask"].bool()
+        assert (model(**batch).logits - plain)[real].abs().max() < BOUND
+        with pytest.warns(FlexpatchWarning, match="longrope switches"):
+            assert torch.equal(model(**batch, position_ids=torch.arange(40, 40 + S)[None]).logits, high)
+    assert flexpatch.savings(model).folded == 1
+
+
+def test_masks_and_ids_as_they_come() -> None:
+    """A mask counts where it is not zero; narrow ids do not overflow where a hole widens the keys."""
+    model, batch = tiny_model("llama", dtype=torch.float32), padded_batch()
+    half = batch["attention_mask"] * 0.5
+    expected = flexpatch.apply(model)(**batch).logits
+    assert torch.equal(model(**batch | {"attention_mask": half}).logits, expected)
+    ids, mask = np.array([[5, 6, 7, 8, 9]] * 2, np.int32), np.ones((2, 5), bool)
+    mask[1, 1] = False
+    folded = fold_batch(ids, mask)
+    assert folded is not None
+    assert sorted(folded.rows.position_ids[0].tolist()) == [0, 0, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_last_batches() -> None:
+    model = flexpatch.apply(tiny_model("llama"))
+    with pytest.raises(FlexpatchError, match="last=0; expected at least 1"):
+        flexpatch.savings(model, 0)

@@ -165,6 +165,10 @@ def test_lengths() -> None:
         answers = (min(len(row["prompt_ids"]) + len(row[k]), 40) - p for k in ("chosen_ids", "rejected_ids"))
         expected.append(p + sum(answers))
     assert pair_lengths(dataset, 40) == expected != lengths
+    cut = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) > 40 for r in dataset]
+    ends = pair_lengths(dataset, 40, "keep_end")
+    assert any(cut) and all(e == t if not c else e >= t for e, t, c in zip(ends, lengths, cut, strict=True) if not c)
+    assert all(end > start for end, start, c in zip(ends, expected, cut, strict=True) if c)
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -172,6 +176,17 @@ def test_refusals(tmp_path: Path) -> None:
         train(Packed, tmp_path, tiny_model("llama"), token_budget=300)
     with pytest.raises(FlexpatchError, match=r"sample \d+ has \d+ tokens, outside 1 to 50 \(the budget"):
         train(Packed, tmp_path, token_budget=50)
+
+
+@pytest.mark.parametrize("loss", [["sft"], ["sigmoid", "aot"]])
+def test_losses_that_are_no_means_over_pairs_are_refused(tmp_path: Path, loss: list[str]) -> None:
+    with pytest.raises(FlexpatchError, match=f"loss_type {loss[-1]} is no mean over pairs"):
+        train(Packed, tmp_path, settings=dict(loss_type=loss), token_budget=300)
+
+
+def test_savings_of_a_model_that_does_not_fold(tmp_path: Path) -> None:
+    with pytest.raises(FlexpatchError, match="does not fold batches"):
+        train(Stock, tmp_path, tiny_model("llama"), settings=dict(max_steps=1), callbacks=[SavingsCallback()])
 
 
 @pytest.mark.parametrize("first", [True, False])
