@@ -6,7 +6,7 @@ waiting. :class:`PackedDPOTrainer` fills each micro-batch with pairs up to a bud
 >>> trainer = PackedDPOTrainer(flexpatch.apply(model), token_budget=16384, args=DPOConfig(...), ...)  # doctest: +SKIP
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from functools import partial
 from typing import Any
 
@@ -44,7 +44,7 @@ class PackedDPOTrainer(DPOTrainer):
     def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         savings(self.accelerator.unwrap_model(self.model))  # raises for a model that does not fold
-        if not hasattr(self.train_dataset, "__len__"):
+        if not isinstance(self.train_dataset, Sized):
             raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
         losses = [self.args.loss_type] if isinstance(self.args.loss_type, str) else self.args.loss_type
         if mixed := set(losses) & set(NOT_MEANS):
