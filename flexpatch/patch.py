@@ -246,7 +246,10 @@ class _FoldHook:
         if positions is not None and not follow_columns(positions, mask):
             _warn_unfolded("with position_ids that do not count a sequence's columns (packed rows, for example)")
             return None
-        dtype = _mask_dtype(backbone, ids.device)
+        # A dispatched model moves its inputs by itself: ids on the CPU do not mean that it computes there.
+        home = backbone.get_input_embeddings().weight.device
+        device = ids.device if ids.device.type != "cpu" or home.type == "meta" else home
+        dtype = _mask_dtype(backbone, device)
         folded = fold_batch(id_array, mask, lambda counts: _gains(config, counts, ids.shape[1], dtype))
         if folded is None:
             self.counts.append(Counts(ids.numel(), ids.numel(), ids.numel()))
@@ -257,9 +260,9 @@ class _FoldHook:
             _warn_unfolded("with padding or position_ids beyond the length at which longrope switches its frequencies")
             return None
         self.counts.append(folded.counts)
-        call |= _inputs(backbone, folded.rows.to(ids.device), adapter_for(config))
+        call |= _inputs(backbone, folded.rows.to(device), adapter_for(config))
         # On this tensor and not beside it: other arguments reach every layer, compiled ones included.
-        call["input_ids"].flexpatch_unfold = folded.index.to(ids.device), folded.padding
+        call["input_ids"].flexpatch_unfold = folded.index.to(device), folded.padding
         return call
 
 
