@@ -252,7 +252,7 @@ def measure(
 
 
 def nothing_to_gain(options: argparse.Namespace) -> dict[str, float]:
-    """Median step of batches without padding or shared tokens. Alternating runs, the better of two each."""
+    """Median step of batches without padding or shared tokens, the better of two runs each."""
     lengths = [[1, 449, 449]] if options.shape != "tiny" else [[1, 40, 40]]
     times = {mode: min(measure(options, mode, lengths)["ms_per_step"] for _ in range(2)) for mode in MODES[:2]}
     return times | {"cost": times["one line"] / times["stock"] - 1}

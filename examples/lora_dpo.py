@@ -79,6 +79,15 @@ def packaged_model():
     )
 
 
+def load(name, dtype):
+    """Tokenizer and model of a hub name, directory or GGUF file; ``None`` for the packaged one."""
+    name = name or packaged_model()
+    try:
+        return load_tokenizer(name), load_model(name, dtype)
+    except (OSError, ValueError, ImportError) as error:
+        raise flexpatch.FlexpatchError(f"cannot load {name}: {error}") from error
+
+
 def read_pairs(args, tokenizer):
     """Tokenised pairs to train on and held-out ones. A bad row stops the run, or is reported with --skip-bad-rows."""
     collator = flexpatch.Collator(tokenizer, max_length=args.max_length, on_long="truncate")
@@ -214,11 +223,8 @@ def run(args):
     transformers.utils.logging.disable_progress_bar()
     # peft 0.21 asks transformers 5.23 for a property under its old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    name = args.model or packaged_model()
-    try:
-        tokenizer, model = load_tokenizer(name), load_model(name, getattr(torch, args.dtype)).to(args.device)
-    except (OSError, ValueError, ImportError) as error:
-        raise flexpatch.FlexpatchError(f"cannot load {name}: {error}") from error
+    tokenizer, model = load(args.model, getattr(torch, args.dtype))
+    model.to(args.device)
     training, held_out = read_pairs(args, tokenizer)
 
     if not args.paired:

@@ -19,10 +19,9 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from lora_dpo import packaged_model
+from lora_dpo import load
 
 import flexpatch
-from flexpatch.models import load_model, load_tokenizer
 
 DATA = Path(__file__).resolve().parent / "data" / "dialogues.json"
 
@@ -129,11 +128,7 @@ def run(args):
     transformers.utils.logging.disable_progress_bar()
     # peft 0.21 asks transformers 5.23 for a property under its old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    name = args.model or packaged_model()
-    try:
-        tokenizer, model = load_tokenizer(name), load_model(name, torch.float32)
-    except (OSError, ValueError, ImportError) as error:
-        raise flexpatch.FlexpatchError(f"cannot load {name}: {error}") from error
+    tokenizer, model = load(args.model, torch.float32)
     trees = [tree_of(turn, tokenizer) for turn in json.loads(args.data.read_text(encoding="utf-8"))]
     torch.manual_seed(0)  # of the LoRA weights
     settings = dict(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")

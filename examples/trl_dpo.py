@@ -15,13 +15,12 @@ import warnings
 
 import torch
 from datasets import Dataset
-from lora_dpo import DATA, packaged_model
+from lora_dpo import DATA, load
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 import flexpatch
 from flexpatch.callbacks import SavingsCallback
-from flexpatch.models import load_model, load_tokenizer
 from flexpatch.trl import PackedDPOTrainer
 
 
@@ -42,11 +41,7 @@ def parse_args():
 def run(args):
     # peft 0.21 and TRL 1.16 ask transformers 5.23 for something under its old name.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    name = args.model or packaged_model()
-    try:
-        tokenizer, model = load_tokenizer(name), load_model(name, torch.float32)
-    except (OSError, ValueError, ImportError) as error:
-        raise flexpatch.FlexpatchError(f"cannot load {name}: {error}") from error
+    tokenizer, model = load(args.model, torch.float32)
 
     if not args.off:
         # ┌───────────────────────────────────┐

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from flexpatch import models
 from flexpatch.collator import Collator, read_jsonl
 from flexpatch.errors import FlexpatchError
+from flexpatch.fold import WORTH
+from flexpatch.models import load_config, load_tokenizer
 from flexpatch.packing import pack
 from flexpatch.tree import Layout, Tree, lay_out
 
@@ -111,7 +112,7 @@ def folded(batch: Sequence[Sample]) -> Cost:
     # A root above all sequences makes one tree of them. It is not counted, and it shifts positions by one.
     forest = lay_out(Tree.of([0], *(sequence for sample in batch for sequence in sample.sequences)))
     row = Cost(len(forest) - 1, int(forest.positions.sum()), given.logits)
-    return row if row.tokens <= 0.9 * given.tokens else given
+    return row if row.tokens <= WORTH * given.tokens else given
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -218,7 +219,7 @@ def read_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
         FlexpatchError: For the first unusable row, unless they are to be skipped; if none is usable.
     """
     rows = read_jsonl(options.data)[: options.limit]
-    tokenizer = _loaded(models.load_tokenizer, options.tokenizer) if options.tokenizer else None
+    tokenizer = _loaded(load_tokenizer, options.tokenizer) if options.tokenizer else None
     collator = Collator(tokenizer, max_length=options.max_length, on_long="truncate")
     samples, skipped = [], []
     for number, row in enumerate(tqdm(rows, desc="tokenising", unit="row", disable=None)):
@@ -239,8 +240,7 @@ def model_of(name: str) -> Model:
     """A preset's sizes, or those in a model's configuration; no weights are read."""
     if name in PRESETS:
         return PRESETS[name]
-    found = _loaded(lambda name: models.AutoConfig.from_pretrained(**models._source(name)), name)
-    config = found.get_text_config().to_dict()
+    config = _loaded(load_config, name).get_text_config().to_dict()
     try:
         hidden, layers, heads = (config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
         ffn, vocabulary = config["intermediate_size"], config["vocab_size"]

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from flexpatch.errors import FlexpatchError
 from flexpatch.tree import Layout, Rows, build_rows, merge_prefixes
 
+# A row is worth folding a batch for if it costs at most this share of it.
+WORTH = 0.9
 # Positions are merged with ids, as the high half of an int64, where a mask has holes.
 _ID_BITS = 32
 

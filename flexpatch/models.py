@@ -42,8 +42,7 @@ def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False
         OSError, ValueError, ImportError: From transformers, if there is no such model or it cannot be read.
     """
     source = _source(name)
-    config = AutoConfig.from_pretrained(**source, trust_remote_code=trust_remote_code)
-    adapter = adapter_for(config)
+    adapter = adapter_for(load_config(name, trust_remote_code=trust_remote_code))
     if "gguf_file" in source and Version(transformers.__version__) >= Version("5.17"):
         # From then on weights may stay packed, and even dense ones count as quantized, which trainers refuse.
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -55,6 +54,11 @@ def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False
     )
     model = model.eval()
     return eager_experts(model) if dtype == torch.float64 else model
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of :func:`load_model`'s ``name``; no weights are read."""
+    return AutoConfig.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(name: str) -> Any:

@@ -23,9 +23,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     Raises:
         FlexpatchError: For an item longer than ``capacity``, naming it.
     """
-    for item, length in enumerate(lengths):
-        if not 0 < length <= capacity:
-            raise FlexpatchError(f"sample {item} has {length} tokens, outside 1 to {capacity} (the budget of one row)")
+    _check(lengths, capacity)
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
     room = [capacity] * (2 * leaves)  # room[1] is the root; node i has children 2i and 2i + 1
     bins: list[list[int]] = []
@@ -43,6 +41,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             node //= 2
             room[node] = max(room[2 * node], room[2 * node + 1])
     return bins
+
+
+def _check(lengths: Sequence[int], capacity: int) -> None:
+    for item, length in enumerate(lengths):
+        if not 0 < length <= capacity:
+            raise FlexpatchError(f"sample {item} has {length} tokens, outside 1 to {capacity} (the budget of one row)")
 
 
 def epoch_bins(
@@ -71,9 +75,7 @@ def epoch_bins(
     """
     rng = np.random.default_rng([seed, epoch])
     step = max(1, capacity // 512)
-    for item, length in enumerate(lengths):  # pack would name a shuffled item
-        if not 0 < length <= capacity:
-            raise FlexpatchError(f"sample {item} has {length} tokens, outside 1 to {capacity} (the budget of one row)")
+    _check(lengths, capacity)  # pack would name a shuffled item
     rounded = [min(-(-length // step) * step, capacity) for length in lengths]
     # Longest first, random among equals: what follows depends on rounded lengths alone, so epochs differ in items only.
     items = sorted(rng.permutation(len(lengths)).tolist(), key=lambda item: -rounded[item])

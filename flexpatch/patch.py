@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from flexpatch.attention import flex
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
-from flexpatch.fold import Counts, Savings, check_ids, fold_batch, follow_columns, unfold
+from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, unfold
 from flexpatch.masks import mask_of
 from flexpatch.refusals import check_mode, check_rows, longrope_limit
 from flexpatch.registry import FULL, Adapter, adapter_for
@@ -279,15 +279,15 @@ def _ordinary(call: dict[str, Any]) -> bool:
 
 
 def _gains(config: Any, counts: Counts, columns: int, mask_dtype: torch.dtype | None) -> bool:
-    """Whether one row of ``counts.computed`` tokens costs at most 90% of the batch.
+    """Whether one row of ``counts.computed`` tokens costs at most ``WORTH`` of the batch.
 
     Block masks skip what is hidden. The dense backend computes all pairs of the row: to a layer of D hidden units a
     pair costs 4 D FLOPs, a token about 24 D^2.
     """
     if mask_dtype is None:
-        return counts.computed <= 0.9 * counts.padded
+        return counts.computed <= WORTH * counts.padded
     token = 6 * config.hidden_size
-    return counts.computed * (token + counts.computed) <= 0.9 * counts.padded * (token + columns)
+    return counts.computed * (token + counts.computed) <= WORTH * counts.padded * (token + columns)
 
 
 def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> str | None:

@@ -128,17 +128,19 @@ class BinSampler(Sampler[list[int]]):
 
     def __init__(self, lengths: list[int], token_budget: int, ranks: int, seed: int) -> None:
         self.settings: dict[str, Any] = dict(lengths=lengths, capacity=token_budget, ranks=ranks, seed=seed)
-        self.length = len(epoch_bins(**self.settings))
         self.epoch = 0
+        self.bins = epoch_bins(**self.settings)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.bins = epoch_bins(**self.settings, epoch=epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(epoch_bins(**self.settings, epoch=self.epoch))
+        return iter(self.bins)
 
     def __len__(self) -> int:
-        return self.length
+        return len(self.bins)
 
 
 class _Bins(Dataset):

@@ -15,4 +15,4 @@ if __name__ == "__main__":
     trainer = train(Packed, file.parent, settings=settings, pairs=24, token_budget=200)
     assert trainer.state.global_step == 1
     if trainer.accelerator.is_main_process:
-        torch.save([weights(trainer), trainer.accelerator.num_processes, len(trainer.bins)], file)
+        torch.save([weights(trainer.model), trainer.accelerator.num_processes, len(trainer.bins)], file)
