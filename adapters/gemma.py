@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flexpatch.registry import FULL, SLIDING, Adapter, register
+from flexpatch.registry import FULL, SLIDING, Adapter, Head, register
 
 SHORT = dict(sliding_window=8, query_pre_attn_scalar=16)
 
@@ -21,6 +21,7 @@ register(
         name="Gemma 2",
         masks="by_layer_type",
         windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        head=lambda config: Head(softcap=config.final_logit_softcapping),
         # Gemma 2 caps its attention scores; sdpa cannot, and older releases of transformers dropped the cap in silence.
         implementations=("eager",),
         reject=bidirectional,
@@ -34,6 +35,7 @@ register(
         name="Gemma 3 (text)",
         masks="by_layer_type",
         windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        head=lambda config: Head(softcap=config.final_logit_softcapping),
         reject=bidirectional,
         tiny={
             "gemma3_text": [

@@ -307,7 +307,7 @@ def overhead(options: argparse.Namespace, lengths: list[list[int]], tokens: int 
     sequences = [torch.tensor(row["prompt_ids"] + row[key]) for key in ("chosen_ids", "rejected_ids") for row in rows]
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(options.device)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True).to(options.device)
-    hook = patch._FoldHook()
+    hook = patch._RowHook()
     call = dict(input_ids=ids, attention_mask=mask, use_cache=False)
     return 1e3 * timed(lambda: hook(model.base_model, (), dict(call)), options.device, 20)
 

@@ -73,9 +73,14 @@ def flex(
     if torch.compiler.is_compiling():
         out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap)
     else:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
+        with many_recompiles():
             out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap)
     return out_BHPD[:, :, :length].transpose(1, 2).contiguous()
+
+
+def many_recompiles() -> Any:
+    """A context in which torch compiles up to ``RECOMPILE_LIMIT`` variants of a function."""
+    return torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT)
 
 
 def _check_device(*tensors: Tensor) -> None:

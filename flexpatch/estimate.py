@@ -90,7 +90,7 @@ class Sample(NamedTuple):
         """From a layout of the collator's: a prompt and its answers."""
         sequences = [layout.ids[path].astype(np.int32) for path in layout.answers]
         lengths, answers = [len(sequence) for sequence in sequences], layout.answer_lengths
-        shared = Cost(len(layout), int((layout.positions + 1).sum()), len(np.unique(layout.sources)))
+        shared = Cost(len(layout), int((layout.positions + 1).sum()), len(layout.sources))
         unshared = Cost(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(answers))
         return cls(lengths[0] - answers[0], answers, sequences, shared, unshared)
 

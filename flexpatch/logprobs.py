@@ -1,17 +1,27 @@
-"""Log-probabilities of answers, from answer positions alone: prompt logits are never computed.
+"""Log-probabilities of answers, from answer positions alone, in chunks: no prompt logits, no (T, V) tensor.
 
-Shapes: V vocabulary, T scored tokens, A answers, K distinct tokens that predict a scored one.
+Shapes: V vocabulary, T scored tokens, A answers, D hidden size, C tokens of a chunk.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from flexpatch.patch import model_inputs
-from flexpatch.registry import Adapter
+from flexpatch.errors import FlexpatchError
+from flexpatch.patch import head_of, model_inputs, run_rows
+from flexpatch.registry import PLAIN, Adapter, Head
 from flexpatch.tree import Layout, Rows, Tree, lay_out
+
+# Logits of a chunk, by default: 512 MiB in float32, and about five times that with what their gradient needs. Smaller
+# chunks save little more and keep a GPU less busy.
+CHUNK_LOGITS = 1 << 27
 
 
 class AnswerLogprobs(NamedTuple):
@@ -26,22 +36,124 @@ class AnswerLogprobs(NamedTuple):
     tokens: Tensor
 
 
-def answer_logprobs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None) -> AnswerLogprobs:
+def answer_logprobs(
+    model: nn.Module, rows: Rows, *, chunk_tokens: int | None = None, adapter: Adapter | None = None
+) -> AnswerLogprobs:
     """Log-probabilities of every answer in ``rows``, each given its own ancestors alone.
 
     Args:
         model: A causal language model after :func:`flexpatch.apply`.
-        rows: Packed rows on the model's device. One row a call is best: with several, logits are computed at the
-            union of their answer positions.
+        rows: Packed rows on the model's device.
+        chunk_tokens: As in :func:`token_logprobs`.
         adapter: See :func:`flexpatch.patch.model_inputs`.
 
     Raises:
         FlexpatchError, UnsupportedModelError: As :func:`flexpatch.patch.model_inputs`.
     """
-    # logits_to_keep as a tensor of columns, not a count: a count would keep prompts, and Gemma 4 slices masks by it.
-    logits_BKV = model(**model_inputs(model, rows, adapter=adapter), logits_to_keep=rows.columns).logits
-    tokens = _token_logprobs(logits_BKV.flatten(0, 1), rows.logit_of_token, rows.targets)
+    inputs = model_inputs(model, rows, adapter=adapter)
+    head, form = head_of(model)
+
+    def score(hidden_BLD: Tensor) -> Tensor:
+        hidden_TD = F.embedding(rows.sources, hidden_BLD.flatten(0, 1))  # its backward adds in a fixed order
+        return token_logprobs(head, hidden_TD, rows.targets, form=form, chunk_tokens=chunk_tokens)
+
+    tokens = run_rows(model, inputs, score)
     return AnswerLogprobs(sum_answers(tokens, rows), tokens)
+
+
+def token_logprobs(
+    head: nn.Module, hidden_TD: Tensor, targets_T: Tensor, *, form: Head = PLAIN, chunk_tokens: int | None = None
+) -> Tensor:
+    """Log-probability of each target, from the hidden states that predict them.
+
+    One chunk of logits exists at a time. If the head is frozen, a chunk's gradient by its hidden states is taken while
+    its logits are there, for a log-prob depends on its own hidden state alone: nothing is computed twice. A head that
+    is trained computes each chunk again in backward. It is called as a module, so that its hooks (FSDP, DeepSpeed,
+    adapters) run.
+
+    Args:
+        head: (C, D) -> (C, V): the model's output embeddings.
+        hidden_TD: In the model's dtype.
+        targets_T: (T,) int64.
+        form: What the model does to the head's output.
+        chunk_tokens: Tokens of a chunk; ``None``: as many as have 2^27 logits.
+
+    Returns:
+        (T,) in nats, float32 (float64 for float64 logits).
+
+    Raises:
+        FlexpatchError: For ``chunk_tokens < 1``.
+    """
+    parameters = list(head.parameters())
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise FlexpatchError(f"chunk_tokens={chunk_tokens}; expected at least 1, or None")
+    size = chunk_tokens or max(1, CHUNK_LOGITS // getattr(head, "out_features", 1 << 17))
+    # Sharded heads are gathered by hooks, whose bookkeeping expects one backward.
+    whole = not any(isinstance(p, DTensor) or p.numel() == 0 for p in parameters)
+    if not torch.is_grad_enabled() or not (hidden_TD.requires_grad or any(p.requires_grad for p in parameters)):
+        chunks = [_picked(_logits(head, form, h), t) for h, t in _chunks(size, hidden_TD, targets_T)]
+        return torch.cat(chunks)
+    if whole and not any(p.requires_grad for p in parameters):
+        return _FrozenHead.apply(hidden_TD, targets_T, partial(_logits, head, form), size)
+    if len(hidden_TD) <= size:
+        return _picked(_logits(head, form, hidden_TD), targets_T)
+
+    def again(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+        return _picked(_logits(head, form, hidden_CD), targets_C)
+
+    return torch.cat([checkpoint(again, h, t, use_reentrant=False) for h, t in _chunks(size, hidden_TD, targets_T)])
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Log-probs of all chunks, with their gradients by the hidden states taken in forward, for unit gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, logits_of: Any, size: int) -> Tensor:
+        slopes_TD = torch.empty_like(hidden_TD)
+        tokens = []
+        for start in range(0, len(hidden_TD), size):
+            hidden_CD, targets_C = hidden_TD[start : start + size].detach(), targets_T[start : start + size]
+            with torch.enable_grad():
+                logits_CV = logits_of(hidden_CD.requires_grad_())
+            wide_CV = _widen(logits_CV.detach())
+            sums_C = wide_CV.logsumexp(-1)
+            tokens.append(wide_CV.gather(-1, targets_C[:, None])[:, 0] - sums_C)
+            # d log p(target) / d logits = onehot(target) - softmax
+            slope_CV = torch.exp(wide_CV - sums_C[:, None]).neg_()
+            slope_CV.scatter_add_(-1, targets_C[:, None], slope_CV.new_ones(len(targets_C), 1))
+            slopes_TD[start : start + size] = torch.autograd.grad(logits_CV, hidden_CD, slope_CV.to(logits_CV.dtype))[0]
+        ctx.save_for_backward(slopes_TD)
+        return torch.cat(tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None, None]:
+        (slopes_TD,) = ctx.saved_tensors
+        return (slopes_TD * gradient_T[:, None]).to(slopes_TD.dtype), None, None, None
+
+
+def _chunks(size: int, *tensors: Tensor) -> Any:
+    return zip(*(x.split(size) for x in tensors), strict=True)
+
+
+def _logits(head: nn.Module, form: Head, hidden_CD: Tensor) -> Tensor:
+    """As the model's own forward makes them, in its dtype."""
+    logits_CV = head(hidden_CD)
+    if form.scale != 1:
+        logits_CV = logits_CV * form.scale
+    if form.softcap is not None:
+        logits_CV = torch.tanh(logits_CV / form.softcap) * form.softcap
+    return logits_CV
+
+
+def _picked(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """log softmax at each target, in at least float32."""
+    wide_CV = _widen(logits_CV)
+    return wide_CV.gather(-1, targets_C[:, None])[:, 0] - wide_CV.logsumexp(-1)
+
+
+def _widen(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def separate_logprobs(
@@ -76,16 +188,8 @@ def separate_logprobs(
         for logits_SV, sequence, count in zip(logits_NSV, some, scored[at : at + size], strict=True):
             stop = len(sequence)
             sources = torch.arange(stop - count - 1, stop - 1, device=device)
-            tokens.append(_token_logprobs(logits_SV, sources, sequence[stop - count :].to(device)))
+            tokens.append(_picked(logits_SV[sources], sequence[stop - count :].to(device)))
     return AnswerLogprobs(torch.stack([t.sum() for t in tokens]), torch.cat(tokens))
-
-
-def _token_logprobs(logits_KV: Tensor, sources: Tensor, targets: Tensor) -> Tensor:
-    """log softmax of ``logits[source]`` at each target, in at least float32."""
-    logits_TV = logits_KV[sources]
-    if logits_TV.dtype != torch.float64:
-        logits_TV = logits_TV.float()
-    return logits_TV.gather(-1, targets[:, None])[:, 0] - logits_TV.logsumexp(-1)
 
 
 def sum_answers(tokens: Tensor, rows: Rows) -> Tensor:

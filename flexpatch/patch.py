@@ -3,13 +3,14 @@
 ``apply`` gives a model an attention implementation of its own, whose name ends with the original's, and its backbone
 two hooks. The first folds an ordinary batch into one row, the second unfolds the hidden states. In attention a block
 mask goes to FlexAttention; everything else (generation, caches, batches as they are) goes to the original
-implementation, unchanged. No class and no forward is altered. What the second hook needs travels with the call's
-``input_ids``; the first keeps counts of tokens, and nothing that a result depends on.
+implementation, unchanged. No class is altered. What the second hook needs travels with the call's ``input_ids``; the
+first keeps counts of tokens and sizes of memory, and nothing that a result depends on.
 
 What is relied on: ``AttentionInterface`` and ``AttentionMaskInterface`` accept new names;
 ``PreTrainedModel.set_attn_implementation`` sets them; a 4-D mask, or a dict of them keyed by ``config.layer_types``,
 reaches the attention function untouched; ``position_ids`` reaches rope untouched; other arguments reach the attention
-function; a causal model calls ``base_model`` once, as a module, and needs nothing but the hidden states it returns.
+function; a causal model calls ``base_model`` once, as a module, needs nothing but the hidden states it returns, and
+passes on ``hidden_states``; its layers are ``GradientCheckpointingLayer``s in a list, with a flag each.
 tests/test_internals.py has a test for each.
 """
 
@@ -18,23 +19,27 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from inspect import signature
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from flexpatch.attention import flex
+from flexpatch.attention import flex, many_recompiles
+from flexpatch.checkpointing import Recomputation
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, unfold
 from flexpatch.masks import mask_of
 from flexpatch.refusals import check_mode, check_rows, longrope_limit
-from flexpatch.registry import FULL, Adapter, adapter_for
+from flexpatch.registry import FULL, Adapter, Head, adapter_for
 from flexpatch.tree import Rows
 
 PREFIX = "flexpatch_"
@@ -49,29 +54,43 @@ log = logging.getLogger(__name__)
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
-def apply(model: AnyModel, *, backend: str = "auto", fold: bool = True) -> AnyModel:
+def apply(
+    model: AnyModel,
+    *,
+    backend: str = "auto",
+    fold: bool = True,
+    compile: bool = False,
+    checkpointing: int | str | None = None,
+) -> AnyModel:
     """Let ``model`` compute shared prefixes once, in ordinary padded batches and in packed rows.
 
     An ordinary forward over a padded (N, S) batch without a cache runs as one row of prefix trees if that leaves at
     least a tenth of its tokens out; callers see the same hidden states, logits and gradients as before. Calls with a
-    cache, generation among them, stay bit-identical. Works before or after ``peft.get_peft_model``, and is idempotent.
-    Undone by :func:`remove`.
+    cache, generation among them, stay bit-identical. Works before or after ``peft.get_peft_model``, and is idempotent:
+    a later call sets all options anew. Undone by :func:`remove`.
 
     Args:
         model: A causal language model of transformers, bare or wrapped (peft, DDP).
         backend: ``"flex"``: compiled FlexAttention; ``"dense"``: the model's own attention under an L x L mask, for
             devices on which flex cannot train; ``"auto"``: flex on CUDA and XPU, dense elsewhere.
         fold: Whether to fold ordinary batches. Without it they run as they are given.
+        compile: Compile decoder layers for rows on the flex backend, whose lengths are then padded to a few (at most a
+            quarter longer), and keep all other calls uncompiled. Each length compiles for most of a minute: worth it
+            for full rows of one budget, such as packed batches.
+        checkpointing: Where the model's gradient checkpointing is on: how many layers, from the first, to compute
+            again in backward. ``"auto"``: as few as memory allows, measured over the first optimizer step (CUDA);
+            ``None``: all, as the model would.
 
     Returns:
         ``model``.
 
     Raises:
         UnsupportedModelError: If this architecture or configuration would not be exact.
-        FlexpatchError: For an unknown backend.
+        FlexpatchError: For unknown options.
     """
     if backend not in BACKENDS:
         raise FlexpatchError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
+    hook = _RowHook(compile, None if checkpointing is None else Recomputation(checkpointing))
     inner = _pretrained(model)
     adapter = adapter_for(text_config(inner))
     current = inner.config._attn_implementation
@@ -86,14 +105,26 @@ def apply(model: AnyModel, *, backend: str = "auto", fold: bool = True) -> AnyMo
             "device_map puts this model on several devices, but a block mask lives on one. Load it on one device (FSDP "
             "or DeepSpeed for several), or pass backend='dense'"
         )
+    layers = _layers(inner.base_model)
+    if (compile or checkpointing is not None) and not layers:
+        raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")
+    if compile and any("forward" in vars(layer) and not _is_compiled(layer) for layer in layers):
+        raise UnsupportedModelError(
+            "another library replaced the forward of this model's decoder layers; apply with compile=False"
+        )
     inner.set_attn_implementation(f"{PREFIX}{'fold' if fold else 'rows'}_{backend}_{original}")
     if inner.config._attn_implementation == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
-    if not fold:
-        _unhook(inner)
-    elif _hook_of(inner) is None:
-        inner.base_model.register_forward_pre_hook(_FoldHook(), with_kwargs=True)
-        inner.base_model.register_forward_hook(_unfold_hook, with_kwargs=True, prepend=True)
+    previous = _hook_of(inner)
+    if previous is not None:
+        hook.counts = previous.counts
+    _unhook(inner)
+    if compile:
+        # On the objects, and inside their hooks: those of FSDP stay outside the graph.
+        for layer in layers:
+            layer.forward = partial(_layer_forward, layer)
+    inner.base_model.register_forward_pre_hook(hook, with_kwargs=True)
+    inner.base_model.register_forward_hook(_after_hook, with_kwargs=True, prepend=True)
     if current != inner.config._attn_implementation:
         device = inner.get_input_embeddings().weight.device
         chosen = "flex" if _mask_dtype(inner, device) is None else "dense"
@@ -116,12 +147,14 @@ def is_applied(model: nn.Module) -> bool:
 
 
 def settings_of(model: nn.Module) -> dict[str, Any] | None:
-    """The ``backend`` and ``fold`` that ``model`` was patched with; ``None`` if it is not patched."""
-    name = str(_pretrained(model).config._attn_implementation)
+    """The options that ``model`` was patched with; ``None`` if it is not patched."""
+    inner = _pretrained(model)
+    name, hook = str(inner.config._attn_implementation), _hook_of(inner)
     if not name.startswith(PREFIX):
         return None
     kind, backend, _ = _parse(name)
-    return {"backend": backend, "fold": kind == "fold"}
+    settings: dict[str, Any] = {"backend": backend, "fold": kind == "fold", "compile": False, "checkpointing": None}
+    return settings if hook is None else settings | hook.options()
 
 
 def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None) -> dict[str, Any]:
@@ -167,6 +200,35 @@ def _inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter) -> dict[str, A
     return dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
 
 
+def run_rows(model: nn.Module, inputs: dict[str, Any], score: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``score`` makes of the last hidden states (B, L, D) of rows, instead of their logits.
+
+    It is called within the model's forward, where parameters that an engine shards or offloads are at hand.
+
+    Args:
+        model: A model after :func:`apply`.
+        inputs: From :func:`model_inputs`.
+        score: Called once.
+
+    Raises:
+        FlexpatchError: If the model's hooks are gone.
+    """
+    ids = inputs["input_ids"].detach()  # another tensor object: the caller's own carries nothing
+    setattr(ids, _AFTER, _After(score=score))
+    # No position keeps its logits, so the head itself sees an empty tensor.
+    output = model(**(inputs | {"input_ids": ids}), logits_to_keep=ids.new_empty(0))
+    if output.hidden_states is None:
+        raise FlexpatchError("this model lost flexpatch's hooks (a copy of its settings?): call flexpatch.apply(model)")
+    return output.hidden_states[0]
+
+
+def head_of(model: nn.Module) -> tuple[nn.Module, Head]:
+    """The layer that makes logits, and what the model does to them then."""
+    inner = _pretrained(model)
+    config = text_config(inner)
+    return inner.get_output_embeddings(), adapter_for(config).head(config)
+
+
 def text_config(model: nn.Module) -> Any:
     """The configuration of the transformers model inside ``model``.
 
@@ -208,14 +270,39 @@ def weights(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return settings, tensors
 
 
-class _FoldHook:
+@dataclass
+class _After:
+    """What is left to do after a backbone. An attribute of the call's ``input_ids`` and not another argument: those
+    reach every layer, compiled ones included."""
+
+    length: int | None = None  # of a row that was padded for compiled layers
+    unfold: tuple[Tensor, int | None] | None = None
+    score: Callable[[Tensor], Tensor] | None = None
+    kept: list[GradientCheckpointingLayer] = field(default_factory=list)  # not computed again in backward
+    measured: Callable[[], None] | None = None
+
+
+_AFTER = "flexpatch_after"
+
+
+class _RowHook:
     """Forward pre-hook of a backbone: an ordinary batch goes in as one row. Keeps the latest batches' token counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, compile: bool = False, recomputation: Recomputation | None = None) -> None:
         self.counts: deque[Counts] = deque(maxlen=10_000)
+        self.compile = compile
+        self.recomputation = recomputation
+
+    def options(self) -> dict[str, Any]:
+        """Those that the attention's name does not tell."""
+        return {
+            "compile": self.compile,
+            "checkpointing": None if self.recomputation is None else self.recomputation.setting,
+        }
 
     def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
-        if not backbone.config._attn_implementation.startswith(f"{PREFIX}fold_"):
+        name = backbone.config._attn_implementation
+        if not name.startswith(PREFIX):
             _warn_unfolded(
                 "of a model whose attention implementation was changed after flexpatch.apply (apply it again)"
             )
@@ -223,8 +310,34 @@ class _FoldHook:
         # Without self: hooks get a call's own arguments.
         names = list(signature(type(backbone).forward).parameters)[1:]
         call = {**dict(zip(names, args, strict=False)), **kwargs}
-        folded = self.fold(backbone, call) if _ordinary(call) else None
-        return (args, kwargs | {SEEN: True}) if folded is None else ((), folded)
+        folded = self.fold(backbone, call) if name.startswith(f"{PREFIX}fold_") and _ordinary(call) else None
+        if not self.compile and self.recomputation is None:
+            return (args, kwargs | {SEEN: True}) if folded is None else ((), folded)
+        return (), self.prepare(backbone, call | {SEEN: True} if folded is None else folded)
+
+    def prepare(self, backbone: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
+        """The call for compiled layers, and with as much recomputation as is set."""
+        ids, mask = call.get("input_ids"), call.get("attention_mask")
+        if ids is None:
+            return call
+        after = getattr(ids, _AFTER, None) or _After()
+        block = next(iter(mask.values())) if isinstance(mask, dict) else mask
+        if self.compile and isinstance(block, BlockMask):
+            after.length, extra = ids.shape[1], block.seq_lengths[0] - ids.shape[1]
+            # The mask has this length already; tokens past the row's end see only themselves.
+            ids, positions = (F.pad(x, (0, extra)) for x in (ids, call["position_ids"]))
+            call = call | {"position_ids": positions}
+        elif self.compile and isinstance(block, Tensor) and block.ndim == 4:
+            _warn("flexpatch: compile=True has no effect on the dense backend")
+        layers = [layer for layer in _layers(backbone) if layer.gradient_checkpointing]
+        if self.recomputation is not None and layers and backbone.training and torch.is_grad_enabled():
+            count, after.measured = self.recomputation.plan(layers, ids, backbone)
+            after.kept = layers[count:]
+            for layer in after.kept:
+                layer.gradient_checkpointing = False
+        ids = ids.detach()
+        setattr(ids, _AFTER, after)
+        return call | {"input_ids": ids}
 
     @torch.compiler.disable
     def fold(self, backbone: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any] | None:
@@ -261,8 +374,7 @@ class _FoldHook:
             return None
         self.counts.append(folded.counts)
         call |= _inputs(backbone, folded.rows.to(device), adapter_for(config))
-        # On this tensor and not beside it: other arguments reach every layer, compiled ones included.
-        call["input_ids"].flexpatch_unfold = folded.index.to(device), folded.padding
+        setattr(call["input_ids"], _AFTER, _After(unfold=(folded.index.to(device), folded.padding)))
         return call
 
 
@@ -314,22 +426,72 @@ def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> s
 
 def _warn_unfolded(reason: str) -> None:
     """Say, once for each reason, that batches run as they are given."""
-    warnings.warn(f"flexpatch: batches {reason} run as they are given", FlexpatchWarning, 2)
+    _warn(f"flexpatch: batches {reason} run as they are given")
 
 
-def _unfold_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a backbone: a folded batch's hidden states come out in the caller's layout."""
-    index, padding = getattr(kwargs.get("input_ids"), "flexpatch_unfold", (None, None))
-    if index is None:
+def _warn(message: str) -> None:
+    warnings.warn(message, FlexpatchWarning, 3)
+
+
+def _after_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a backbone: a row's hidden states come out as the caller wants them."""
+    after = getattr(kwargs.get("input_ids"), _AFTER, None)
+    if after is None:
         return None
+    for layer in after.kept:
+        layer.gradient_checkpointing = True
+    if after.measured is not None:
+        after.measured()
+
+    def finish(hidden_BPD: Tensor) -> Tensor:
+        hidden_BLD = hidden_BPD if after.length is None else hidden_BPD[:, : after.length]
+        return hidden_BLD if after.unfold is None else unfold(hidden_BLD, *after.unfold)
+
     last = output.last_hidden_state
-    output.last_hidden_state = unfold(last, index, padding)
-    if output.get("hidden_states") is not None:
+    output.last_hidden_state = finish(last)
+    if after.score is not None:
+        output.hidden_states = (after.score(output.last_hidden_state),)
+    elif output.get("hidden_states") is not None:
         output.hidden_states = tuple(
-            output.last_hidden_state if h is last else h if h is None else unfold(h, index, padding)
-            for h in output.hidden_states
+            output.last_hidden_state if h is last else h if h is None else finish(h) for h in output.hidden_states
         )
     return output
+
+
+def _layers(backbone: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The decoder layers of a backbone."""
+    lists = (child for child in backbone.children() if isinstance(child, nn.ModuleList))
+    return [layer for layers in lists for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
+
+
+def _layer_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Compiled for rows alone: generation would compile anew for every token."""
+    rows = any(isinstance(argument, BlockMask) for argument in (*args, *kwargs.values()))
+    if not rows or torch.compiler.is_compiling():
+        return _plain_forward(layer, *args, **kwargs)
+    try:
+        with many_recompiles():
+            return _compiled_forward()(layer, *args, **kwargs)
+    except torch._dynamo.exc.Unsupported as error:
+        raise UnsupportedModelError(
+            f"a {type(layer).__name__} of this model cannot be compiled; apply with compile=False. One cause are hooks of "
+            "modules in it, which transformers sets when output_hidden_states or output_attentions is first asked for. "
+            f"Torch says: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "func", None) is _layer_forward
+
+
+def _plain_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+@cache
+def _compiled_forward() -> Any:
+    """One function for all layers: those that do the same share a graph."""
+    return torch.compile(_plain_forward, fullgraph=True, dynamic=False)
 
 
 def _unhook(inner: PreTrainedModel) -> None:
@@ -339,8 +501,10 @@ def _unhook(inner: PreTrainedModel) -> None:
         hooks = module._forward_pre_hooks, module._forward_hooks
         flags = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
         for registered, with_kwargs in zip(hooks, flags, strict=True):
-            for key in [k for k, hook in registered.items() if isinstance(hook, _FoldHook) or hook is _unfold_hook]:
+            for key in [k for k, hook in registered.items() if isinstance(hook, _RowHook) or hook is _after_hook]:
                 del registered[key], with_kwargs[key]
+        if _is_compiled(module):
+            del module.forward
 
 
 def savings(model: nn.Module, last: int | None = None) -> Savings:
@@ -350,16 +514,16 @@ def savings(model: nn.Module, last: int | None = None) -> Savings:
         FlexpatchError: If the model does not fold batches, or for ``last < 1``.
     """
     hook = _hook_of(_pretrained(model))
-    if hook is None:
+    if hook is None or not (settings_of(model) or {}).get("fold"):
         raise FlexpatchError("this model does not fold batches: call flexpatch.apply(model) first")
     if last is not None and last < 1:
         raise FlexpatchError(f"last={last}; expected at least 1, or None for all")
     return Savings.of(list(hook.counts)[-(last or 0) :])
 
 
-def _hook_of(inner: PreTrainedModel) -> _FoldHook | None:
+def _hook_of(inner: PreTrainedModel) -> _RowHook | None:
     hooks = (hook for module in inner.modules() for hook in module._forward_pre_hooks.values())
-    return next((hook for hook in hooks if isinstance(hook, _FoldHook)), None)
+    return next((hook for hook in hooks if isinstance(hook, _RowHook)), None)
 
 
 def _mask_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype | None:

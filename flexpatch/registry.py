@@ -7,7 +7,7 @@ and why some of its relatives are refused. Nothing in a record is code of the mo
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 
@@ -25,6 +25,26 @@ def never(config: Any) -> str | None:
     return None
 
 
+class Head(NamedTuple):
+    """What a model does to the output of its last linear layer: logits = softcap(scale * output).
+
+    Attributes:
+        scale: A factor.
+        softcap: Logits x become softcap * tanh(x / softcap); ``None``: as they are.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+PLAIN = Head()
+
+
+def plain_head(config: Any) -> Head:
+    """The head rule of a model whose logits are the output of its last linear layer."""
+    return PLAIN
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
     """What flexpatch must know about one family of architectures.
@@ -38,6 +58,7 @@ class Adapter:
         windows: ``config`` -> window in tokens (``None``: unlimited) for each layer type. A ``"single"`` family has
             the one key ``"full_attention"``, whose window, if set, holds in every layer. A query at position p sees
             keys at positions > p - window, as in transformers.
+        head: ``config`` -> what follows the model's last linear layer.
         ropes: Rope types whose frequencies are exact under restarted positions. ``"longrope"`` may be listed: calls
             that straddle its switching length are refused one by one.
         implementations: The attention implementations of the model's own that are right for it, in order of preference.
@@ -50,6 +71,7 @@ class Adapter:
     tiny: Mapping[str, Sequence[Mapping[str, Any]]]
     masks: Literal["single", "by_layer_type"]
     windows: Callable[[Any], Mapping[str, int | None]] = no_windows
+    head: Callable[[Any], Head] = plain_head
     ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
     implementations: tuple[str, ...] = ("sdpa", "eager")
     reject: Callable[[Any], str | None] = never

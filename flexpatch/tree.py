@@ -9,7 +9,7 @@ replies at every turn. A **row** holds many trees in depth-first order, each tok
 In depth-first order the descendants-or-self of a token's node are the indices before ``end``, so the whole attention
 rule is ``q may see kv  <=>  kv <= q < end[kv]``. It contains Algorithms 1 to 3 of arXiv 2410.20305 and any deeper tree.
 
-Shapes: B rows, L tokens a row, T scored tokens, A answers, K columns with logits.
+Shapes: B rows, L tokens a row, T scored tokens, A answers.
 """
 
 from __future__ import annotations
@@ -213,8 +213,6 @@ class Rows:
         ends: (B, L) int32, exclusive row index at which each token's subtree ends. A padding token is its own tree.
         sources: (T,) int64 into the flattened (B*L) tokens: the token that predicts each scored token.
         targets: (T,) int64, ids of the scored tokens, answer by answer.
-        columns: (K,) int64, the distinct row indices of all ``sources``, sorted: where logits are needed.
-        logit_of_token: (T,) int64 into the flattened (B*K) logits: those that predict each scored token.
         answer_tokens: (A, longest answer) int64 into T; T itself marks padding.
         sample_of_answer: (A,) int64, which tree of the input each answer belongs to.
         tokens: Tokens computed, without padding.
@@ -230,8 +228,6 @@ class Rows:
     ends: Tensor
     sources: Tensor
     targets: Tensor
-    columns: Tensor
-    logit_of_token: Tensor
     answer_tokens: Tensor
     sample_of_answer: Tensor
     tokens: int
@@ -303,8 +299,6 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
                 scored += answer_length
             start += len(layout)
             sample += 1
-    flat = np.concatenate(sources)
-    columns, column_of_token = np.unique(flat % length, return_inverse=True)  # here: on a GPU unique would wait for it
     answer_tokens = np.full((len(answers), max(map(len, answers), default=0)), scored, np.int64)
     for i, answer in enumerate(answers):
         answer_tokens[i, : len(answer)] = answer
@@ -312,10 +306,8 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         ends=torch.from_numpy(ends),
-        sources=torch.from_numpy(flat),
+        sources=torch.from_numpy(np.concatenate(sources)),
         targets=torch.from_numpy(np.concatenate(targets)),
-        columns=torch.from_numpy(columns),
-        logit_of_token=torch.from_numpy(flat // length * len(columns) + column_of_token),
         answer_tokens=torch.from_numpy(answer_tokens),
         sample_of_answer=torch.tensor(samples, dtype=torch.int64),
         tokens=sum(map(len, layouts)),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexpatch import attention
+from flexpatch import attention, patch
 
 # Tiny models gain nothing from threads, and those of several workers would wait for each other.
 torch.set_num_threads(1)
@@ -27,8 +27,14 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     monkeypatch.setattr(attention, "_check_device", lambda *tensors: None)
     monkeypatch.setattr(attention, "_compiled", _compiled)
+    monkeypatch.setattr(patch, "_compiled_forward", _compiled_forward)
 
 
 @cache
 def _compiled() -> Any:
     return torch.compile(attention._attend, backend="aot_eager", fullgraph=True, dynamic=False)
+
+
+@cache
+def _compiled_forward() -> Any:
+    return torch.compile(patch._plain_forward, backend="aot_eager", fullgraph=True, dynamic=False)

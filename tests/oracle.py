@@ -1,5 +1,6 @@
 """What the parity tests share: awkward trees, the oracle, the gradient of a loss, and rows broken on purpose."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -111,6 +112,19 @@ def read(logits: Tensor, rows: Rows) -> AnswerLogprobs:
     tokens = logits.flatten(0, 1)[rows.sources].log_softmax(-1).gather(-1, rows.targets[:, None])[:, 0]
     answers = [tokens[answer[answer < len(tokens)]].sum() for answer in rows.answer_tokens]
     return AnswerLogprobs(torch.stack(answers), tokens)
+
+
+def deep(model_type: str, layers: int) -> nn.Module:
+    """A tiny model of so many layers, all like its first two by turns, with weights of their own."""
+    model = tiny_model(model_type)
+    model.config.num_hidden_layers = layers
+    while len(model.model.layers) < layers:
+        layer = copy.deepcopy(model.model.layers[-2])
+        layer.self_attn.layer_idx = len(model.model.layers)
+        for parameter in layer.parameters():
+            parameter.data *= 0.9
+        model.model.layers.append(layer)
+    return model
 
 
 def name(function: Callable[..., None], number: int, case: param) -> str:

@@ -114,8 +114,7 @@ def test_packed_rows(seed: int) -> None:
     rows = flexpatch.build_rows([[layout] for layout in layouts])
     assert Cost.total(s.shared for s in samples).tokens == rows.tokens
     assert Cost.total(s.shared for s in samples).pairs == visible_pairs(rows)
-    logits = sum(len(flexpatch.build_rows([[layout]]).columns) for layout in layouts)
-    assert Cost.total(s.shared for s in samples).logits == logits
+    assert Cost.total(s.shared for s in samples).logits == len(rows.targets)
     alone = flexpatch.build_rows([[flexpatch.Tree(x.ids[path], answer=True)] for x in layouts for path in x.answers])
     assert Cost.total(s.unshared for s in samples).tokens == alone.tokens == rows.separate_tokens
     assert Cost.total(s.unshared for s in samples).pairs == visible_pairs(alone)

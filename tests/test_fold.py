@@ -430,11 +430,12 @@ def test_fold_can_be_switched_off_and_on() -> None:
 @parameterized.expand([(None,), (True,), (False,)])
 def test_checking_parity_leaves_folding_as_it_was(fold: bool | None) -> None:
     model = tiny_model("llama")
-    if fold is not None:
-        flexpatch.apply(model, backend="dense", fold=fold)
+    options = None if fold is None else dict(backend="dense", fold=fold, compile=True, checkpointing=1)
+    if options:
+        flexpatch.apply(model, **options)
     assert flexpatch.check_parity(model).passed
-    assert patch.settings_of(model) == (None if fold is None else {"backend": "dense", "fold": fold})
-    assert len(model.base_model._forward_pre_hooks) == bool(fold)
+    assert patch.settings_of(model) == options
+    assert len(model.base_model._forward_pre_hooks) == len(model.base_model._forward_hooks) == (fold is not None)
 
 
 def test_hooks_of_others_stay() -> None:

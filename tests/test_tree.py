@@ -161,10 +161,6 @@ def check_rows(rows: Rows, bins: list[list[Tree]], pad_id: int) -> None:
             assert prefixes[sources[token]][1] == sequence[:at]
             assert rows.targets[token] == sequence[at]
     assert scored == list(range(len(sources)))
-    # Logits are computed at these columns of every row, and nowhere else.
-    assert rows.columns.tolist() == sorted({source % L for source in sources})
-    computed = [b * L + column for b in range(B) for column in rows.columns.tolist()]
-    assert [computed[logit] for logit in rows.logit_of_token.tolist()] == sources
     assert rows.tokens == sum(map(len, layouts))
     assert rows.separate_tokens == sum(layout.separate_tokens for layout in layouts)
     assert rows.depth == max(len(sequence) for trees in bins for tree in trees for _, sequence, _ in runs(tree))
@@ -186,8 +182,6 @@ def test_rows_hold_their_trees() -> None:
     [
         ("sources", lambda rows: rows.sources + 1),
         ("targets", lambda rows: rows.targets.flip(0)),
-        ("columns", lambda rows: rows.columns + 1),
-        ("logit_of_token", lambda rows: rows.logit_of_token.flip(0)),
         ("ends", lambda rows: rows.ends + 1),
         ("position_ids", lambda rows: torch.arange(rows.input_ids.shape[1]).expand_as(rows.input_ids)),
         ("input_ids", lambda rows: rows.input_ids.flip(0)),

@@ -1,0 +1,129 @@
+"""How much of a forward to compute again in backward: as much as memory demands, measured.
+
+Sizes are in bytes.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flexpatch.errors import FlexpatchError
+
+# Of the memory that the process could have: allocators lose some to fragments, kernels take workspaces.
+USABLE = 0.9
+
+
+log = logging.getLogger(__name__)
+
+
+class Memory(NamedTuple):
+    """Of one device: tensors now, their peak so far, and what tensors could take at most."""
+
+    allocated: int
+    peak: int
+    limit: int
+
+
+def cuda_memory(device: torch.device) -> Memory:
+    """Raises:
+    FlexpatchError: If ``device`` is not a CUDA device.
+    """
+    if device.type != "cuda":
+        raise FlexpatchError(
+            f"checkpointing='auto' measures the memory of a CUDA device, and this model is on {device}: say how many "
+            "layers to compute again, flexpatch.apply(model, checkpointing=8)"
+        )
+    free, total = torch.cuda.mem_get_info(device)
+    reachable = min(
+        free + torch.cuda.memory_reserved(device), total * torch.cuda.get_per_process_memory_fraction(device)
+    )
+    return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), int(reachable))
+
+
+class Recomputation:
+    """How many of a model's checkpointed layers to compute again in backward.
+
+    With ``"auto"`` all are, until the optimizer has made its first step: only then gradients and its state exist. The
+    first call measures what one layer would keep for a token, and all of them the peak. From then on a call of T
+    tokens keeps the activations of as many layers as fit between that peak and ``USABLE`` of the memory.
+
+    Args:
+        setting: That number, or ``"auto"``.
+
+    Raises:
+        FlexpatchError: For anything else.
+    """
+
+    def __init__(self, setting: int | str, memory: Callable[[torch.device], Memory] = cuda_memory) -> None:
+        if setting != "auto" and (type(setting) is not int or setting < 0):
+            raise FlexpatchError(f"checkpointing={setting!r}; expected a number of layers, 'auto' or None")
+        self.setting = setting
+        self.memory = memory
+        self.layer_bytes = 0.0  # what a layer keeps for one token, beyond what it keeps when checkpointed
+        self.tokens = 0  # of the longest row before the first step
+        self.peak = 0  # with all layers checkpointed
+        self.idle = 0  # allocated between steps
+        self.version = 0
+        self.stepped = False
+
+    def plan(self, layers: Sequence[nn.Module], ids: Tensor, model: nn.Module) -> tuple[int, Callable[[], None] | None]:
+        """How many layers of this call to compute again, and what to do after its forward."""
+        if isinstance(self.setting, int):
+            return self.setting, None
+        device = next(model.parameters()).device
+        memory, tokens = self.memory(device), ids.numel()
+        if not self.stepped:
+            self._watch(memory, model)
+            if self.stepped:
+                kept = self._kept(memory, tokens, len(layers))
+                log.info(
+                    "flexpatch: a layer keeps %.1f kB a token; of %d layers, %d are computed again for %d tokens",
+                    *(self.layer_bytes / 1e3, len(layers), len(layers) - kept, tokens),
+                )
+        if self.stepped:
+            return len(layers) - self._kept(memory, tokens, len(layers)), None
+        self.tokens = max(self.tokens, tokens)
+        if self.layer_bytes or len(layers) < 2:
+            return len(layers), None
+        return len(layers) - 1, partial(self._measured, _Meter(layers[-2:], self.memory, device), tokens)
+
+    def _watch(self, memory: Memory, model: nn.Module) -> None:
+        """Whether an optimizer has changed the weights; the peak until then."""
+        version = sum(p._version for p in model.parameters() if p.requires_grad)
+        self.stepped = bool(self.layer_bytes) and version != self.version
+        self.version = version
+        self.peak = max(memory.allocated, memory.peak)
+        self.idle = memory.allocated
+
+    def _measured(self, meter: "_Meter", tokens: int) -> None:
+        checkpointed, kept = meter.read()
+        self.layer_bytes = max(kept - checkpointed, 1) / tokens
+
+    def _kept(self, memory: Memory, tokens: int, layers: int) -> int:
+        """Layers whose activations fit."""
+        longer = max(0, tokens - self.tokens) * (self.peak - self.idle) / self.tokens
+        pending = max(0, memory.allocated - self.idle)  # forwards whose backward is still to come
+        room = USABLE * memory.limit - self.peak - longer - pending
+        return min(layers, max(0, int(room / (self.layer_bytes * tokens))))
+
+
+class _Meter:
+    """What each of some layers keeps allocated after its forward."""
+
+    def __init__(self, layers: Sequence[nn.Module], memory: Callable[[torch.device], Memory], device: Any) -> None:
+        self.now = lambda: memory(device).allocated
+        self.before: list[int] = []
+        self.after: list[int] = []
+        self.handles: list[Any] = []
+        for layer in layers:
+            self.handles.append(layer.register_forward_pre_hook(lambda *_: self.before.append(self.now())))
+            self.handles.append(layer.register_forward_hook(lambda *_: self.after.append(self.now())))
+
+    def read(self) -> list[int]:
+        for handle in self.handles:
+            handle.remove()
+        return [after - before for before, after in zip(self.before, self.after, strict=True)]

@@ -1,0 +1,166 @@
+"""How much is computed again in backward: counted, with the same gradients whatever it is."""
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from oracle import deep
+from parameterized import parameterized
+from torch import nn
+
+import flexpatch
+from flexpatch import patch
+from flexpatch.checkpointing import Memory, Recomputation, cuda_memory
+from flexpatch.models import tiny_model
+
+LAYERS = 5
+
+
+class Device:
+    """A device whose memory a test decides, in units of a layer's activations for one token."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.allocated, self.peak = limit, 100, 100
+
+    def __call__(self, device: torch.device) -> Memory:
+        return Memory(self.allocated, self.peak, int(self.limit))
+
+
+class Layer(nn.Module):
+    """Allocates ``size`` a token in forward."""
+
+    def __init__(self, device: Device, size: int) -> None:
+        super().__init__()
+        self.device, self.size = device, size
+
+    def forward(self, ids: torch.Tensor) -> None:
+        self.device.allocated += self.size * ids.numel()
+
+
+def forward(policy: Recomputation, device: Device, model: nn.Module, tokens: int) -> int:
+    """One training forward and backward; how many layers it computes again."""
+    ids = torch.zeros(1, tokens)
+    count, measured = policy.plan(list(model), ids, model)
+    before = device.allocated
+    for i, layer in enumerate(model):
+        layer.size = 2 if i < count else 10
+        layer(ids)
+    device.peak = max(device.peak, device.allocated)
+    if measured is not None:
+        measured()
+    device.allocated = before
+    return count
+
+
+def stepped_policy(limit: float) -> tuple[Recomputation, Device, nn.Module]:
+    """After two forwards of 10 tokens and an optimizer step that allocates 50: a peak of 100 + 2 * 10 * 4 + 100, with
+    one layer kept to measure it."""
+    device = Device(limit)
+    model = nn.ModuleList([Layer(device, 0) for _ in range(LAYERS)])
+    model.weight = nn.Parameter(torch.zeros(1))
+    policy = Recomputation("auto", device)
+    assert forward(policy, device, model, 10) == LAYERS - 1, "one layer is measured"
+    assert forward(policy, device, model, 10) == LAYERS
+    device.allocated += 50
+    device.peak = max(device.peak, device.allocated + 50)
+    with torch.no_grad():
+        model.weight += 1
+    return policy, device, model
+
+
+@parameterized.expand([(280, 0), (355, 0), (365, 1), (435, 1), (445, 2), (685, 5), (10_000, 5)])
+def test_as_many_layers_are_kept_as_fit(usable: int, kept: int) -> None:
+    """A layer keeps 8 a token more than when checkpointed: 80 for 10 tokens, above the peak of 280."""
+    policy, device, model = stepped_policy(limit=usable / 0.9 + 1)
+    assert device.peak == 280
+    assert forward(policy, device, model, 10) == LAYERS - kept
+    assert policy.layer_bytes == 8
+
+
+def test_longer_rows_keep_less() -> None:
+    policy, device, model = stepped_policy(limit=700 / 0.9)
+    counts = [forward(policy, device, model, tokens) for tokens in (5, 10, 15, 20, 30, 300)]
+    assert counts == sorted(counts) and counts[0] == 0 and counts[-1] == LAYERS
+
+
+def test_forwards_still_to_be_differentiated_count() -> None:
+    policy, device, model = stepped_policy(limit=685 / 0.9 + 1)
+    assert forward(policy, device, model, 10) == 0
+    device.allocated += 160
+    assert forward(policy, device, model, 10) == 2
+
+
+@parameterized.expand([(-1,), ("all",), (True,), (1.5,)])
+def test_bad_settings(setting: Any) -> None:
+    with pytest.raises(flexpatch.FlexpatchError, match="checkpointing"):
+        flexpatch.apply(tiny_model("llama"), checkpointing=setting)
+
+
+def test_auto_needs_a_device_that_can_be_measured() -> None:
+    with pytest.raises(flexpatch.FlexpatchError, match="CUDA"):
+        cuda_memory(torch.device("cpu"))
+    model = flexpatch.apply(tiny_model("llama"), checkpointing="auto").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(flexpatch.FlexpatchError, match="checkpointing=8"):
+        model(**batch(), use_cache=False)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 150, (2, 40), generator=torch.Generator().manual_seed(0))
+    ids[1, :30] = ids[0, :30]
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def recomputed(model: nn.Module, rows: bool) -> tuple[list[int], torch.Tensor]:
+    """Which layers run twice in a step, and the step's gradient."""
+    runs: Counter[int] = Counter()
+    layers = model.model.layers
+    handles = [
+        layer.input_layernorm.register_forward_hook(lambda *_, i=i: runs.update([i])) for i, layer in enumerate(layers)
+    ]
+    model.zero_grad()
+    if rows:
+        trees = [flexpatch.Tree.of(list(range(3, 40)), [5, 6], [7, 8, 9])]
+        flexpatch.answer_logprobs(model, flexpatch.build_rows([trees])).answers.sum().backward()
+    else:
+        model(**batch(), use_cache=False).logits.square().mean().backward()
+    for handle in handles:
+        handle.remove()
+    return [i for i in range(len(layers)) if runs[i] == 2], torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@parameterized.expand([(n, rows) for n in (0, 2, LAYERS, 99) for rows in (True, False)])
+def test_the_first_layers_are_computed_again(count: int, rows: bool) -> None:
+    model = flexpatch.apply(deep("llama", LAYERS)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    every, expected = recomputed(model, rows)
+    assert every == list(range(LAYERS))
+    flexpatch.apply(model, checkpointing=count)
+    some, gradient = recomputed(model, rows)
+    assert some == list(range(min(count, LAYERS)))
+    assert (gradient - expected).norm() < 1e-15 * expected.norm()
+    assert all(layer.gradient_checkpointing for layer in model.model.layers), "the model's own setting comes back"
+
+
+def test_a_model_that_does_not_checkpoint_is_left_alone() -> None:
+    model = flexpatch.apply(deep("llama", LAYERS), checkpointing=3).train()
+    assert recomputed(model, True)[0] == []
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_auto_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, with a device on which nothing seems to cost memory but what this test says."""
+    device = Device(1e9)
+    monkeypatch.setattr(patch, "Recomputation", partial(Recomputation, memory=device))
+    model = flexpatch.apply(deep("llama", LAYERS), checkpointing="auto").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    every, expected = recomputed(model, True)
+    assert every == list(range(LAYERS - 1))
+    assert recomputed(model, True)[0] == list(range(LAYERS)), "no optimizer step yet"
+    optimizer.step()
+    some, gradient = recomputed(model, True)
+    assert some == []
+    assert (gradient - expected).norm() < 1e-15 * expected.norm()

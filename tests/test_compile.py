@@ -1,0 +1,145 @@
+"""Compiled decoder layers: the same numbers, few graphs, and nothing compiled but rows."""
+
+import copy
+import pickle
+from functools import partial
+
+import peft
+import pytest
+import torch
+from oracle import MODELS, Result, deep, name, oracle, packed_positions, random_ids, see_siblings, trees
+from parameterized import parameterized
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import flexpatch
+from flexpatch import Tree, build_rows, patch
+from flexpatch.models import tiny_model
+
+pytestmark = pytest.mark.usefixtures("flex_on_cpu")
+ROWS = [trees()]
+
+
+def compiled(model_type: str, variant: int = 0, **options: object) -> nn.Module:
+    return flexpatch.apply(tiny_model(model_type, variant), backend="flex", compile=True, **options)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Counts graphs of layers."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(patch._plain_forward, backend=counter, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(patch, "_compiled_forward", lambda: function)
+    return counter
+
+
+class CompileTest:
+    @parameterized.expand(MODELS, name_func=name)
+    def test_parity(self, model_type: str, variant: int) -> None:
+        model, rows, true = compiled(model_type, variant), build_rows(ROWS), oracle(model_type, variant)
+        bounds = (1e-5, 1e-5) if model_type == "gemma2" else (1e-10, 1e-6)
+        Result.packed(model, rows).matches(true, bounds)
+        Result.packed(model, see_siblings(rows)).differs(true, bounds)
+        Result.packed(model, packed_positions(rows)).differs(true, bounds)
+
+    @parameterized.expand([("llama", True), ("llama", False), ("gemma3_text", False), ("gemma2", False)])
+    def test_under_checkpointing(self, model_type: str, reentrant: bool) -> None:
+        model = compiled(model_type).train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        bounds = (1e-5, 1e-5) if model_type == "gemma2" else (1e-10, 1e-6)
+        Result.packed(model, build_rows(ROWS)).matches(oracle(model_type, 0), bounds)
+
+
+def test_one_graph_for_all_layers_and_lengths_of_a_bucket(graphs: CompileCounterWithBackend) -> None:
+    model = flexpatch.apply(deep("llama", 4), backend="flex", compile=True)
+    counts = []
+    for length in (200, 230, 256, 140):
+        rows = build_rows([[Tree.of(*random_ids(length - 60, 40, 20))]])
+        flexpatch.answer_logprobs(model, rows).answers.sum().backward()
+        counts.append(graphs.frame_count)
+    assert counts == [1] * 4
+    flexpatch.answer_logprobs(model, build_rows([[Tree.of(*random_ids(250, 40, 20))]]))
+    assert graphs.frame_count == 2, "another bucket"
+
+
+def test_lora_and_its_reference(graphs: CompileCounterWithBackend) -> None:
+    """peft's layers compile without a break, with adapters on and off."""
+    model = deep("llama", 3)
+    settings = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(model, settings).double()
+    rows = build_rows(ROWS)
+    true = Result.packed(flexpatch.apply(model, backend="flex"), rows)
+    with model.disable_adapter(), torch.no_grad():
+        reference = flexpatch.answer_logprobs(model, rows).answers
+    flexpatch.apply(model, backend="flex", compile=True)
+    Result.packed(model, rows).matches(true)
+    with model.disable_adapter(), torch.no_grad():
+        ours = flexpatch.answer_logprobs(model, rows).answers
+    assert (ours - reference).abs().max() < 1e-10 < (ours - true.answers).abs().max()
+    # The first layer's input needs no gradient, the others' do; and the reference.
+    assert graphs.frame_count == 3
+
+
+def test_folded_batches() -> None:
+    model = tiny_model("qwen2", 1)
+    p, a, b = random_ids(90, 20, 20)
+    ids = torch.tensor([p + a, p + b])
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    expected = model(**batch).logits
+    flexpatch.apply(model, backend="flex", compile=True)
+    assert (model(**batch).logits - expected).abs().max() < 1e-10
+    assert flexpatch.savings(model).folded == 1
+    flexpatch.remove(model)(**batch, output_hidden_states=True)  # leaves hooks in the model, which do not compile
+    flexpatch.apply(model, backend="flex", compile=True)
+    torch._dynamo.reset()
+    with pytest.raises(flexpatch.UnsupportedModelError, match=r"output_hidden_states.*Torch says"):
+        model(**batch)
+    flexpatch.apply(model, backend="flex")
+    assert (model(**batch).logits - expected).abs().max() < 1e-10
+
+
+def test_other_calls_are_not_compiled(graphs: CompileCounterWithBackend) -> None:
+    """A decoding step has another length every time."""
+    model, prompt = tiny_model("mistral"), torch.tensor(random_ids(9, 9))
+    generate = partial(model.generate, prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12)
+    before, logits = generate(do_sample=False), model(prompt).logits
+    flexpatch.apply(model, backend="flex", compile=True)
+    assert torch.equal(generate(do_sample=False), before)
+    assert torch.equal(model(prompt).logits, logits)
+    assert graphs.frame_count == 0
+
+
+def test_removing() -> None:
+    model = compiled("llama")
+    assert all("forward" in vars(layer) for layer in model.model.layers)
+    flexpatch.apply(model, backend="flex")
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+    assert not patch.settings_of(model)["compile"]
+    flexpatch.remove(flexpatch.apply(model, backend="flex", compile=True))
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_copies_compile_their_own_weights() -> None:
+    model, rows = compiled("llama"), build_rows(ROWS)
+    expected = flexpatch.answer_logprobs(model, rows).answers
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(flexpatch.answer_logprobs(other, rows).answers, expected)
+        with torch.no_grad():
+            other.model.layers[0].mlp.up_proj.weight.mul_(2)
+        assert not torch.equal(flexpatch.answer_logprobs(other, rows).answers, expected)
+        assert torch.equal(flexpatch.answer_logprobs(model, rows).answers, expected)
+
+
+def test_a_foreign_forward_is_not_overwritten() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].forward = model.model.layers[1].forward
+    with pytest.raises(flexpatch.UnsupportedModelError, match="another library"):
+        flexpatch.apply(model, compile=True)
+    assert not flexpatch.is_applied(model), "a refusal leaves the model as it was"
+
+
+def test_the_dense_backend_says_that_it_is_not_compiled() -> None:
+    model = flexpatch.apply(tiny_model("llama"), backend="dense", compile=True)
+    with pytest.warns(flexpatch.FlexpatchWarning, match="no effect on the dense backend"):
+        Result.packed(model, build_rows(ROWS)).matches(oracle("llama", 0))

@@ -1,0 +1,123 @@
+"""Log-probs in chunks, against the whole table of logits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from oracle import BOUNDS, Result, oracle, trees
+from parameterized import parameterized
+from torch import Tensor, nn
+
+import flexpatch
+from flexpatch.logprobs import token_logprobs
+from flexpatch.models import tiny_model
+from flexpatch.registry import PLAIN, Head
+
+T, D, V = 23, 16, 101
+FORMS = {"plain": PLAIN, "scale": Head(scale=0.25), "cap": Head(softcap=3.0), "both": Head(scale=2.0, softcap=5.0)}
+HEADS = ("frozen", "trained", "bias", "lora", "embedding trained")
+
+
+def head_of(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    head = nn.Linear(D, V, bias=kind == "bias", dtype=torch.float64).requires_grad_(kind in ("trained", "bias"))
+    if kind != "lora":
+        return head
+    wrapped = peft.get_peft_model(nn.Sequential(head), peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    return wrapped.double().base_model.model[0]
+
+
+def whole(head: nn.Module, hidden: Tensor, targets: Tensor, form: Head) -> Tensor:
+    logits = form.scale * head(hidden)
+    if form.softcap is not None:
+        logits = form.softcap * torch.tanh(logits / form.softcap)
+    return logits.log_softmax(-1)[torch.arange(T), targets]
+
+
+def results(head: nn.Module, logps: Any) -> list[Tensor]:
+    """Log-probs, and gradients of an uneven sum of them."""
+    hidden = torch.randn(T, D, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    targets = torch.arange(T) * 4 % V
+    tokens = logps(head, hidden, targets)
+    trained = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    return [tokens, *torch.autograd.grad((tokens * torch.linspace(-1, 2, T, dtype=torch.float64)).sum(), trained)]
+
+
+@parameterized.expand([(kind, form, size) for kind in HEADS for form in FORMS for size in (1, 7, T, None)])
+def test_chunks_are_exact(kind: str, form: str, size: int | None) -> None:
+    head = head_of(kind)
+    ours = results(head, lambda *given: token_logprobs(*given, form=FORMS[form], chunk_tokens=size))
+    true = results(head, lambda *given: whole(*given, FORMS[form]))
+    wrong = results(head, lambda *given: token_logprobs(*given, form=Head(softcap=2.0), chunk_tokens=size))
+    for a, b, c in zip(ours, true, wrong, strict=True):
+        assert (a - b).abs().max() < 1e-12
+        assert (c - b).abs().max() > 1e-3
+
+
+@parameterized.expand([("frozen", 4), ("trained", 8)])
+def test_one_chunk_at_a_time(kind: str, calls: int) -> None:
+    """A frozen head is called once a chunk, a trained one again in backward; neither ever sees more than a chunk."""
+    head, sizes = head_of(kind), []
+    head.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    results(head, lambda *given: token_logprobs(*given, chunk_tokens=7))
+    assert max(sizes) == 7 and len(sizes) == calls
+
+
+def test_without_gradients() -> None:
+    head, hidden, targets = head_of("trained"), torch.randn(T, D, dtype=torch.float64), torch.arange(T)
+    with torch.no_grad():
+        tokens = token_logprobs(head, hidden, targets, chunk_tokens=5)
+    assert not tokens.requires_grad
+    assert (tokens - whole(head, hidden, targets, PLAIN)).abs().max() < 1e-12
+
+
+@parameterized.expand([(0,), (-3,)])
+def test_bad_sizes(size: int) -> None:
+    with pytest.raises(flexpatch.FlexpatchError, match="chunk_tokens"):
+        token_logprobs(head_of("frozen"), torch.zeros(1, D), torch.zeros(1, dtype=torch.int64), chunk_tokens=size)
+
+
+@parameterized.expand([("llama", 0), ("gemma3_text", 1), ("qwen2", 0)])
+def test_a_model_in_chunks(model_type: str, variant: int) -> None:
+    """Every parameter trained, the tied head included; the head never sees a prompt, or more than a chunk."""
+    model, sizes = flexpatch.apply(tiny_model(model_type, variant)), []
+    model.get_output_embeddings().register_forward_hook(lambda m, args, output: sizes.append(output.shape[:-1].numel()))
+    rows = flexpatch.build_rows([trees()])
+    Result.of(model, flexpatch.answer_logprobs(model, rows, chunk_tokens=20)).matches(oracle(model_type, variant))
+    assert max(sizes) == 20 and sum(sizes) == 2 * len(rows.targets)
+
+
+def test_a_forgotten_cap_is_noticed() -> None:
+    model = flexpatch.apply(tiny_model("gemma3_text", 1))
+    rows = flexpatch.build_rows([trees()])
+    model.config.final_logit_softcapping = None
+    Result.of(model, flexpatch.answer_logprobs(model, rows)).differs(oracle("gemma3_text", 1))
+
+
+def test_hidden_states_do_not_leave_the_model() -> None:
+    """A model that loses its hooks says so."""
+    model = flexpatch.apply(tiny_model("llama"))
+    model.base_model._forward_hooks.clear()
+    with pytest.raises(flexpatch.FlexpatchError, match=r"flexpatch\.apply"):
+        flexpatch.answer_logprobs(model, flexpatch.build_rows([trees()]))
+
+
+def test_two_ranks_that_shard_the_model(tmp_path: Path) -> None:
+    """FSDP2 with the head in a shard of its own, or in the model's: the same log-probs and gradients."""
+    script = Path(__file__).with_name("sharded_ranks.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    true = oracle("llama", 0)
+    for kind in ("head alone", "head in root", "frozen head alone", "frozen head in root"):
+        tokens, squares = torch.load(tmp_path / f"{kind}.pt")
+        assert (tokens - true.tokens).abs().max() < BOUNDS[0], kind
+        whole = torch.load(tmp_path / f"{kind} whole.pt")
+        assert abs(squares - whole) < 1e-9 * whole, kind
