@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class Memory(NamedTuple):
-    """Of one device: tensors now, their peak so far, and what tensors could take at most."""
+    """Of one device: tensors now, what this process holds for them (a peak that nobody resets), what it could hold."""
 
     allocated: int
-    peak: int
+    held: int
     limit: int
 
 
@@ -38,18 +38,17 @@ def cuda_memory(device: torch.device) -> Memory:
             "layers to compute again, flexpatch.apply(model, checkpointing=8)"
         )
     free, total = torch.cuda.mem_get_info(device)
-    reachable = min(
-        free + torch.cuda.memory_reserved(device), total * torch.cuda.get_per_process_memory_fraction(device)
-    )
-    return Memory(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device), int(reachable))
+    held = torch.cuda.memory_reserved(device)
+    limit = min(free + held, total * torch.cuda.get_per_process_memory_fraction(device))
+    return Memory(torch.cuda.memory_allocated(device), held, int(limit))
 
 
 class Recomputation:
     """How many of a model's checkpointed layers to compute again in backward.
 
     With ``"auto"`` all are, until the optimizer has made its first step: only then gradients and its state exist. The
-    first call measures what one layer would keep for a token, and all of them the peak. From then on a call of T
-    tokens keeps the activations of as many layers as fit between that peak and ``USABLE`` of the memory.
+    first call measures what one layer would keep for a token, and all of them what a step holds. From then on a call of
+    T tokens keeps the activations of as many layers as fit between that and ``USABLE`` of the memory.
 
     Args:
         setting: That number, or ``"auto"``.
@@ -65,7 +64,7 @@ class Recomputation:
         self.memory = memory
         self.layer_bytes = 0.0  # what a layer keeps for one token, beyond what it keeps when checkpointed
         self.tokens = 0  # of the longest row before the first step
-        self.peak = 0  # with all layers checkpointed
+        self.held = 0  # by steps that checkpoint all layers
         self.idle = 0  # allocated between steps
         self.version = 0
         self.stepped = False
@@ -92,11 +91,11 @@ class Recomputation:
         return len(layers) - 1, partial(self._measured, _Meter(layers[-2:], self.memory, device), tokens)
 
     def _watch(self, memory: Memory, model: nn.Module) -> None:
-        """Whether an optimizer has changed the weights; the peak until then."""
+        """Whether an optimizer has changed the weights; the memory held until then."""
         version = sum(p._version for p in model.parameters() if p.requires_grad)
         self.stepped = bool(self.layer_bytes) and version != self.version
         self.version = version
-        self.peak = max(memory.allocated, memory.peak)
+        self.held = max(memory.allocated, memory.held)
         self.idle = memory.allocated
 
     def _measured(self, meter: "_Meter", tokens: int) -> None:
@@ -105,9 +104,9 @@ class Recomputation:
 
     def _kept(self, memory: Memory, tokens: int, layers: int) -> int:
         """Layers whose activations fit."""
-        longer = max(0, tokens - self.tokens) * (self.peak - self.idle) / self.tokens
+        longer = max(0, tokens - self.tokens) * (self.held - self.idle) / self.tokens
         pending = max(0, memory.allocated - self.idle)  # forwards whose backward is still to come
-        room = USABLE * memory.limit - self.peak - longer - pending
+        room = USABLE * memory.limit - self.held - longer - pending
         return min(layers, max(0, int(room / (self.layer_bytes * tokens))))
 
 

@@ -112,7 +112,13 @@ class Report:
 
 
 def check_parity(
-    model: nn.Module, *, name: str | None = None, backend: str = "auto", seed: int = 0, progress: bool = False
+    model: nn.Module,
+    *,
+    name: str | None = None,
+    backend: str = "auto",
+    compile: bool = False,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Report:
     """Run all checks on a model as it is: its device, dtype, adapters, mode and checkpointing.
 
@@ -121,7 +127,7 @@ def check_parity(
     Args:
         model: A causal language model of a supported architecture, bare or wrapped by peft.
         name: What to call it in the report.
-        backend: As in :func:`flexpatch.apply`.
+        backend, compile: As in :func:`flexpatch.apply`.
         seed: Of the token ids.
         progress: Show a progress bar on stderr.
 
@@ -135,7 +141,9 @@ def check_parity(
     try:
         remove(model)
         model.zero_grad(set_to_none=True)  # each pass clears its own after reading them
-        return _Verification(model, name or type(model).__name__, backend, seed, progress).run()
+        return _Verification(
+            model, name or type(model).__name__, dict(backend=backend, compile=compile), seed, progress
+        ).run()
     finally:
         torch.set_float32_matmul_precision(precision)
         model.zero_grad(set_to_none=True)
@@ -145,10 +153,10 @@ def check_parity(
 class _Verification:
     """One run of all checks. Its tokens are drawn at the start: every pass sees the same."""
 
-    def __init__(self, model: nn.Module, name: str, backend: str, seed: int, progress: bool) -> None:
+    def __init__(self, model: nn.Module, name: str, options: dict[str, Any], seed: int, progress: bool) -> None:
         _check_weights(model)
         self.model = model
-        self.backend = backend
+        self.options = options
         self.config = text_config(model)
         self.adapter = adapter_for(self.config)
         parameter = next(model.parameters())
@@ -161,6 +169,8 @@ class _Verification:
         self.noise = torch.randn(len(self.rows.sample_of_answer), generator=generator).to(self.device)
         self.bar = tqdm(desc="verify", unit=" passes", disable=not progress, leave=False, file=sys.stderr)
         self.report = Report(name, _settings(model, self.device, self.dtype))
+        if options["compile"]:
+            self.report.settings["compiled"] = "layers"
 
     def run(self) -> Report:
         # A float64 model is its own truth, but for the float32 softmax of eager attention.
@@ -182,7 +192,7 @@ class _Verification:
         bound = self._bound(LOGPROB_BOUND, FACTOR * self._error(stock, truth))
         worst_bound = self._bound(LOGPROB_BOUND, WORST_FACTOR * _worst(stock, truth))
 
-        apply(self.model, backend=self.backend)
+        apply(self.model, **self.options)
         broken = replace(self.rows, ends=_whole_trees(self.rows), masks={})
         self.report.settings["backend"] = "dense" if self._is_dense() else "flex"
         kind = "derivatives" if self._routes() else "logits"
@@ -270,7 +280,7 @@ class _Verification:
         with self.model.disable_adapter():  # type: ignore[operator]
             remove(self.model)
             stock = separate_logprobs(self.model, self.trees, batch_size=1).tokens
-            apply(self.model, backend=self.backend)
+            apply(self.model, **self.options)
             ours = self._logprobs(self.rows)
         bound *= 1.0 if self.exact else 1 + 1 / WORST_FACTOR
         self._add("log-probs, adapters off", _worst(ours, stock), bound, self._where(ours, stock))
@@ -309,7 +319,7 @@ class _Verification:
         self.model.zero_grad(set_to_none=True)
         gradient = embedded[0].grad
         assert gradient is not None
-        return float((gradient[inside] != 0).any(-1).sum())
+        return float((gradient[:, : inside.shape[1]][inside] != 0).any(-1).sum())  # compiled rows are padded
 
     def _breakages(self, broken: Rows) -> Iterator[tuple[str, Rows, Adapter | None]]:
         """Rows and adapters with one thing wrong each."""

@@ -29,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, model in _models(options):
                 model = _prepared(model, options)
                 progress = sys.stderr.isatty()
-                report = check_parity(model, name=name, backend=options.backend, seed=options.seed, progress=progress)
+                report = check_parity(
+                    model, name=name, backend=options.backend, compile=options.compile, seed=options.seed,
+                    progress=progress,
+                )  # fmt: skip
                 reports.append(report)
                 if not options.json:
                     print(_line(report) if options.model == "all" else f"{report}\n", flush=True)
@@ -65,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ["auto", "float64", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: float64 for tiny models on the CPU, else float32")
     add("--device", default="auto", help="auto: cuda if there is one")
+    add("--compile", action="store_true", help="verify compiled decoder layers (flex backend)")
     add("--backend", default="auto", choices=["auto", "flex", "dense"], help="auto: flex on cuda and xpu, else dense")
     add("--lora", action="store_true", help="train random LoRA adapters on all linear layers")
     kinds = ["non-reentrant", "reentrant"]

@@ -22,10 +22,10 @@ class Device:
     """A device whose memory a test decides, in units of a layer's activations for one token."""
 
     def __init__(self, limit: float) -> None:
-        self.limit, self.allocated, self.peak = limit, 100, 100
+        self.limit, self.allocated, self.held = limit, 100, 100
 
     def __call__(self, device: torch.device) -> Memory:
-        return Memory(self.allocated, self.peak, int(self.limit))
+        return Memory(self.allocated, self.held, int(self.limit))
 
 
 class Layer(nn.Module):
@@ -47,7 +47,7 @@ def forward(policy: Recomputation, device: Device, model: nn.Module, tokens: int
     for i, layer in enumerate(model):
         layer.size = 2 if i < count else 10
         layer(ids)
-    device.peak = max(device.peak, device.allocated)
+    device.held = max(device.held, device.allocated)
     if measured is not None:
         measured()
     device.allocated = before
@@ -55,7 +55,7 @@ def forward(policy: Recomputation, device: Device, model: nn.Module, tokens: int
 
 
 def stepped_policy(limit: float) -> tuple[Recomputation, Device, nn.Module]:
-    """After two forwards of 10 tokens and an optimizer step that allocates 50: a peak of 100 + 2 * 10 * 4 + 100, with
+    """After two forwards of 10 tokens and an optimizer step that allocates 50: held are 280, with
     one layer kept to measure it."""
     device = Device(limit)
     model = nn.ModuleList([Layer(device, 0) for _ in range(LAYERS)])
@@ -64,7 +64,7 @@ def stepped_policy(limit: float) -> tuple[Recomputation, Device, nn.Module]:
     assert forward(policy, device, model, 10) == LAYERS - 1, "one layer is measured"
     assert forward(policy, device, model, 10) == LAYERS
     device.allocated += 50
-    device.peak = max(device.peak, device.allocated + 50)
+    device.held = max(device.held, device.allocated + 50)
     with torch.no_grad():
         model.weight += 1
     return policy, device, model
@@ -74,7 +74,7 @@ def stepped_policy(limit: float) -> tuple[Recomputation, Device, nn.Module]:
 def test_as_many_layers_are_kept_as_fit(usable: int, kept: int) -> None:
     """A layer keeps 8 a token more than when checkpointed: 80 for 10 tokens, above the peak of 280."""
     policy, device, model = stepped_policy(limit=usable / 0.9 + 1)
-    assert device.peak == 280
+    assert device.held == 280
     assert forward(policy, device, model, 10) == LAYERS - kept
     assert policy.layer_bytes == 8
 

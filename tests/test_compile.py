@@ -7,7 +7,19 @@ from functools import partial
 import peft
 import pytest
 import torch
-from oracle import MODELS, Result, deep, name, oracle, packed_positions, random_ids, see_siblings, trees
+from oracle import (
+    BOUNDS,
+    EAGER_BOUNDS,
+    MODELS,
+    Result,
+    deep,
+    name,
+    oracle,
+    packed_positions,
+    random_ids,
+    see_siblings,
+    trees,
+)
 from parameterized import parameterized
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -34,21 +46,24 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     return counter
 
 
-class CompileTest:
-    @parameterized.expand(MODELS, name_func=name)
-    def test_parity(self, model_type: str, variant: int) -> None:
-        model, rows, true = compiled(model_type, variant), build_rows(ROWS), oracle(model_type, variant)
-        bounds = (1e-5, 1e-5) if model_type == "gemma2" else (1e-10, 1e-6)
-        Result.packed(model, rows).matches(true, bounds)
-        Result.packed(model, see_siblings(rows)).differs(true, bounds)
-        Result.packed(model, packed_positions(rows)).differs(true, bounds)
+DENSE = [(model_type, variant) for model_type, variant in MODELS if "moe" not in model_type and model_type != "mixtral"]
 
-    @parameterized.expand([("llama", True), ("llama", False), ("gemma3_text", False), ("gemma2", False)])
-    def test_under_checkpointing(self, model_type: str, reentrant: bool) -> None:
-        model = compiled(model_type).train()
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        bounds = (1e-5, 1e-5) if model_type == "gemma2" else (1e-10, 1e-6)
-        Result.packed(model, build_rows(ROWS)).matches(oracle(model_type, 0), bounds)
+
+@parameterized.expand(DENSE, name_func=name)
+def test_parity(model_type: str, variant: int) -> None:
+    model, rows, true = compiled(model_type, variant), build_rows(ROWS), oracle(model_type, variant)
+    bounds = EAGER_BOUNDS if model_type == "gemma2" else BOUNDS
+    Result.packed(model, rows).matches(true, bounds)
+    Result.packed(model, see_siblings(rows)).differs(true, bounds)
+    Result.packed(model, packed_positions(rows)).differs(true, bounds)
+
+
+@parameterized.expand([("llama", True), ("llama", False), ("gemma3_text", False), ("gemma2", False)], name_func=name)
+def test_parity_under_checkpointing(model_type: str, reentrant: bool) -> None:
+    model = compiled(model_type).train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    bounds = EAGER_BOUNDS if model_type == "gemma2" else BOUNDS
+    Result.packed(model, build_rows(ROWS)).matches(oracle(model_type, 0), bounds)
 
 
 def test_one_graph_for_all_layers_and_lengths_of_a_bucket(graphs: CompileCounterWithBackend) -> None:
@@ -129,6 +144,13 @@ def test_copies_compile_their_own_weights() -> None:
             other.model.layers[0].mlp.up_proj.weight.mul_(2)
         assert not torch.equal(flexpatch.answer_logprobs(other, rows).answers, expected)
         assert torch.equal(flexpatch.answer_logprobs(model, rows).answers, expected)
+
+
+def test_experts_that_are_looped_over_are_refused() -> None:
+    """As float64 needs them. tests/gpu compiles grouped products."""
+    with pytest.raises(flexpatch.UnsupportedModelError, match=r"set_experts_implementation.*Torch says") as error:
+        flexpatch.answer_logprobs(compiled("mixtral"), build_rows(ROWS))
+    assert len(str(error.value)) < 800
 
 
 def test_a_foreign_forward_is_not_overwritten() -> None:

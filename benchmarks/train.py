@@ -1,0 +1,498 @@
+"""Whole training steps of 7-8B models on one GPU: what sharing and packing gain, over the best without sharing.
+
+    python benchmarks/train.py LENGTHS.json                                # Mistral-7B, on 80 GB
+    python benchmarks/train.py LENGTHS.json --shapes Llama-3-8B --modes lora --sets hh tldr --compile --profile
+    python benchmarks/train.py LENGTHS.json --device cpu --shapes tiny --dtype float32 --shared-tokens 2048
+
+LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids and weights are random. A step is
+forward and backward of DPO, without optimizer, on the same pairs in every layout. Modes: full (gradients of all
+weights, reference log-probs given), lora (rank 16 in all linear layers, a reference pass with it off). Layouts:
+
+padded pairs    What stock trainers do: right-padded micro-batches through the unpatched model on sdpa, each of as many
+                pairs as --tokens padded tokens allow. Only hidden states that predict an answer go through the head.
+packed pairs    Every prompt with its answer as a sequence of its own, all in one row, nothing shared or padded, on the
+                fastest attention for it (--paired-kernel; auto: FlashAttention-4 if it works here, torch's varlen,
+                FlexAttention; on a CPU a dense mask). Speed-ups are measured against this.
+shared padded   One tree a row, several rows in a call, micro-batches as above: prefix sharing without packing.
+shared packed   All trees in one row.
+
+--compile compiles the decoder layers of the two packed layouts (the others have too many shapes), and fills rows of
+packed pairs up to a multiple of 2,048 tokens. Exit code 1 if layouts disagree about losses or log-probs. Prints tables;
+writes train.json, table.md and train.png to --output after every set.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature, unwrap
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import AttentionInterface
+
+import flexpatch
+from flexpatch.logprobs import AnswerLogprobs, sum_answers, token_logprobs
+from flexpatch.tree import Rows, Tree, build_rows, lay_out
+
+WIDE = dict(
+    hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+    head_dim=128, tie_word_embeddings=False, max_position_embeddings=32768,
+)  # fmt: skip
+MISTRAL = WIDE | dict(vocab_size=32000, sliding_window=None)
+LLAMA = WIDE | dict(vocab_size=128256, rope_parameters=dict(rope_type="default", rope_theta=500000.0))
+TINY = MISTRAL | dict(hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_attention_heads=4, vocab_size=512)
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Mistral-7B": ("mistral", MISTRAL),
+    "Llama-3-8B": ("llama", LLAMA),
+    "8 layers of Mistral-7B": ("mistral", MISTRAL | dict(num_hidden_layers=8)),
+    "tiny": ("mistral", TINY | dict(num_key_value_heads=2, head_dim=16)),
+}
+LAYOUTS = ("padded pairs", "packed pairs", "shared padded", "shared packed")
+FILL = 2048
+OUT_OF_MEMORY = "out of memory"
+# Kernels by words in their lower-cased names; the first that match count.
+KERNELS = (
+    ("attention", ("flash", "fmha", "attention", "sdpa")),
+    ("matmul", ("gemm", "gemv", "nvjet", "cutlass", "xmma", "cublas", "splitk", "triton_tem", "triton_mm")),
+    ("elementwise, norm, rope", ("triton", "norm", "rope", "swiglu")),
+    ("copies, memory", ("memcpy", "memset", "copy", "fill", "catarray", "index", "gather", "scatter", "embedding")),
+    ("elementwise, norm, rope", ("at::native", "elementwise")),
+    ("other", ("",)),
+)
+CLASSES = tuple(dict.fromkeys(kind for kind, _ in KERNELS))
+Batch = tuple[Rows, dict[str, Any] | None]  # arguments of the backbone; None: flexpatch.answer_logprobs makes them
+
+
+@dataclass
+class Job:
+    """One shape in one mode."""
+
+    shape: str
+    mode: str
+    kernel: str  # of packed pairs
+    causal: Any  # the model of transformers
+    wrapped: Any  # peft's wrapper of it, or the same
+    layer_parameters: int
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("lengths", type=Path)
+    add("--shapes", nargs="+", choices=SHAPES, default=["Mistral-7B"])
+    add("--modes", nargs="+", choices=("full", "lora"), default=["full", "lora"])
+    add("--sets", nargs="+", help="default: all")
+    add("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    add("--tokens", type=int, default=16384, help="padded tokens of a micro-batch, at most (%(default)s)")
+    add("--shared-tokens", type=int, default=8192, help="tokens of the shared row, at most (%(default)s)")
+    add("--paired-kernel", choices=("auto", "fa4", "varlen", "flex", "sdpa"), default="auto")
+    add("--checkpointing", default="all", help="decoder layers computed again in backward: all, none or a number")
+    add("--compile", action="store_true")
+    add("--liger", action="store_true", help="Liger's norms, rope and SwiGLU in all layouts")
+    add("--repeats", type=int, default=3, help="timed steps, after one more (%(default)s)")
+    add("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
+    add("--profile", action="store_true", help="and kernels of a step of the packed layouts (GPU)")
+    add("--dtype", default="bfloat16")
+    add("--device", default="cuda")
+    add("--output", type=Path, default=Path("runs/train"))
+    options = parser.parse_args()
+    options.deadline = time.perf_counter() + options.seconds
+    options.output.mkdir(parents=True, exist_ok=True)
+    lengths = json.loads(options.lengths.read_text())
+    kernel, dtype = choose_kernel(options), getattr(torch, options.dtype)
+    extras = "".join(f"; --{extra}" for extra in ("compile", "liger") if getattr(options, extra))
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    conditions = (
+        f"{device}, {options.dtype}, random weights, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, peft {peft.__version__}; packed pairs: {kernel}; shared rows of at most "
+        f"{options.shared_tokens:,} tokens; layers checkpointed: {options.checkpointing}{extras}"
+    )
+    rate = matmul_rate(options.device, dtype)
+    results: dict[str, Any] = {"conditions": conditions, "matmul_tflops": rate, "runs": []}
+    print(f"{conditions}; matrix product {rate:.1f} TFLOP/s", flush=True)
+    torch._dynamo.config.recompile_limit = 64  # at the default of 8 the baseline would run uncompiled without a word
+    for shape in options.shapes:
+        torch._dynamo.reset()
+        for mode in options.modes:
+            if time.perf_counter() > options.deadline:
+                break
+            job = make_job(shape, mode, kernel, options)
+            for name in tqdm(options.sets or lengths, desc=f"{shape}, {mode}", disable=None):
+                if time.perf_counter() > options.deadline:
+                    break
+                results["runs"].append(measure_set(job, name, lengths[name], options))
+                (options.output / "train.json").write_text(json.dumps(results, indent=1))
+                (options.output / "table.md").write_text(table(results))
+                plot(results, options.output / "train.png")
+            del job
+            free_memory()
+    print("\n" + table(results), flush=True)
+    return int(any(run["wrong"] for run in results["runs"]))
+
+
+def matmul_rate(device: str, dtype: torch.dtype) -> float:
+    """TFLOP/s of one large matrix product. Of random data: zeros draw less power and run faster."""
+    size = 8192 if device == "cuda" else 512
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    times, _ = timed(lambda: a @ b, device, 25)
+    return 2 * size**3 / statistics.median(times[5:]) / 1e12
+
+
+def timed(step: Callable[[], Any], device: str, repeats: int) -> tuple[list[float], Any]:
+    """Seconds of each call, and what the last one returned."""
+    times, result, wait = [], None, torch.get_device_module(device).synchronize
+    for _ in range(repeats):
+        wait()
+        start = time.perf_counter()
+        result = step()
+        wait()
+        times.append(time.perf_counter() - start)
+    return times, result
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def choose_kernel(options: argparse.Namespace) -> str:
+    """The attention of packed pairs: the first that runs forward and backward here, made known to transformers."""
+    names = {"auto": ["fa4", "varlen"] if options.device == "cuda" else ["sdpa"]}
+    for name in names.get(options.paired_kernel, [options.paired_kernel]):
+        if name in ("flex", "sdpa"):
+            return str(name)  # flexpatch's own backends, on trees that share nothing
+        try:
+            attend = partial(packed_attention, kernel=load_kernel(name))
+            x = torch.randn(1, 8, 256, 128, device=options.device, dtype=torch.bfloat16, requires_grad=True)
+            starts = torch.tensor([0, 100, 256], dtype=torch.int32, device=options.device)
+            out, _ = attend(None, x, x[:, :2], x[:, 2:4], None, scaling=0.1, cu_seq_lens_q=starts, max_length_q=156)
+            out.sum().backward()
+            AttentionInterface.register(f"packed_{name}", attend)
+            AttentionMaskInterface.register(f"packed_{name}", lambda *args, **kwargs: None)
+            return str(name)
+        except Exception as error:
+            if options.paired_kernel != "auto":
+                raise
+            print(f"packed pairs cannot run on {name}: {type(error).__name__}: {error}", flush=True)
+    return "flex"
+
+
+def load_kernel(name: str) -> Any:
+    """Causal attention within packed sequences, of (q, k, v, starts, longest, scaling); q is (L, H, D), k (L, G, D)."""
+    if name == "varlen":
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        causal: dict[str, Any] = dict(window_size=(-1, 0))
+        if "enable_gqa" in signature(varlen).parameters:  # torch 2.11 takes fewer key heads as they are
+            causal["enable_gqa"] = True
+        return lambda q, k, v, at, longest, scaling: varlen(q, k, v, at, at, longest, longest, scale=scaling, **causal)
+    fa4 = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scaling: float) -> Any:
+        lengths = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest)
+        return fa4(q, k, v, **lengths, softmax_scale=scaling, causal=True)
+
+    return torch.compiler.disable(run)  # Dynamo would trace into its just-in-time compiler
+
+
+def packed_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, kernel: Any, scaling: float, cu_seq_lens_q: Tensor,
+    max_length_q: int, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """As transformers calls it: q is (1, H, L, D), the output (1, L, H, D)."""
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    out = kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling)
+    return (out[0] if isinstance(out, tuple) else out)[None], None  # FA4 returns log-sum-exps too
+
+
+def make_job(shape: str, mode: str, kernel: str, options: argparse.Namespace) -> Job:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(SHAPES[shape][0], **SHAPES[shape][1])
+    with torch.device(options.device):
+        causal = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+    causal.train()
+    layers = causal.model.layers
+    parameters = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
+    if options.liger:
+        liger = importlib.import_module("liger_kernel.transformers")
+        # Not its fused loss, which replaces the model's forward.
+        liger._apply_liger_kernel_to_instance(model=causal, fused_linear_cross_entropy=False)
+    named = {"all": len(layers), "none": 0}
+    recomputed = named[options.checkpointing] if options.checkpointing in named else int(options.checkpointing)
+    if recomputed:
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = i < recomputed
+    wrapped = causal
+    if mode == "lora":
+        # Random adapters: with B = 0 policy and reference are equal, and so are the losses of right and wrong layouts.
+        # Not in float32, which only autocast would make fast.
+        adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+        wrapped = peft.get_peft_model(causal, adapters, autocast_adapter_dtype=False)
+    return Job(shape, mode, kernel, causal, wrapped, parameters)
+
+
+def prepare(job: Job, layout: str, compiled: bool) -> None:
+    """Give the model the attention of ``layout``."""
+    causal = job.causal
+    flexpatch.remove(causal)
+    for layer in causal.model.layers:
+        vars(layer).pop("forward", None)
+    causal.set_attn_implementation("sdpa")
+    if layout.startswith("shared") or (layout == "packed pairs" and job.kernel in ("flex", "sdpa")):
+        settings: dict[str, Any] = {"compile": True} if compiled and "packed" in layout else {}
+        dense = layout == "packed pairs" and job.kernel == "sdpa"
+        flexpatch.apply(causal, backend="dense" if dense else "auto", **settings)
+    elif layout == "packed pairs":
+        causal.set_attn_implementation(f"packed_{job.kernel}")
+        if compiled:
+            forward = torch.compile(unwrap(type(causal.model.layers[0]).forward), dynamic=False)  # one for all layers
+            for layer in causal.model.layers:
+                layer.forward = partial(run_compiled, layer, forward)
+
+
+def run_compiled(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Later transformers checkpoint in forward, not in __call__; but a graph that a kernel breaks cannot hold that."""
+    if layer.gradient_checkpointing and layer.training and "__call__" not in vars(GradientCheckpointingLayer):
+        return layer._gradient_checkpointing_func(partial(forward, layer, **kwargs), *args)
+    return forward(layer, *args, **kwargs)
+
+
+def draw_pairs(lengths: list[list[int]], budget: int, vocabulary: int) -> list[list[list[int]]]:
+    """Ids of the pairs of a step: as many as fit, drawn with replacement; of 200 draws the one that leaves least room.
+
+    FlexAttention compiles for each bucket of lengths; so most sets fill the same."""
+
+    def draw(seed: int) -> list[list[int]]:
+        drawn = random.Random(seed).choices(lengths, k=budget // 3)
+        return drawn[: sum(total <= budget for total in accumulate(map(sum, drawn)))]
+
+    best = max(map(draw, range(200)), key=lambda drawn: sum(map(sum, drawn)))
+    if not best:
+        raise SystemExit(f"no pair fits in --shared-tokens {budget}")
+    ids = random.Random(0)
+    return [[[ids.randrange(5, vocabulary) for _ in range(length)] for length in triple] for triple in best]
+
+
+def make_batches(job: Job, layout: str, pairs: list[list[list[int]]], options: argparse.Namespace) -> list[Batch]:
+    own_kernel = layout == "packed pairs" and job.kernel in ("fa4", "varlen")
+    if layout.startswith("shared"):
+        trees = [[lay_out(Tree.of(*pair), i)] for i, pair in enumerate(pairs)]
+    else:
+        trees = [[lay_out(Tree.of(pair[0], answer), i) for answer in pair[1:]] for i, pair in enumerate(pairs)]
+    if "packed" in layout:
+        calls = [[[tree for pair in trees for tree in pair]]]
+        missing = -sum(map(len, calls[0][0])) % FILL
+        if options.compile and own_kernel and missing:
+            calls[0][0].append(lay_out(Tree([0] * missing), "filler"))  # a root alone scores nothing
+    else:
+        # Equally many pairs in each micro-batch, as trainers have them.
+        longest = max(len(tree) for pair in trees for tree in pair)
+        most = max(1, options.tokens // (longest * len(trees[0])))
+        size = math.ceil(len(trees) / math.ceil(len(trees) / most))
+        groups = [trees[at : at + size] for at in range(0, len(trees), size)]
+        calls = [[[tree] for pair in group for tree in pair] for group in groups]
+    batches: list[Batch] = []
+    for bins in calls:
+        rows = build_rows(bins).to(options.device)
+        call: dict[str, Any] | None = None
+        if layout == "padded pairs":
+            lengths = torch.tensor([len(tree) for (tree,) in bins])
+            mask = torch.arange(rows.input_ids.shape[1]) < lengths[:, None]
+            call = {"attention_mask": mask.long().to(options.device)}
+        elif own_kernel:
+            ends = list(accumulate(map(len, bins[0])))
+            starts = torch.tensor([0, *ends], dtype=torch.int32, device=options.device)
+            longest = max(map(len, bins[0]))  # an int: a tensor would make every layer wait for the GPU
+            call = dict(position_ids=rows.position_ids, cu_seq_lens_q=starts, max_length_q=longest)
+        batches.append((rows, call))
+    return batches
+
+
+def log_probs(causal: Any, rows: Rows, call: dict[str, Any] | None) -> AnswerLogprobs:
+    if call is None:
+        return flexpatch.answer_logprobs(causal, rows)
+    hidden = causal.base_model(input_ids=rows.input_ids, use_cache=False, **call).last_hidden_state
+    hidden = hidden.flatten(0, 1).index_select(0, rows.sources)
+    tokens = token_logprobs(causal.get_output_embeddings(), hidden, rows.targets)
+    return AnswerLogprobs(sum_answers(tokens, rows), tokens)
+
+
+def train_step(job: Job, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """The loss, and log-probs of all scored tokens."""
+    job.causal.zero_grad(set_to_none=True)
+    for rows, _ in batches:
+        rows.masks.clear()  # a training run builds masks in every step
+    if job.mode == "lora":
+        with torch.no_grad(), job.wrapped.disable_adapter():
+            references = [log_probs(job.causal, *batch).answers for batch in batches]
+    else:  # of a uniform model: any will do that let the loss depend on every answer
+        scale = -math.log(job.causal.config.vocab_size)
+        references = [scale * (rows.answer_tokens < len(rows.targets)).sum(-1) for rows, _ in batches]
+    losses, tokens = [], []
+    for batch, reference in zip(batches, references, strict=True):
+        policy = log_probs(job.causal, *batch)
+        loss = flexpatch.dpo_loss(policy.answers, reference).loss * (len(reference) / sum(map(len, references)))
+        loss.backward()
+        losses.append(loss.detach())
+        tokens.append(policy.tokens.detach())
+    return torch.stack(losses).sum(), torch.cat(tokens)
+
+
+def measure_layout(job: Job, layout: str, pairs: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
+    cuda = options.device == "cuda"
+    prepare(job, layout, options.compile)
+    batches = make_batches(job, layout, pairs, options)
+    step = partial(train_step, job, batches)
+    (warm_up,), _ = timed(step, options.device, 1)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times, (loss, tokens) = timed(step, options.device, options.repeats)
+    seconds = statistics.median(times)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+    computed = sum(rows.input_ids.numel() for rows, _ in batches)
+    # 2 forward, 2 for gradients by inputs; and 2 for those by weights, or 2 for the reference pass.
+    tflops = 6 * job.layer_parameters * computed / seconds / 1e12
+    norm = nn.utils.get_total_norm([p.grad for p in job.causal.parameters() if p.grad is not None]).item()
+    record: dict[str, Any] = dict(
+        pairs_per_s=len(pairs) / seconds, ms=1e3 * seconds, warm_up_s=warm_up, peak_gb=peak, calls=len(batches),
+        tokens_computed=computed, tflops=tflops, loss=loss.item(), gradient_norm=norm,
+    )  # fmt: skip
+    if options.profile and cuda and "packed" in layout:
+        record["kernels_ms"] = profile(step, 1e3 * seconds)
+    return record, tokens.cpu()
+
+
+def measure_set(job: Job, name: str, lengths: list[list[int]], options: argparse.Namespace) -> dict[str, Any]:
+    pairs = draw_pairs(lengths, options.shared_tokens, job.causal.config.vocab_size)
+    shared = sum(len(lay_out(Tree.of(*pair))) for pair in pairs)
+    paired = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs)
+    layouts: dict[str, Any] = {}
+    tokens: dict[str, Tensor] = {}
+    for layout in options.layouts:
+        if time.perf_counter() > options.deadline:
+            break
+        try:
+            layouts[layout], tokens[layout] = measure_layout(job, layout, pairs, options)
+        except torch.OutOfMemoryError:
+            layouts[layout] = OUT_OF_MEMORY
+        job.causal.zero_grad(set_to_none=True)
+        free_memory()
+        print(job.shape, job.mode, name, layout, layouts[layout], flush=True)
+    run = dict(shape=job.shape, mode=job.mode, set=name, pairs=len(pairs), shared_tokens=shared, paired_tokens=paired)
+    run |= dict(token_ratio=paired / shared, layouts=layouts, wrong=False)
+    if tokens:
+        base = "packed pairs" if "packed pairs" in tokens else next(iter(tokens))
+        losses = torch.tensor([layouts[layout]["loss"] for layout in tokens], dtype=torch.float64)
+        loss_differs = (losses / layouts[base]["loss"] - 1).abs().max().item()  # a tensor's maximum keeps NaN
+        # Losses are means and may agree by luck. What padded pairs differ by is rounding.
+        differ = {layout: (tokens[layout] - tokens[base]).abs().mean().item() for layout in tokens}
+        rounded = options.dtype != "float32"
+        right = loss_differs < (2e-2 if rounded else 1e-3)
+        right = right and all(nats < (0.1 if rounded else 1e-3) for nats in differ.values())
+        run |= dict(loss_differs=loss_differs, tokens_differ=differ, wrong=not right)
+        nats = ", ".join(f"{layout} {nats:.1e}" for layout, nats in differ.items() if layout != base)
+        print(f"{name}, compared with {base}: losses differ by at most {loss_differs:.1e}, log-probs of tokens on "
+              f"average by {nats} nats{'' if right else ': WRONG'}", flush=True)  # fmt: skip
+    return run
+
+
+def profile(step: Callable[[], Any], step_ms: float) -> dict[str, float]:
+    """Milliseconds by class of kernel. Idle is what a step without the profiler took longer than all kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
+        step()
+        torch.cuda.synchronize()
+    spent = dict.fromkeys(CLASSES, 0.0)
+    for event in profiler.key_averages():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            name = event.key.lower()
+            kind = next(kind for kind, words in KERNELS if any(word in name for word in words))
+            spent[kind] += event.self_device_time_total / 1e3
+    return spent | {"GPU idle": step_ms - sum(spent.values())}
+
+
+def table(results: dict[str, Any]) -> str:
+    parts = [results["conditions"]]
+    for shape, mode in dict.fromkeys((run["shape"], run["mode"]) for run in results["runs"]):
+        lines = [
+            f"**{shape}, {mode}**\n",
+            "| lengths like | pairs | layout | pairs/s | over packed pairs | over padded pairs | tokens | of the ideal "
+            "| peak GB | TFLOP/s (of a matrix product's) |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        profiles = ["", f"| ms (share) | {' | '.join(CLASSES)} | GPU idle |", "|---" * (len(CLASSES) + 2) + "|"]
+        runs = [r for r in results["runs"] if (r["shape"], r["mode"]) == (shape, mode)]
+        for run, layout, record in [(r, *item) for r in runs for item in r["layouts"].items()]:
+            head = f"| {run['set']} | {run['pairs']} | {layout} |"
+            if record == OUT_OF_MEMORY:
+                lines.append(f"{head} {OUT_OF_MEMORY} |" + " |" * 6)
+                continue
+            packed, padded = speed_up(run, layout, "packed pairs"), speed_up(run, layout, "padded pairs")
+            cells = [f"{record['pairs_per_s']:.2f}", *(f"{gain:.2f}×" if gain else "–" for gain in (packed, padded))]
+            if layout.startswith("shared"):
+                cells += [f"÷ {run['token_ratio']:.2f}", f"{packed / run['token_ratio']:.0%}" if packed else "–"]
+            else:
+                cells += ["", ""]
+            cells.append("–" if record["peak_gb"] is None else f"{record['peak_gb']:.1f}")
+            cells.append(f"{record['tflops']:.3g} ({record['tflops'] / results['matmul_tflops']:.0%})")
+            lines.append(f"{head} {' | '.join(cells)} |")
+            if spent := record.get("kernels_ms"):
+                cells = [f"{ms:.0f} ({ms / record['ms']:.0%})" for ms in spent.values()]
+                profiles.append(f"| {run['set']}, {layout} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines + (profiles if len(profiles) > 3 else [])))
+    parts.append(
+        "*Of the ideal*: speed-up over packed pairs / saving of tokens. *TFLOP/s*: 6 × weights of the layers' matrices "
+        "× tokens computed, padding too; not recomputation, attention and head. A matrix product of this run: "
+        f"{results['matmul_tflops']:.1f} TFLOP/s. `python benchmarks/train.py`."
+    )
+    return "\n\n".join(parts)
+
+
+def speed_up(run: dict[str, Any], layout: str, over: str) -> float | None:
+    records = [run["layouts"].get(name, OUT_OF_MEMORY) for name in (layout, over)]
+    return None if OUT_OF_MEMORY in records else records[0]["pairs_per_s"] / records[1]["pairs_per_s"]
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = list(dict.fromkeys(f"{run['shape']}, {run['mode']}" for run in results["runs"]))
+    figure, panels = pyplot.subplots(len(titles), figsize=(8, 3.4 * len(titles)), layout="constrained", squeeze=False)
+    for axes, title in zip(panels[:, 0], titles, strict=True):
+        runs = [run for run in results["runs"] if f"{run['shape']}, {run['mode']}" == title]
+        for i, layout in enumerate(LAYOUTS):
+            gains = [speed_up(run, layout, "packed pairs") or 0.0 for run in runs]
+            axes.bar([x + 0.2 * (i - 1.5) for x in range(len(runs))], gains, 0.18, label=layout)
+        edges = [[x + side for x in range(len(runs))] for side in (-0.45, 0.45)]
+        axes.hlines([run["token_ratio"] for run in runs], *edges, colors="black", linestyles="--", label="÷ tokens")
+        axes.set_xticks(range(len(runs)), [run["set"] for run in runs])
+        axes.set(title=title, ylabel="pairs a second, packed pairs = 1")
+        axes.legend(fontsize=7, ncols=5)
+    panels[-1, 0].set_xlabel(results["conditions"], fontsize=5)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
