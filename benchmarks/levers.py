@@ -52,7 +52,7 @@ def main() -> int:
     lengths = json.loads(options.lengths.read_text())[options.set]
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     pairs = draw_pairs(lengths, options.shared_tokens, SHAPES[options.shape][1]["vocab_size"])
-    rate = matmul_rate(options)
+    rate = matmul_rate(options.device, getattr(torch, options.dtype))
     conditions = (
         f"{options.shape}, {options.mode} fine-tuning, forward and backward, random weights, {options.dtype}, a shared "
         f"row of {len(pairs)} pairs with lengths like {options.set}; {device}, torch {torch.__version__}, transformers "

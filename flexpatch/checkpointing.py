@@ -37,10 +37,11 @@ def cuda_memory(device: torch.device) -> Memory:
             f"checkpointing='auto' measures the memory of a CUDA device, and this model is on {device}: say how many "
             "layers to compute again, flexpatch.apply(model, checkpointing=8)"
         )
-    free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device)
-    limit = min(free + held, total * torch.cuda.get_per_process_memory_fraction(device))
-    return Memory(torch.cuda.memory_allocated(device), held, int(limit))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    held = torch.cuda.memory_reserved(index)
+    limit = min(free + held, total * torch.cuda.get_per_process_memory_fraction(index))
+    return Memory(torch.cuda.memory_allocated(index), held, int(limit))
 
 
 class Recomputation:

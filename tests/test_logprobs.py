@@ -14,7 +14,7 @@ from parameterized import parameterized
 from torch import Tensor, nn
 
 import flexpatch
-from flexpatch.logprobs import token_logprobs
+from flexpatch.logprobs import sum_answers, token_logprobs
 from flexpatch.models import tiny_model
 from flexpatch.registry import PLAIN, Head
 
@@ -97,6 +97,18 @@ def test_a_forgotten_cap_is_noticed() -> None:
     rows = flexpatch.build_rows([trees()])
     model.config.final_logit_softcapping = None
     Result.of(model, flexpatch.answer_logprobs(model, rows)).differs(oracle("gemma3_text", 1))
+
+
+def test_sums_of_answers() -> None:
+    rows = flexpatch.build_rows([trees()])
+    tokens = torch.randn(len(rows.targets), dtype=torch.float64, requires_grad=True)
+    sums = sum_answers(tokens, rows)
+    weights = torch.arange(1.0, len(sums) + 1, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((sums * weights).sum(), tokens)
+    for weight, ours, answer in zip(weights, sums, rows.answer_tokens, strict=True):
+        own = answer[answer < len(tokens)]
+        assert (ours - tokens[own].sum()).abs() < 1e-12
+        assert (gradient[own] == weight).all()
 
 
 def test_hidden_states_do_not_leave_the_model() -> None:
