@@ -92,7 +92,7 @@ def table(results: dict[str, Any]) -> str:
         "| | step, ms | useful TFLOP/s | of a matrix product | peak GB | first step, s |",
         "|---|---|---|---|---|---|",
     ]
-    profiles = [f"| ms (share) | {' | '.join([*CLASSES, 'other', 'GPU idle'])} |", "|---|---|---|---|---|---|---|"]
+    profiles = [f"| ms (share) | {' | '.join([*CLASSES, 'GPU idle'])} |", "|---|---|---|---|---|---|---|"]
     for name, record in results["variants"].items():
         if record is None:
             lines.append(f"| {name} | out of memory | | | | |")
@@ -119,7 +119,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         return
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
     left = [0.0] * len(records)
-    for kind in [*CLASSES, "other", "GPU idle"]:
+    for kind in [*CLASSES, "GPU idle"]:
         widths = [max(record["kernels_ms"][kind], 0.0) for record in records.values()]
         axes.barh(list(records), widths, left=left, label=kind)
         left = [a + b for a, b in zip(left, widths, strict=True)]

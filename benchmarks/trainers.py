@@ -6,19 +6,21 @@
 
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids are random. Parts:
 
-dpo       LoRA DPOTrainer, gradient checkpointing, reference = adapter off: batches of 8 pairs as they are, after
-          flexpatch.apply(model), and PackedDPOTrainer. Two epochs over the same batches in the same order; the second
-          one counts, so that compilation (printed apart) and allocation are over.
+dpo       LoRA DPOTrainer, reference = adapter off. Stock: every batch size of --batch-sizes, with and without gradient
+          checkpointing; the fastest counts. One line, flexpatch.apply(model): the same. Packed, PackedDPOTrainer: rows
+          of --budget tokens, compiled layers, checkpointing as memory demands. Ours run two epochs over the same
+          batches, of which the second counts, so that compilation (printed apart) is over; stock one step to warm up.
 nothing   The same trainer on pairs that share nothing and need no padding: what flexpatch costs where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
-overhead  Milliseconds of folding a batch of 16,384 shared tokens (merging, copying, masks), and of giving up on one.
 profile   Kernels of one step of the first set, stock and packed, by time.
 
 Prints one table a part, writes them with trainers.json and trainers.png to --output.
 """
 
 import argparse
+import gc
 import json
+import math
 import random
 import statistics
 import time
@@ -37,7 +39,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import flexpatch
-from flexpatch import patch
 from flexpatch.trl import PackedDPOTrainer
 
 SHAPES = {
@@ -56,6 +57,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 MODES = ("stock", "one line", "packed")
+OPTIONS: dict[str, dict[str, Any]] = {"one line": {}, "packed": dict(compile=True, checkpointing="auto")}
 
 
 def main() -> None:
@@ -63,10 +65,12 @@ def main() -> None:
     add = parser.add_argument
     add("lengths", type=Path)
     add("--sets", nargs="+", help="default: all")
-    add("--parts", nargs="+", default=["dpo", "nothing", "grpo", "overhead"])
+    add("--parts", nargs="+", default=["dpo", "nothing", "grpo"])
     add("--shape", choices=SHAPES, default="8 layers of Mistral-7B")
-    add("--pairs", type=int, default=80, help="pairs of an epoch of stock and one-line training (%(default)s)")
-    add("--batch-size", type=int, default=8)
+    add("--pairs", type=int, default=32, help="pairs that are timed, at least one batch (%(default)s)")
+    add("--batch-sizes", nargs="+", type=int, default=[4, 8, 16, 32, 64])
+    add("--recompute", nargs="+", choices=("on", "off"), default=["off", "on"], help="gradient checkpointing")
+    add("--seconds", type=float, default=math.inf, help="begin no other set after so long")
     add("--bins", type=int, default=6, help="about so many packed batches an epoch (%(default)s)")
     add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
     add("--full", action="store_true", help="all weights instead of LoRA, with a second model as the reference")
@@ -86,11 +90,14 @@ def main() -> None:
     tables = [conditions]
     for part in options.parts:
         if part == "dpo":
-            results[part] = {name: {} for name in names}
+            results[part] = {}
+            start = time.perf_counter()
             for name in names:
-                for mode in MODES:
-                    results[part][name][mode] = measure(options, mode, lengths[name])
-                    print(name, mode, results[part][name][mode], flush=True)
+                if time.perf_counter() - start > options.seconds:
+                    break
+                results[part][name] = {mode: best(options, mode, name, lengths[name]) for mode in MODES}
+                (options.output / "trainers.json").write_text(json.dumps(results, indent=1))
+                (options.output / "table.md").write_text(conditions + "\n\n" + dpo_table(results[part], options))
             tables.append(dpo_table(results[part], options))
             plot(results[part], options.output / "trainers.png", conditions)
         elif part == "nothing":
@@ -103,18 +110,13 @@ def main() -> None:
         elif part == "grpo":
             results[part] = {mode: grpo(options, mode) for mode in MODES[:2]}
             tables.append(grpo_table(results[part], options))
-        elif part == "profile":
+        else:
             for mode in ("stock", "packed"):
                 profiler = Profiler()
-                measure(options, mode, lengths[names[0]], callbacks=[profiler])
+                measure(options, mode, lengths[names[0]], options.batch_sizes[0], callbacks=[profiler])
                 (options.output / f"profile_{mode}.txt").write_text(profiler.table)
                 print(names[0], mode, profiler.table, flush=True)
             continue
-        else:
-            results[part] = {name: overhead(options, lengths[name]) for name in names}
-            alone = [[1, 449, 449]]
-            results[part]["nothing to share (not folded)"] = overhead(options, alone, 2 * 450 * options.batch_size)
-            tables.append("Folding a batch, ms: " + ", ".join(f"{k} {v:.1f}" for k, v in results[part].items()))
         (options.output / "trainers.json").write_text(json.dumps(results, indent=1))
         (options.output / "table.md").write_text("\n\n".join(tables))
         print(tables[-1], flush=True)
@@ -161,22 +163,21 @@ class Packed(Prepared, PackedDPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Seconds of each epoch, data included, and of each step; peak memory of the last epoch."""
+    """Seconds of each epoch, data included, and of each step of the last epoch."""
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
         self.epochs: list[float] = []
-        self.steps: list[float] = []
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.steps = []
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
+        self.steps: list[float] = []
         self.epoch = self.last = self.now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.steps.append(self.now() - self.last)
         self.last += self.steps[-1]
+        if self.cuda and len(self.steps) == 1:
+            torch.cuda.reset_peak_memory_stats()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self.epochs.append(self.now() - self.epoch)
@@ -206,30 +207,53 @@ class Profiler(TrainerCallback):
             )
 
 
+def best(options: argparse.Namespace, mode: str, name: str, lengths: list[list[int]]) -> Any:
+    """The fastest of a mode's settings, with what was tried."""
+    tried = []
+    settings = [(size, again) for size in options.batch_sizes for again in options.recompute]
+    for size, again in settings if mode != "packed" else [(1, "on")]:
+        try:
+            record = measure(options, mode, lengths, size, again == "on")
+        except torch.OutOfMemoryError:
+            record = dict(pairs_per_s=0.0, batch_size=size, recompute=again, failed="out of memory")
+        tried.append(record)
+        print(name, mode, record, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return max(tried, key=lambda record: record["pairs_per_s"]) | dict(tried=tried)
+
+
 def measure(
-    options: argparse.Namespace, mode: str, lengths: list[list[int]], callbacks: list[TrainerCallback] | None = None
+    options: argparse.Namespace,
+    mode: str,
+    lengths: list[list[int]],
+    batch_size: int,
+    recompute: bool = True,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> Any:
     model = make_model(options)
-    count, kind = options.pairs, Stock
+    count, kind, epochs = max(options.pairs, batch_size), Stock, 2
     arguments: dict[str, Any] = {}
-    if mode != "stock":
-        flexpatch.apply(model)
+    if mode == "stock":
+        count, epochs = count + batch_size, 1
+    else:
+        flexpatch.apply(model, **(OPTIONS[mode] if options.device == "cuda" else {}))
     if options.full:
         arguments["ref_model"] = make_model(options)
         if mode != "stock":
-            flexpatch.apply(arguments["ref_model"])
+            flexpatch.apply(arguments["ref_model"], compile=OPTIONS[mode].get("compile", False))
     else:
         arguments["peft_config"] = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     if mode == "packed":
-        mean = statistics.mean(map(sum, lengths))
-        count = max(options.pairs, round(options.bins * options.budget / mean))
+        count = max(count, round(options.bins * options.budget / statistics.mean(map(sum, lengths))))
         arguments["token_budget"], kind = options.budget, Packed
     clock = Clock(options.device == "cuda")
     words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     config = trl.DPOConfig(
         output_dir=str(options.output), report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000,
-        max_length=None, num_train_epochs=2, per_device_train_batch_size=options.batch_size,
-        train_sampling_strategy="sequential", bf16=options.dtype == "bfloat16", use_cpu=options.device == "cpu",
+        max_length=None, num_train_epochs=epochs, per_device_train_batch_size=batch_size,
+        gradient_checkpointing=recompute, train_sampling_strategy="sequential", bf16=options.dtype == "bfloat16",
+        use_cpu=options.device == "cpu",
     )  # fmt: skip
     trainer = kind(
         model,
@@ -240,12 +264,16 @@ def measure(
         **arguments,
     )
     trainer.train()
-    first, second = clock.epochs
+    seconds, timed_pairs = clock.epochs[-1], count
+    if mode == "stock":
+        seconds, timed_pairs = sum(clock.steps[1:]), count - batch_size
     return dict(
-        pairs_per_s=count / second,
-        ms_per_step=1e3 * statistics.median(clock.steps),
+        pairs_per_s=timed_pairs / seconds,
+        ms_per_step=1e3 * statistics.median(clock.steps[1:] or clock.steps),
         pairs_per_step=count / len(clock.steps),
-        first_epoch_extra_s=first - second,
+        batch_size=batch_size,
+        recompute="on" if recompute else "off",
+        first_epoch_extra_s=clock.epochs[0] - clock.epochs[-1],
         peak_gb=torch.cuda.max_memory_allocated() / 1e9 if clock.cuda else None,
         token_factor=flexpatch.savings(model).factor if mode != "stock" else 1.0,
     )
@@ -254,7 +282,7 @@ def measure(
 def nothing_to_gain(options: argparse.Namespace) -> dict[str, float]:
     """Median step of batches without padding or shared tokens, the better of two runs each."""
     lengths = [[1, 449, 449]] if options.shape != "tiny" else [[1, 40, 40]]
-    times = {mode: min(measure(options, mode, lengths)["ms_per_step"] for _ in range(2)) for mode in MODES[:2]}
+    times = {mode: min(measure(options, mode, lengths, 8)["ms_per_step"] for _ in range(2)) for mode in MODES[:2]}
     return times | {"cost": times["one line"] / times["stock"] - 1}
 
 
@@ -298,40 +326,28 @@ def timed(step: Callable[[], Any], device: str, repeats: int = 7) -> float:
     return statistics.median(times[2:])
 
 
-def overhead(options: argparse.Namespace, lengths: list[list[int]], tokens: int | None = None) -> float:
-    """Milliseconds of folding one batch of about ``tokens`` (``options.budget``) shared tokens, or of finding that this
-    would gain nothing."""
-    model = flexpatch.apply(make_model(options))
-    count = max(2, round((tokens or options.budget) / statistics.mean(map(sum, lengths))))
-    rows = pairs_of(lengths, count, model.config.vocab_size)
-    sequences = [torch.tensor(row["prompt_ids"] + row[key]) for key in ("chosen_ids", "rejected_ids") for row in rows]
-    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True).to(options.device)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in sequences], batch_first=True).to(options.device)
-    hook = patch._RowHook()
-    call = dict(input_ids=ids, attention_mask=mask, use_cache=False)
-    return 1e3 * timed(lambda: hook(model.base_model, (), dict(call)), options.device, 20)
-
-
 def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
     kind, reference = ("full fine-tuning", "a second model") if options.full else ("LoRA", "adapter off")
+    sizes = ", ".join(map(str, options.batch_sizes))
     lines = [
-        f"DPOTrainer, {kind}, gradient checkpointing, reference pass by {reference}; stock and one line: "
-        f"{options.batch_size} pairs a batch; packed: {options.budget:,} tokens a batch.\n",
-        "| lengths like | stock, pairs/s | one line, pairs/s | packed, pairs/s | one line | packed | "
-        "tokens | peak GB: stock, one line, packed | compiling, s |",
+        "| lengths like | stock, pairs/s (batch, checkpointing) | one line, pairs/s | packed, pairs/s | one line "
+        "| packed | tokens | peak GB: stock, one line, packed | compiling, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, modes in results.items():
         speed = {mode: modes[mode]["pairs_per_s"] for mode in MODES}
-        peak = ", ".join("–" if modes[m]["peak_gb"] is None else f"{modes[m]['peak_gb']:.1f}" for m in MODES)
-        cells = [
-            name,
-            *(f"{speed[m]:.1f}" for m in MODES),
-            *(f"**{speed[m] / speed['stock']:.2f}×**" for m in MODES[1:]),
-        ]
-        ours = modes["one line"]
-        cells += [f"÷ {ours['token_factor']:.2f}", peak, f"{ours['first_epoch_extra_s']:.0f}"]
+        peak = ", ".join(f"{modes[m].get('peak_gb') or math.nan:.0f}" for m in MODES)
+        cells = [name]
+        cells += [f"{speed[m]:.1f} ({modes[m]['batch_size']}, {modes[m]['recompute']})" for m in MODES[:2]]
+        cells += [f"{speed['packed']:.1f}", *(f"**{speed[m] / speed['stock']:.2f}×**" for m in MODES[1:])]
+        cells += [f"÷ {modes['one line'].get('token_factor', math.nan):.2f}", peak]
+        cells.append(f"{modes['packed'].get('first_epoch_extra_s', math.nan):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
+    lines.append(
+        f"\nDPOTrainer, {kind}, reference pass by {reference}. Stock and one line: the fastest of batches of {sizes} "
+        f"pairs, with and without gradient checkpointing; packed: {options.budget:,} tokens a batch, compiled layers, "
+        'checkpointing="auto"; *tokens*: how many times fewer the folded batches of the one line hold.'
+    )
     return "\n".join(lines)
 
 
