@@ -29,7 +29,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled, all layers recomputed": dict(checkpointing="all", compile=True),
     "compiled": dict(compile=True),
     "Liger": dict(liger=True),
-    "Liger, compiled": dict(compile=True, liger=True),
 }
 
 

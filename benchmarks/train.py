@@ -332,7 +332,8 @@ def log_probs(causal: Any, rows: Rows, call: dict[str, Any] | None) -> AnswerLog
         return flexpatch.answer_logprobs(causal, rows)
     hidden = causal.base_model(input_ids=rows.input_ids, use_cache=False, **call).last_hidden_state
     hidden = hidden.flatten(0, 1).index_select(0, rows.sources)
-    tokens = token_logprobs(causal.get_output_embeddings(), hidden, rows.targets)
+    compiled = "forward" in vars(causal.model.layers[0])
+    tokens = token_logprobs(causal.get_output_embeddings(), hidden, rows.targets, compiled=compiled)
     return AnswerLogprobs(sum_answers(tokens, rows), tokens)
 
 

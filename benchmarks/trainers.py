@@ -7,9 +7,10 @@
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids are random. Parts:
 
 dpo       LoRA DPOTrainer, reference = adapter off. Stock: every batch size of --batch-sizes, with and without gradient
-          checkpointing; the fastest counts. One line, flexpatch.apply(model): the same. Packed, PackedDPOTrainer: rows
-          of --budget tokens, compiled layers, checkpointing as memory demands. Ours run two epochs over the same
-          batches, of which the second counts, so that compilation (printed apart) is over; stock one step to warm up.
+          checkpointing; the fastest counts. One line, flexpatch.apply(model): the largest of them that fits. Packed,
+          PackedDPOTrainer: rows of --budget tokens, compiled layers, checkpointing as memory demands. Ours run two
+          epochs over the same batches, of which the second counts, so that compilation (printed apart) is over; stock
+          one step to warm up.
 nothing   The same trainer on pairs that share nothing and need no padding: what flexpatch costs where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
 profile   Kernels of one step of the first set, stock and packed, by time.
@@ -91,6 +92,7 @@ def main() -> None:
     for part in options.parts:
         if part == "dpo":
             results[part] = {}
+            measure(options, "stock", lengths[names[0]], options.batch_sizes[0])  # compiles TRL's own kernels
             start = time.perf_counter()
             for name in names:
                 if time.perf_counter() - start > options.seconds:
@@ -209,9 +211,13 @@ class Profiler(TrainerCallback):
 
 def best(options: argparse.Namespace, mode: str, name: str, lengths: list[list[int]]) -> Any:
     """The fastest of a mode's settings, with what was tried."""
-    tried = []
+    tried: list[dict[str, Any]] = []
     settings = [(size, again) for size in options.batch_sizes for again in options.recompute]
+    if mode == "one line":
+        settings.sort(reverse=True, key=lambda setting: (setting[0], setting[1] == "off"))
     for size, again in settings if mode != "packed" else [(1, "on")]:
+        if mode == "one line" and tried and tried[-1]["pairs_per_s"]:
+            break  # the largest batch that fits: ours gain by it
         try:
             record = measure(options, mode, lengths, size, again == "on")
         except torch.OutOfMemoryError:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flexpatch.errors import FlexpatchError
 
@@ -67,7 +68,7 @@ class Recomputation:
         self.tokens = 0  # of the longest row before the first step
         self.held = 0  # by steps that checkpoint all layers
         self.idle = 0  # allocated between steps
-        self.version = 0
+        self.weights: Tensor | None = None
         self.stepped = False
 
     def plan(self, layers: Sequence[nn.Module], ids: Tensor, model: nn.Module) -> tuple[int, Callable[[], None] | None]:
@@ -93,9 +94,10 @@ class Recomputation:
 
     def _watch(self, memory: Memory, model: nn.Module) -> None:
         """Whether an optimizer has changed the weights; the memory held until then."""
-        version = sum(p._version for p in model.parameters() if p.requires_grad)
-        self.stepped = bool(self.layer_bytes) and version != self.version
-        self.version = version
+        weights = _some_weights(model)
+        # By value: fused optimizers do not count up the version of a tensor.
+        self.stepped = bool(self.layer_bytes) and self.weights is not None and not torch.equal(weights, self.weights)
+        self.weights = None if self.stepped else weights
         self.held = max(memory.allocated, memory.held)
         self.idle = memory.allocated
 
@@ -109,6 +111,14 @@ class Recomputation:
         pending = max(0, memory.allocated - self.idle)  # forwards whose backward is still to come
         room = USABLE * memory.limit - self.held - longer - pending
         return min(layers, max(0, int(room / (self.layer_bytes * tokens))))
+
+
+def _some_weights(model: nn.Module) -> Tensor:
+    """A few hundred values of each trained parameter."""
+    trained = (p.detach() for p in model.parameters() if p.requires_grad)
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+    parts = [p.flatten()[:: p.numel() // 256 + 1].float() for p in local]
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 class _Meter:

@@ -4,7 +4,7 @@ Shapes: V vocabulary, T scored tokens, A answers, D hidden size, C tokens of a c
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,13 +15,15 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flexpatch.errors import FlexpatchError
-from flexpatch.patch import head_of, model_inputs, run_rows
+from flexpatch.patch import head_of, model_inputs, run_rows, settings_of
 from flexpatch.registry import PLAIN, Adapter, Head
 from flexpatch.tree import Layout, Rows, Tree, lay_out
 
 # Logits of a chunk, by default: 512 MiB in float32, and about five times that with what their gradient needs. Smaller
 # chunks save little more and keep a GPU less busy.
 CHUNK_LOGITS = 1 << 27
+# Compiled, no float32 copy is made, and a trained head computes no logits twice if all are this few: 1 GiB in bfloat16.
+CHUNK_LOGITS_COMPILED = 1 << 29
 
 
 class AnswerLogprobs(NamedTuple):
@@ -52,17 +54,25 @@ def answer_logprobs(
     """
     inputs = model_inputs(model, rows, adapter=adapter)
     head, form = head_of(model)
+    compiled = bool((settings_of(model) or {}).get("compile"))
 
     def score(hidden_BLD: Tensor) -> Tensor:
         hidden_TD = F.embedding(rows.sources, hidden_BLD.flatten(0, 1))  # its backward adds in a fixed order
-        return token_logprobs(head, hidden_TD, rows.targets, form=form, chunk_tokens=chunk_tokens)
+        fused = compiled and hidden_TD.device.type != "cpu"
+        return token_logprobs(head, hidden_TD, rows.targets, form=form, chunk_tokens=chunk_tokens, compiled=fused)
 
     tokens = run_rows(model, inputs, score)
     return AnswerLogprobs(sum_answers(tokens, rows), tokens)
 
 
 def token_logprobs(
-    head: nn.Module, hidden_TD: Tensor, targets_T: Tensor, *, form: Head = PLAIN, chunk_tokens: int | None = None
+    head: nn.Module,
+    hidden_TD: Tensor,
+    targets_T: Tensor,
+    *,
+    form: Head = PLAIN,
+    chunk_tokens: int | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Log-probability of each target, from the hidden states that predict them.
 
@@ -76,7 +86,8 @@ def token_logprobs(
         hidden_TD: In the model's dtype.
         targets_T: (T,) int64.
         form: What the model does to the head's output.
-        chunk_tokens: Tokens of a chunk; ``None``: as many as have 2^27 logits.
+        chunk_tokens: Tokens of a chunk; ``None``: as many as have 2^27 logits, compiled 2^29.
+        compiled: Whether to compile the softmax: it then reads logits once, and no float32 copy of them is kept.
 
     Returns:
         (T,) in nats, float32 (float64 for float64 logits).
@@ -87,53 +98,47 @@ def token_logprobs(
     parameters = list(head.parameters())
     if chunk_tokens is not None and chunk_tokens < 1:
         raise FlexpatchError(f"chunk_tokens={chunk_tokens}; expected at least 1, or None")
-    size = chunk_tokens or max(1, CHUNK_LOGITS // getattr(head, "out_features", 1 << 17))
+    logits = CHUNK_LOGITS_COMPILED if compiled else CHUNK_LOGITS
+    size = chunk_tokens or max(1, logits // getattr(head, "out_features", 1 << 17))
+    pick = _compiled(_pick_by_comparing) if compiled else _pick
+
+    def score(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+        return pick(_logits(head, form, hidden_CD), targets_C)
+
+    chunks = list(zip(hidden_TD.split(size), targets_T.split(size), strict=True))
+    if not torch.is_grad_enabled() or not (hidden_TD.requires_grad or any(p.requires_grad for p in parameters)):
+        return torch.cat([score(*chunk) for chunk in chunks])
     # Sharded heads are gathered by hooks, whose bookkeeping expects one backward.
     whole = not any(isinstance(p, DTensor) or p.numel() == 0 for p in parameters)
-    if not torch.is_grad_enabled() or not (hidden_TD.requires_grad or any(p.requires_grad for p in parameters)):
-        chunks = [_picked(_logits(head, form, h), t) for h, t in _chunks(size, hidden_TD, targets_T)]
-        return torch.cat(chunks)
     if whole and not any(p.requires_grad for p in parameters):
-        return _FrozenHead.apply(hidden_TD, targets_T, partial(_logits, head, form), size)
-    if len(hidden_TD) <= size:
-        return _picked(_logits(head, form, hidden_TD), targets_T)
-
-    def again(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-        return _picked(_logits(head, form, hidden_CD), targets_C)
-
-    return torch.cat([checkpoint(again, h, t, use_reentrant=False) for h, t in _chunks(size, hidden_TD, targets_T)])
+        slopes = _compiled(_slopes) if compiled else _slopes
+        return _FrozenHead.apply(hidden_TD, targets_T, partial(_logits, head, form), slopes, size)
+    if len(chunks) == 1:
+        return score(hidden_TD, targets_T)
+    return torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 class _FrozenHead(torch.autograd.Function):
     """Log-probs of all chunks, with their gradients by the hidden states taken in forward, for unit gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, logits_of: Any, size: int) -> Tensor:
-        slopes_TD = torch.empty_like(hidden_TD)
-        tokens = []
-        for start in range(0, len(hidden_TD), size):
-            hidden_CD, targets_C = hidden_TD[start : start + size].detach(), targets_T[start : start + size]
+    def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, logits_of: Any, slopes_of: Any, size: int) -> Tensor:
+        slopes, tokens = [], []
+        for hidden_CD, targets_C in zip(hidden_TD.split(size), targets_T.split(size), strict=True):
+            hidden_CD = hidden_CD.detach().requires_grad_()
             with torch.enable_grad():
-                logits_CV = logits_of(hidden_CD.requires_grad_())
-            wide_CV = _widen(logits_CV.detach())
-            sums_C = wide_CV.logsumexp(-1)
-            tokens.append(wide_CV.gather(-1, targets_C[:, None])[:, 0] - sums_C)
-            # d log p(target) / d logits = onehot(target) - softmax
-            slope_CV = torch.exp(wide_CV - sums_C[:, None]).neg_()
-            slope_CV.scatter_add_(-1, targets_C[:, None], slope_CV.new_ones(len(targets_C), 1))
-            slopes_TD[start : start + size] = torch.autograd.grad(logits_CV, hidden_CD, slope_CV.to(logits_CV.dtype))[0]
-        ctx.save_for_backward(slopes_TD)
+                logits_CV = logits_of(hidden_CD)
+            tokens_C, slope_CV = slopes_of(logits_CV.detach(), targets_C)
+            slopes += torch.autograd.grad(logits_CV, hidden_CD, slope_CV)
+            tokens.append(tokens_C)
+        ctx.save_for_backward(torch.cat(slopes))
         return torch.cat(tokens)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient_T: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes_TD,) = ctx.saved_tensors
-        return (slopes_TD * gradient_T[:, None]).to(slopes_TD.dtype), None, None, None
-
-
-def _chunks(size: int, *tensors: Tensor) -> Any:
-    return zip(*(x.split(size) for x in tensors), strict=True)
+        return (slopes_TD * gradient_T[:, None]).to(slopes_TD.dtype), None, None, None, None
 
 
 def _logits(head: nn.Module, form: Head, hidden_CD: Tensor) -> Tensor:
@@ -146,10 +151,34 @@ def _logits(head: nn.Module, form: Head, hidden_CD: Tensor) -> Tensor:
     return logits_CV
 
 
-def _picked(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+def _pick(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     """log softmax at each target, in at least float32."""
     wide_CV = _widen(logits_CV)
     return wide_CV.gather(-1, targets_C[:, None])[:, 0] - wide_CV.logsumexp(-1)
+
+
+def _pick_by_comparing(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """The same for compilers, which would not fuse the backward of a gather."""
+    wide_CV = _widen(logits_CV)
+    return torch.where(_is_target(wide_CV, targets_C), wide_CV, 0.0).sum(-1) - wide_CV.logsumexp(-1)
+
+
+def _slopes(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax at each target, and its derivative by the logits: onehot(target) - softmax, in their dtype."""
+    wide_CV = _widen(logits_CV)
+    sums_C = wide_CV.logsumexp(-1)
+    own_CV = _is_target(wide_CV, targets_C)
+    tokens_C = torch.where(own_CV, wide_CV, 0.0).sum(-1) - sums_C
+    return tokens_C, (own_CV.to(wide_CV) - torch.exp(wide_CV - sums_C[:, None])).to(logits_CV.dtype)
+
+
+def _is_target(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+    return torch.arange(logits_CV.shape[-1], device=logits_CV.device) == targets_C[:, None]
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    return torch.compile(function, fullgraph=True, dynamic=True)
 
 
 def _widen(logits: Tensor) -> Tensor:
@@ -188,7 +217,7 @@ def separate_logprobs(
         for logits_SV, sequence, count in zip(logits_NSV, some, scored[at : at + size], strict=True):
             stop = len(sequence)
             sources = torch.arange(stop - count - 1, stop - 1, device=device)
-            tokens.append(_picked(logits_SV[sources], sequence[stop - count :].to(device)))
+            tokens.append(_pick(logits_SV[sources], sequence[stop - count :].to(device)))
     return AnswerLogprobs(torch.stack([t.sum() for t in tokens]), torch.cat(tokens))
 
 

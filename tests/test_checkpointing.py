@@ -65,8 +65,7 @@ def stepped_policy(limit: float) -> tuple[Recomputation, Device, nn.Module]:
     assert forward(policy, device, model, 10) == LAYERS
     device.allocated += 50
     device.held = max(device.held, device.allocated + 50)
-    with torch.no_grad():
-        model.weight += 1
+    model.weight.data += 1
     return policy, device, model
 
 
@@ -156,11 +155,11 @@ def test_auto_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patch, "Recomputation", partial(Recomputation, memory=device))
     model = flexpatch.apply(deep("llama", LAYERS), checkpointing="auto").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-10, fused=True)
     every, expected = recomputed(model, True)
     assert every == list(range(LAYERS - 1))
     assert recomputed(model, True)[0] == list(range(LAYERS)), "no optimizer step yet"
     optimizer.step()
     some, gradient = recomputed(model, True)
     assert some == []
-    assert (gradient - expected).norm() < 1e-15 * expected.norm()
+    assert (gradient - expected).norm() < 1e-6 * expected.norm()

@@ -59,6 +59,15 @@ def test_chunks_are_exact(kind: str, form: str, size: int | None) -> None:
         assert (c - b).abs().max() > 1e-3
 
 
+@parameterized.expand([(kind, size) for kind in ("frozen", "trained") for size in (7, None)])
+def test_compiled(kind: str, size: int | None) -> None:
+    head = head_of(kind)
+    form = FORMS["both"]
+    ours = results(head, lambda *given: token_logprobs(*given, form=form, chunk_tokens=size, compiled=True))
+    for a, b in zip(ours, results(head, lambda *given: whole(*given, form)), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
 @parameterized.expand([("frozen", 4), ("trained", 8)])
 def test_one_chunk_at_a_time(kind: str, calls: int) -> None:
     """A frozen head is called once a chunk, a trained one again in backward; neither ever sees more than a chunk."""
