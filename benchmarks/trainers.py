@@ -270,13 +270,12 @@ def measure(
         **arguments,
     )
     trainer.train()
-    seconds, timed_pairs = clock.epochs[-1], count
-    if mode == "stock":
-        seconds, timed_pairs = sum(clock.steps[1:]), count - batch_size
+    steps = clock.steps[1:] if mode == "stock" else clock.steps
+    seconds, pairs_per_step = statistics.median(steps), count / len(clock.steps)
     return dict(
-        pairs_per_s=timed_pairs / seconds,
-        ms_per_step=1e3 * statistics.median(clock.steps[1:] or clock.steps),
-        pairs_per_step=count / len(clock.steps),
+        pairs_per_s=pairs_per_step / seconds,
+        ms_per_step=1e3 * seconds,
+        pairs_per_step=pairs_per_step,
         batch_size=batch_size,
         recompute="on" if recompute else "off",
         first_epoch_extra_s=clock.epochs[0] - clock.epochs[-1],

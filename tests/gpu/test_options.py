@@ -115,16 +115,15 @@ def test_as_little_is_computed_again_as_memory_allows(compiled: bool) -> None:
     step(model, rows)
     total = torch.cuda.mem_get_info()[1]
     # What is on the device besides (contexts of other processes, the limit's own rounding) stays out of it.
-    limit = torch.cuda.max_memory_allocated() + (1.2e9 if compiled else 2e9)
+    limit = torch.cuda.max_memory_allocated() + 2e9
     flexpatch.apply(model, compile=compiled, checkpointing="auto")
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
         peaks = []
         for _ in range(4):
             torch.cuda.reset_peak_memory_stats()
             ours = step(model, rows)
-            optimizer.step()
+            model.get_input_embeddings().weight.data[0, 0] += 1  # an optimizer's step, of a token that does not occur
             peaks.append(torch.cuda.max_memory_allocated())
         policy = patch._hook_of(model).recomputation
         kept = policy._kept(policy.memory(DEVICE), 8000, 8)
