@@ -20,6 +20,9 @@ class SavingsCallback(TrainerCallback):
     def __init__(self, last: int = 100) -> None:
         self.last = last
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        savings(model)  # raises for a model that does not fold, before hours of training
+
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, model: Any = None, **_: Any
     ) -> None:
