@@ -55,8 +55,8 @@ def main() -> int:
     conditions = (
         f"{options.shape}, {options.mode} fine-tuning, forward and backward, random weights, {options.dtype}, a shared "
         f"row of {len(pairs)} pairs with lengths like {options.set}; {device}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}; a matrix product: {rate:.0f} TFLOP/s. *GPU idle* is a median step less the kernels "
-        "of one profiled step: it may be negative. `python benchmarks/levers.py`"
+        f"{transformers.__version__}; a matrix product: {rate:.0f} TFLOP/s. *GPU idle* is a median step less the "
+        "kernels of one profiled step: it may be negative. `python benchmarks/levers.py`"
     )
     results: dict[str, Any] = {"conditions": conditions, "matmul_tflops": rate, "variants": {}}
     print(conditions, flush=True)

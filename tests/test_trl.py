@@ -120,6 +120,18 @@ def test_ranks_share_a_step(tmp_path: Path) -> None:
     assert (one - two).norm() < 1e-6 * (one - before).norm()
 
 
+@pytest.mark.usefixtures("flex_on_cpu")
+def test_compiled_layers_and_less_recomputation(tmp_path: Path) -> None:
+    """The same training, whatever is compiled or computed again."""
+    settings = dict(gradient_accumulation_steps=2, num_train_epochs=1, gradient_checkpointing=True)
+    plain = train(Packed, tmp_path, settings=settings, token_budget=300)
+    fast = flexpatch.apply(tiny_model("llama"), backend="flex", compile=True, checkpointing=1)
+    faster = train(Packed, tmp_path, fast, settings, token_budget=300)
+    assert faster.state.global_step == plain.state.global_step > 1
+    change = weights(plain.model) - weights(tiny_model("llama"))
+    assert 0 < (weights(faster.model) - weights(plain.model)).norm() < 1e-6 * change.norm()
+
+
 def test_several_steps_of_several_bins(tmp_path: Path) -> None:
     """Every pair once an epoch, in bins that change; each step's gradient is the mean over its own pairs."""
     seen: list[list[int]] = []
