@@ -101,9 +101,11 @@ class Recomputation:
         self.held = max(memory.allocated, memory.held)
         self.idle = memory.allocated
 
-    def _measured(self, meter: "_Meter", tokens: int) -> None:
-        checkpointed, kept = meter.read()
-        self.layer_bytes = max(kept - checkpointed, 1) / tokens
+    def _measured(self, meter: "_Meter", tokens: int, complete: bool) -> None:
+        sizes = meter.read()
+        if complete:
+            checkpointed, kept = sizes
+            self.layer_bytes = max(kept - checkpointed, 1) / tokens
 
     def _kept(self, memory: Memory, tokens: int, layers: int) -> int:
         """Layers whose activations fit."""
@@ -136,4 +138,4 @@ class _Meter:
     def read(self) -> list[int]:
         for handle in self.handles:
             handle.remove()
-        return [after - before for before, after in zip(self.before, self.after, strict=True)]
+        return [after - before for before, after in zip(self.before, self.after, strict=False)]

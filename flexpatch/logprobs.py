@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from flexpatch.attention import many_recompiles
 from flexpatch.errors import FlexpatchError
 from flexpatch.patch import head_of, model_inputs, run_rows, settings_of
 from flexpatch.registry import PLAIN, Adapter, Head
@@ -79,7 +80,7 @@ def token_logprobs(
     One chunk of logits exists at a time. If the head is frozen, a chunk's gradient by its hidden states is taken while
     its logits are there, for a log-prob depends on its own hidden state alone: nothing is computed twice. A head that
     is trained computes each chunk again in backward. It is called as a module, so that its hooks (FSDP, DeepSpeed,
-    adapters) run.
+    adapters) run; one whose own weights are sharded takes all tokens in one chunk.
 
     Args:
         head: (C, D) -> (C, V): the model's output embeddings.
@@ -98,8 +99,13 @@ def token_logprobs(
     parameters = list(head.parameters())
     if chunk_tokens is not None and chunk_tokens < 1:
         raise FlexpatchError(f"chunk_tokens={chunk_tokens}; expected at least 1, or None")
+    # Sharded heads (flat or empty parameters, DTensors, or none) are gathered by hooks at every call: ranks must call
+    # equally often, and the hooks' bookkeeping expects one backward.
+    whole = any(p.ndim == 2 for p in parameters)
+    whole &= not any(isinstance(p, DTensor) or p.numel() == 0 for p in parameters)
     logits = CHUNK_LOGITS_COMPILED if compiled else CHUNK_LOGITS
     size = chunk_tokens or max(1, logits // getattr(head, "out_features", 1 << 17))
+    size = size if whole else max(1, len(hidden_TD))
     pick = _compiled(_pick_by_comparing) if compiled else _pick
 
     def score(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
@@ -108,8 +114,6 @@ def token_logprobs(
     chunks = list(zip(hidden_TD.split(size), targets_T.split(size), strict=True))
     if not torch.is_grad_enabled() or not (hidden_TD.requires_grad or any(p.requires_grad for p in parameters)):
         return torch.cat([score(*chunk) for chunk in chunks])
-    # Sharded heads are gathered by hooks, whose bookkeeping expects one backward.
-    whole = not any(isinstance(p, DTensor) or p.numel() == 0 for p in parameters)
     if whole and not any(p.requires_grad for p in parameters):
         slopes = _compiled(_slopes) if compiled else _slopes
         return _FrozenHead.apply(hidden_TD, targets_T, partial(_logits, head, form), slopes, size)
@@ -178,7 +182,13 @@ def _is_target(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
 
 @cache
 def _compiled(function: Any) -> Any:
-    return torch.compile(function, fullgraph=True, dynamic=True)
+    fused = torch.compile(function, fullgraph=True, dynamic=True)
+
+    def call(*tensors: Tensor) -> Any:
+        with many_recompiles():
+            return fused(*tensors)
+
+    return call
 
 
 def _widen(logits: Tensor) -> Tensor:

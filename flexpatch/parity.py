@@ -169,8 +169,6 @@ class _Verification:
         self.noise = torch.randn(len(self.rows.sample_of_answer), generator=generator).to(self.device)
         self.bar = tqdm(desc="verify", unit=" passes", disable=not progress, leave=False, file=sys.stderr)
         self.report = Report(name, _settings(model, self.device, self.dtype))
-        if options["compile"]:
-            self.report.settings["compiled"] = "layers"
 
     def run(self) -> Report:
         # A float64 model is its own truth, but for the float32 softmax of eager attention.
@@ -195,6 +193,8 @@ class _Verification:
         apply(self.model, **self.options)
         broken = replace(self.rows, ends=_whole_trees(self.rows), masks={})
         self.report.settings["backend"] = "dense" if self._is_dense() else "flex"
+        if self.options["compile"] and not self._is_dense():
+            self.report.settings["compiled"] = "layers"
         kind = "derivatives" if self._routes() else "logits"
         detail = "an answer reaches tokens outside it"
         self._add(f"leak ({kind} outside a changed answer)", self._leaks(self.rows), 0, detail)

@@ -20,7 +20,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -33,13 +33,14 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from flexpatch.attention import flex, many_recompiles
+from flexpatch.attention import flex
 from flexpatch.checkpointing import Recomputation
+from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, unfold
-from flexpatch.masks import mask_of
+from flexpatch.masks import bucket, mask_of
 from flexpatch.refusals import check_mode, check_rows, longrope_limit
-from flexpatch.registry import FULL, Adapter, Head, adapter_for
+from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for
 from flexpatch.tree import Rows
 
 PREFIX = "flexpatch_"
@@ -78,8 +79,8 @@ def apply(
             quarter longer), and keep all other calls uncompiled. Each length compiles for most of a minute: worth it
             for full rows of one budget, such as packed batches.
         checkpointing: Where the model's gradient checkpointing is on: how many layers, from the first, to compute
-            again in backward. ``"auto"``: as few as memory allows, measured over the first optimizer step (CUDA);
-            ``None``: all, as the model would.
+            again in backward. ``"auto"``: as few as memory allows, measured over the first optimizer step (CUDA; all,
+            under engines that keep a layer's weights elsewhere, such as ZeRO-3); ``None``: all, as the model would.
 
     Returns:
         ``model``.
@@ -108,10 +109,8 @@ def apply(
     layers = _layers(inner.base_model)
     if (compile or checkpointing is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")
-    if compile and any("forward" in vars(layer) and not _is_compiled(layer) for layer in layers):
-        raise UnsupportedModelError(
-            "another library replaced the forward of this model's decoder layers; apply with compile=False"
-        )
+    if compile:
+        check_forwards(layers)
     inner.set_attn_implementation(f"{PREFIX}{'fold' if fold else 'rows'}_{backend}_{original}")
     if inner.config._attn_implementation == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
@@ -120,11 +119,10 @@ def apply(
         hook.counts = previous.counts
     _unhook(inner)
     if compile:
-        # On the objects, and inside their hooks: those of FSDP stay outside the graph.
-        for layer in layers:
-            layer.forward = partial(_layer_forward, layer)
+        compile_layers(layers)
     inner.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    inner.base_model.register_forward_hook(_after_hook, with_kwargs=True, prepend=True)
+    inner.base_model.register_forward_hook(_after_hook, with_kwargs=True, prepend=True, always_call=True)
+    inner.base_model.register_forward_hook(_score_hook, with_kwargs=True)
     if current != inner.config._attn_implementation:
         device = inner.get_input_embeddings().weight.device
         chosen = "flex" if _mask_dtype(inner, device) is None else "dense"
@@ -214,19 +212,40 @@ def run_rows(model: nn.Module, inputs: dict[str, Any], score: Callable[[Tensor],
         FlexpatchError: If the model's hooks are gone.
     """
     ids = inputs["input_ids"].detach()  # another tensor object: the caller's own carries nothing
-    setattr(ids, _AFTER, _After(score=score))
+    after = _After(score=score)
+    setattr(ids, _AFTER, after)
     # No position keeps its logits, so the head itself sees an empty tensor.
     output = model(**(inputs | {"input_ids": ids}), logits_to_keep=ids.new_empty(0))
-    if output.hidden_states is None:
-        raise FlexpatchError("this model lost flexpatch's hooks (a copy of its settings?): call flexpatch.apply(model)")
-    return output.hidden_states[0]
+    if after.scored is None:
+        raise FlexpatchError("this model has flexpatch's settings, but not its hooks: call flexpatch.apply(model)")
+    # Engines hook into what a forward returns, and may round it (accelerate's FSDP2, in bfloat16): gradients take
+    # the way through it, values do not.
+    returned = output.hidden_states[0]
+    if returned.dtype == after.scored.dtype:
+        return returned
+    returned = returned.to(after.scored.dtype)
+    return returned + (after.scored - returned).detach()
 
 
 def head_of(model: nn.Module) -> tuple[nn.Module, Head]:
-    """The layer that makes logits, and what the model does to them then."""
+    """The layer that makes logits, and what the model does to them then.
+
+    Raises:
+        FlexpatchError: For a model without a head.
+        UnsupportedModelError: If its logits are scaled or capped, and its adapter does not know.
+    """
     inner = _pretrained(model)
     config = text_config(inner)
-    return inner.get_output_embeddings(), adapter_for(config).head(config)
+    head, form = inner.get_output_embeddings(), adapter_for(config).head(config)
+    if head is None:
+        raise FlexpatchError(f"{type(inner).__name__} makes no logits; load it with AutoModelForCausalLM")
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if form == PLAIN and getattr(config, name, None) not in (None, 1, 1.0):
+            raise UnsupportedModelError(
+                f"config.{name}={getattr(config, name)} changes the logits of this model, but its adapter does not say "
+                "how: give it head=lambda config: Head(...)"
+            )
+    return head, form
 
 
 def text_config(model: nn.Module) -> Any:
@@ -278,8 +297,9 @@ class _After:
     length: int | None = None  # of a row that was padded for compiled layers
     unfold: tuple[Tensor, int | None] | None = None
     score: Callable[[Tensor], Tensor] | None = None
+    scored: Tensor | None = None
     kept: list[GradientCheckpointingLayer] = field(default_factory=list)  # not computed again in backward
-    measured: Callable[[], None] | None = None
+    measured: Callable[[bool], None] | None = None
 
 
 _AFTER = "flexpatch_after"
@@ -292,6 +312,7 @@ class _RowHook:
         self.counts: deque[Counts] = deque(maxlen=10_000)
         self.compile = compile
         self.recomputation = recomputation
+        self.kept: list[GradientCheckpointingLayer] = []
 
     def options(self) -> dict[str, Any]:
         """Those that the attention's name does not tell."""
@@ -323,16 +344,23 @@ class _RowHook:
         after = getattr(ids, _AFTER, None) or _After()
         block = next(iter(mask.values())) if isinstance(mask, dict) else mask
         if self.compile and isinstance(block, BlockMask):
-            after.length, extra = ids.shape[1], block.seq_lengths[0] - ids.shape[1]
+            length, padded = ids.shape[1], block.seq_lengths[0]
+            if padded != bucket(length):
+                raise FlexpatchError(f"the block mask is for rows of up to {padded} tokens, but these have {length}")
             # The mask has this length already; tokens past the row's end see only themselves.
-            ids, positions = (F.pad(x, (0, extra)) for x in (ids, call["position_ids"]))
-            call = call | {"position_ids": positions}
+            ids, positions = (F.pad(x, (0, padded - length)) for x in (ids, call["position_ids"]))
+            call, after.length = call | {"position_ids": positions}, length
         elif self.compile and isinstance(block, Tensor) and block.ndim == 4:
             _warn("flexpatch: compile=True has no effect on the dense backend")
-        layers = [layer for layer in _layers(backbone) if layer.gradient_checkpointing]
-        if self.recomputation is not None and layers and backbone.training and torch.is_grad_enabled():
-            count, after.measured = self.recomputation.plan(layers, ids, backbone)
-            after.kept = layers[count:]
+        _recompute(self.kept)  # an interrupted call may have left some
+        if self.recomputation is not None and backbone.training and torch.is_grad_enabled():
+            layers = _layers(backbone)
+            if not layers:
+                _warn("flexpatch: checkpointing has no effect: this model's layers were wrapped or replaced")
+            layers = [layer for layer in layers if layer.gradient_checkpointing]
+            if layers:
+                count, after.measured = self.recomputation.plan(layers, ids, backbone)
+                self.kept = after.kept = layers[count:]
             for layer in after.kept:
                 layer.gradient_checkpointing = False
         ids = ids.detach()
@@ -434,14 +462,15 @@ def _warn(message: str) -> None:
 
 
 def _after_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Forward hook of a backbone: a row's hidden states come out as the caller wants them."""
+    """Forward hook of a backbone, before those of others: a row's hidden states come out in the caller's layout."""
     after = getattr(kwargs.get("input_ids"), _AFTER, None)
     if after is None:
         return None
-    for layer in after.kept:
-        layer.gradient_checkpointing = True
+    _recompute(after.kept)
     if after.measured is not None:
-        after.measured()
+        after.measured(output is not None)
+    if output is None or (after.length is None and after.unfold is None):  # None: the forward raised
+        return None
 
     def finish(hidden_BPD: Tensor) -> Tensor:
         hidden_BLD = hidden_BPD if after.length is None else hidden_BPD[:, : after.length]
@@ -449,50 +478,33 @@ def _after_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], ou
 
     last = output.last_hidden_state
     output.last_hidden_state = finish(last)
-    if after.score is not None:
-        output.hidden_states = (after.score(output.last_hidden_state),)
-    elif output.get("hidden_states") is not None:
+    if output.get("hidden_states") is not None:
         output.hidden_states = tuple(
             output.last_hidden_state if h is last else h if h is None else finish(h) for h in output.hidden_states
         )
     return output
 
 
+def _score_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Forward hook of a backbone, after those of others: what :func:`run_rows` asks for leaves as hidden states."""
+    after = getattr(kwargs.get("input_ids"), _AFTER, None)
+    if after is None or after.score is None:
+        return None
+    after.scored = after.score(output.last_hidden_state)
+    output.hidden_states = (after.scored,)
+    return output
+
+
+def _recompute(kept: list[GradientCheckpointingLayer]) -> None:
+    """Give layers whose checkpointing was off for a call their setting back."""
+    while kept:
+        kept.pop().gradient_checkpointing = True
+
+
 def _layers(backbone: nn.Module) -> list[GradientCheckpointingLayer]:
     """The decoder layers of a backbone."""
     lists = (child for child in backbone.children() if isinstance(child, nn.ModuleList))
     return [layer for layers in lists for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
-
-
-def _layer_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Compiled for rows alone: generation would compile anew for every token."""
-    rows = any(isinstance(argument, BlockMask) for argument in (*args, *kwargs.values()))
-    if not rows or torch.compiler.is_compiling():
-        return _plain_forward(layer, *args, **kwargs)
-    try:
-        with many_recompiles():
-            return _compiled_forward()(layer, *args, **kwargs)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise UnsupportedModelError(
-            f"a {type(layer).__name__} of this model does not compile; apply with compile=False. Known causes: experts "
-            "run by a loop (set_experts_implementation('grouped_mm'), in 16 bits), and hooks of modules in the layer: "
-            "transformers sets some when output_hidden_states or output_attentions is first asked for. Torch says: "
-            + next(line for line in str(error).splitlines() if line)
-        ) from None
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(vars(module).get("forward"), "func", None) is _layer_forward
-
-
-def _plain_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return type(layer).forward(layer, *args, **kwargs)
-
-
-@cache
-def _compiled_forward() -> Any:
-    """One function for all layers: those that do the same share a graph."""
-    return torch.compile(_plain_forward, fullgraph=True, dynamic=False)
 
 
 def _unhook(inner: PreTrainedModel) -> None:
@@ -502,10 +514,13 @@ def _unhook(inner: PreTrainedModel) -> None:
         hooks = module._forward_pre_hooks, module._forward_hooks
         flags = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
         for registered, with_kwargs in zip(hooks, flags, strict=True):
-            for key in [k for k, hook in registered.items() if isinstance(hook, _RowHook) or hook is _after_hook]:
-                del registered[key], with_kwargs[key]
-        if _is_compiled(module):
-            del module.forward
+            for key, hook in list(registered.items()):
+                if isinstance(hook, _RowHook):
+                    _recompute(hook.kept)
+                if isinstance(hook, _RowHook) or hook in (_after_hook, _score_hook):
+                    del registered[key], with_kwargs[key]
+                    module._forward_hooks_always_called.pop(key, None)
+        restore_forward(module)
 
 
 def savings(model: nn.Module, last: int | None = None) -> Savings:

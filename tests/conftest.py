@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from flexpatch import attention, patch
+from flexpatch import attention, compiled
 
 # Tiny models gain nothing from threads, and those of several workers would wait for each other.
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     monkeypatch.setattr(attention, "_check_device", lambda *tensors: None)
     monkeypatch.setattr(attention, "_compiled", _compiled)
-    monkeypatch.setattr(patch, "_compiled_forward", _compiled_forward)
+    monkeypatch.setattr(compiled, "_compiled", _compiled_forward)
 
 
 @cache
@@ -37,4 +37,4 @@ def _compiled() -> Any:
 
 @cache
 def _compiled_forward() -> Any:
-    return torch.compile(patch._plain_forward, backend="aot_eager", fullgraph=True, dynamic=False)
+    return torch.compile(compiled._plain, backend="aot_eager", fullgraph=True, dynamic=False)

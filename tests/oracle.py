@@ -119,7 +119,7 @@ def deep(model_type: str, layers: int) -> nn.Module:
     model = tiny_model(model_type)
     model.config.num_hidden_layers = layers
     while len(model.model.layers) < layers:
-        layer = copy.deepcopy(model.model.layers[-2])
+        layer = copy.deepcopy(model.model.layers[-2], {id(model.config): model.config})
         layer.self_attn.layer_idx = len(model.model.layers)
         for parameter in layer.parameters():
             parameter.data *= 0.9

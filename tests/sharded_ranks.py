@@ -35,11 +35,18 @@ def main(folder: Path) -> None:
             model.lm_head.requires_grad_(not frozen)
             _, whole = run(model)
             model.zero_grad()
+            # Ranks score different numbers of tokens.
+            uneven = flexpatch.build_rows([trees()[: 2 + 5 * distributed.get_rank()]])
+            expected = flexpatch.answer_logprobs(model, uneven).tokens
             for layer in model.model.layers:
                 fully_shard(layer)
             if alone:
                 fully_shard(model.lm_head)
             result = run(fully_shard(model))
+            model.zero_grad()
+            tokens = flexpatch.answer_logprobs(model, uneven, chunk_tokens=20).tokens
+            assert (tokens - expected).abs().max() < 1e-10
+            tokens.sum().backward()
             if distributed.get_rank() == 0:
                 torch.save(result, folder / f"{kind}.pt")
                 torch.save(whole, folder / f"{kind} whole.pt")

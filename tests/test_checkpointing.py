@@ -49,7 +49,7 @@ def forward(policy: Recomputation, device: Device, model: nn.Module, tokens: int
         layer(ids)
     device.held = max(device.held, device.allocated)
     if measured is not None:
-        measured()
+        measured(True)
     device.allocated = before
     return count
 
@@ -141,6 +141,57 @@ def test_the_first_layers_are_computed_again(count: int, rows: bool) -> None:
     assert some == list(range(min(count, LAYERS)))
     assert (gradient - expected).norm() < 1e-15 * expected.norm()
     assert all(layer.gradient_checkpointing for layer in model.model.layers), "the model's own setting comes back"
+
+
+@parameterized.expand([(RuntimeError,), (KeyboardInterrupt,)])
+def test_a_failed_forward_leaves_nothing_behind(kind: type[BaseException]) -> None:
+    """Out of memory, say: the model's own setting comes back, at once or by the next call."""
+    model = flexpatch.apply(deep("llama", LAYERS), checkpointing=2).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def fail(*_: Any) -> None:
+        raise kind
+
+    handle = model.model.norm.register_forward_hook(fail)
+    with pytest.raises(kind):
+        recomputed(model, True)
+    handle.remove()
+    if kind is RuntimeError:
+        assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    for layer in model.model.layers:
+        layer.input_layernorm._forward_hooks.clear()
+    assert recomputed(model, True)[0] == [0, 1]
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_a_failed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch, "Recomputation", partial(Recomputation, memory=Device(1e9)))
+    model = flexpatch.apply(deep("llama", LAYERS), checkpointing="auto").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    handle = model.model.layers[-1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recomputed(model, True)
+    handle.remove()
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
+    for layer in model.model.layers:
+        layer.input_layernorm._forward_hooks.clear()
+    assert recomputed(model, True)[0] == list(range(LAYERS - 1)), "measured now"
+
+
+def test_layers_that_were_replaced_are_not_silently_ignored() -> None:
+    model = flexpatch.apply(deep("llama", 2), checkpointing=1).train()
+    model.model.layers = nn.ModuleList(_Wrapped(layer) for layer in model.model.layers)
+    with pytest.warns(flexpatch.FlexpatchWarning, match="checkpointing has no effect"):
+        model(**batch(), use_cache=False)
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.attention_type = layer, getattr(layer, "attention_type", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(*args, **kwargs)
 
 
 def test_a_model_that_does_not_checkpoint_is_left_alone() -> None:

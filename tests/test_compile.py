@@ -18,6 +18,7 @@ from oracle import (
     packed_positions,
     random_ids,
     see_siblings,
+    separate,
     trees,
 )
 from parameterized import parameterized
@@ -25,14 +26,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flexpatch
-from flexpatch import Tree, build_rows, patch
+from flexpatch import Tree, build_rows, compiled, model_inputs, patch
 from flexpatch.models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("flex_on_cpu")
 ROWS = [trees()]
 
 
-def compiled(model_type: str, variant: int = 0, **options: object) -> nn.Module:
+def compiled_model(model_type: str, variant: int = 0, **options: object) -> nn.Module:
     return flexpatch.apply(tiny_model(model_type, variant), backend="flex", compile=True, **options)
 
 
@@ -41,8 +42,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     """Counts graphs of layers."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    function = torch.compile(patch._plain_forward, backend=counter, fullgraph=True, dynamic=False)
-    monkeypatch.setattr(patch, "_compiled_forward", lambda: function)
+    function = torch.compile(compiled._plain, backend=counter, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(compiled, "_compiled", lambda: function)
     return counter
 
 
@@ -51,7 +52,7 @@ DENSE = [(model_type, variant) for model_type, variant in MODELS if "moe" not in
 
 @parameterized.expand(DENSE, name_func=name)
 def test_parity(model_type: str, variant: int) -> None:
-    model, rows, true = compiled(model_type, variant), build_rows(ROWS), oracle(model_type, variant)
+    model, rows, true = compiled_model(model_type, variant), build_rows(ROWS), oracle(model_type, variant)
     bounds = EAGER_BOUNDS if model_type == "gemma2" else BOUNDS
     Result.packed(model, rows).matches(true, bounds)
     Result.packed(model, see_siblings(rows)).differs(true, bounds)
@@ -60,10 +61,28 @@ def test_parity(model_type: str, variant: int) -> None:
 
 @parameterized.expand([("llama", True), ("llama", False), ("gemma3_text", False), ("gemma2", False)], name_func=name)
 def test_parity_under_checkpointing(model_type: str, reentrant: bool) -> None:
-    model = compiled(model_type).train()
+    model = compiled_model(model_type).train()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     bounds = EAGER_BOUNDS if model_type == "gemma2" else BOUNDS
     Result.packed(model, build_rows(ROWS)).matches(oracle(model_type, 0), bounds)
+
+
+@parameterized.expand([(True,), (False,)])
+def test_parity_with_some_layers_computed_again(reentrant: bool) -> None:
+    model = deep("llama", 5)
+    true = Result.of(model, separate(model, trees()))
+    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for options in ({}, dict(checkpointing=2), dict(compile=True, checkpointing=2)):
+        flexpatch.apply(model, backend="flex", **options)
+        Result.packed(model, build_rows(ROWS)).matches(true)
+
+
+def test_a_mask_of_other_rows_is_refused() -> None:
+    model = compiled_model("llama")
+    short, long = (model_inputs(model, build_rows([[Tree.of(*random_ids(n, 40, 20))]])) for n in (50, 400))
+    for rows, mask in ((short, long), (long, short)):
+        with pytest.raises(flexpatch.FlexpatchError, match="block mask is for"):
+            model(**(rows | {"attention_mask": mask["attention_mask"]}))
 
 
 def test_one_graph_for_all_layers_and_lengths_of_a_bucket(graphs: CompileCounterWithBackend) -> None:
@@ -126,7 +145,7 @@ def test_other_calls_are_not_compiled(graphs: CompileCounterWithBackend) -> None
 
 
 def test_removing() -> None:
-    model = compiled("llama")
+    model = compiled_model("llama")
     assert all("forward" in vars(layer) for layer in model.model.layers)
     flexpatch.apply(model, backend="flex")
     assert not any("forward" in vars(layer) for layer in model.model.layers)
@@ -136,7 +155,7 @@ def test_removing() -> None:
 
 
 def test_copies_compile_their_own_weights() -> None:
-    model, rows = compiled("llama"), build_rows(ROWS)
+    model, rows = compiled_model("llama"), build_rows(ROWS)
     expected = flexpatch.answer_logprobs(model, rows).answers
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(flexpatch.answer_logprobs(other, rows).answers, expected)
@@ -149,7 +168,7 @@ def test_copies_compile_their_own_weights() -> None:
 def test_experts_that_are_looped_over_are_refused() -> None:
     """As float64 needs them. tests/gpu compiles grouped products."""
     with pytest.raises(flexpatch.UnsupportedModelError, match=r"set_experts_implementation.*Torch says") as error:
-        flexpatch.answer_logprobs(compiled("mixtral"), build_rows(ROWS))
+        flexpatch.answer_logprobs(compiled_model("mixtral"), build_rows(ROWS))
     assert len(str(error.value)) < 800
 
 

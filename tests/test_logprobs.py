@@ -9,9 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracle import BOUNDS, Result, oracle, trees
+from oracle import BOUNDS, Result, oracle, separate, trees
 from parameterized import parameterized
 from torch import Tensor, nn
+from transformers import AutoModel
 
 import flexpatch
 from flexpatch.logprobs import sum_answers, token_logprobs
@@ -120,11 +121,59 @@ def test_sums_of_answers() -> None:
         assert (gradient[own] == weight).all()
 
 
-def test_hidden_states_do_not_leave_the_model() -> None:
-    """A model that loses its hooks says so."""
+@parameterized.expand([(True,), (False,)])
+def test_a_model_that_lost_its_hooks_says_so(states: bool) -> None:
     model = flexpatch.apply(tiny_model("llama"))
+    model.config.output_hidden_states = states
+    rows = flexpatch.build_rows([trees()])
+    Result.of(model, flexpatch.answer_logprobs(model, rows)).matches(oracle("llama", 0))
     model.base_model._forward_hooks.clear()
     with pytest.raises(flexpatch.FlexpatchError, match=r"flexpatch\.apply"):
+        flexpatch.answer_logprobs(model, rows)
+
+
+def test_hooks_of_others_come_first() -> None:
+    """Whoever changes a backbone's hidden states changes log-probs."""
+    model, rows = tiny_model("llama"), flexpatch.build_rows([trees()])
+
+    def halve(module: nn.Module, args: Any, output: Any) -> Any:
+        output.last_hidden_state = output.last_hidden_state / 2
+        return output
+
+    model.base_model.register_forward_hook(halve)
+    true = Result.of(model, separate(model, trees()))
+    true.differs(oracle("llama", 0))
+    Result.of(flexpatch.apply(model), flexpatch.answer_logprobs(model, rows)).matches(true)
+
+
+def test_log_probs_are_not_rounded_with_a_models_outputs() -> None:
+    """As accelerate's FSDP2 rounds them; gradients still go through what the forward returned."""
+    model, rows = flexpatch.apply(tiny_model("llama")), flexpatch.build_rows([trees()])
+    seen: list[Tensor] = []
+
+    def rounded(module: nn.Module, args: Any, output: Any) -> Any:
+        output.hidden_states = tuple(h.bfloat16() for h in output.hidden_states)
+        output.hidden_states[0].register_hook(seen.append)
+        return output
+
+    model.register_forward_hook(rounded)
+    logps = flexpatch.answer_logprobs(model, rows)
+    assert (logps.tokens - oracle("llama", 0).tokens).abs().max() < BOUNDS[0]
+    logps.answers.sum().backward()
+    assert len(seen) == 1
+
+
+def test_a_model_without_a_head() -> None:
+    backbone = flexpatch.apply(AutoModel.from_config(tiny_model("llama").config))
+    with pytest.raises(flexpatch.FlexpatchError, match="AutoModelForCausalLM"):
+        flexpatch.answer_logprobs(backbone, flexpatch.build_rows([trees()]))
+
+
+@parameterized.expand([("logit_scale", 0.5), ("logits_scaling", 8.0), ("final_logit_softcapping", 30.0)])
+def test_scaled_logits_of_which_an_adapter_does_not_know(name: str, value: float) -> None:
+    model = flexpatch.apply(tiny_model("llama"))
+    setattr(model.config, name, value)
+    with pytest.raises(flexpatch.UnsupportedModelError, match=rf"{name}.*head="):
         flexpatch.answer_logprobs(model, flexpatch.build_rows([trees()]))
 
 
