@@ -22,6 +22,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -277,7 +278,11 @@ def attempt(setup: Setup, name: str, measure: Callable[[], float]) -> float | No
     if not setup.unavailable.get(name, "OutOfMemoryError").startswith("OutOfMemoryError"):
         return None
     try:
-        return measure()
+        start = time.monotonic()
+        result = measure()
+        if (seconds := time.monotonic() - start) > 5:
+            tqdm.write(f"{name}: compiled in {seconds:.0f} s")
+        return result
     except TimeUpError:
         raise
     except Exception as error:
@@ -490,6 +495,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these, with what there is")
     parser.add_argument("--tune", action="store_true", help="only compare block sizes of the Triton kernels")
     parser.add_argument("--check", type=int, metavar="N", help="only compare all kernels with float64, N times")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="attention; default: all")
     parser.add_argument("--output", type=Path, default=Path("runs/layers"))
     options = parser.parse_args()
     prompts = options.prompts or ([2**n for n in range(7, 14)] if options.full else [128, 512, 2048, 8192])
@@ -497,6 +503,9 @@ def main() -> int:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     cuda = device.type == "cuda"
     setup = Setup(device, dtype, SHAPE if cuda else SMALL, options.tokens, time.monotonic() + options.seconds)
+    setup.unavailable.update((kernel, "left out by --kernels") for kernel in KERNELS if kernel not in options.kernels)
+    # FA4's compiler says so of every kernel without auxiliary tensors.
+    warnings.filterwarnings("ignore", message="Argument aux_data")
     # Torch's own limit of 8 lengths would be an error here.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
     torch.manual_seed(0)

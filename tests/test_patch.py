@@ -291,9 +291,11 @@ class StateTest(unittest.TestCase):
         for what in ("classes and files", "generation configuration"):
             assert patched[what] == before[what], f"apply altered {what}"
         backbone = patched["modules, with hooks"][model.base_model_prefix]
-        for hooks in ("_forward_pre_hooks", "_forward_hooks"):
-            assert len(backbone.pop(hooks)) == len(backbone.pop(f"{hooks}_with_kwargs")) == 1
-            for kind in (hooks, f"{hooks}_with_kwargs"):
+        for hooks, count in (("_forward_pre_hooks", 1), ("_forward_hooks", 2)):
+            assert len(backbone.pop(hooks)) == len(backbone.pop(f"{hooks}_with_kwargs")) == count
+            always = [f"{hooks}_always_called"] if count == 2 else []
+            assert all(len(backbone.pop(kind)) == 1 for kind in always)
+            for kind in (hooks, f"{hooks}_with_kwargs", *always):
                 assert before["modules, with hooks"][model.base_model_prefix].get(kind) == {}
                 backbone[kind] = {}
         assert patched["modules, with hooks"] == before["modules, with hooks"], "apply altered modules"
