@@ -71,8 +71,10 @@ class Recomputation:
         self.weights: Tensor | None = None
         self.stepped = False
 
-    def plan(self, layers: Sequence[nn.Module], ids: Tensor, model: nn.Module) -> tuple[int, Callable[[], None] | None]:
-        """How many layers of this call to compute again, and what to do after its forward."""
+    def plan(
+        self, layers: Sequence[nn.Module], ids: Tensor, model: nn.Module
+    ) -> tuple[int, Callable[[bool], None] | None]:
+        """How many layers of this call to compute again, and what to do after its forward, complete or not."""
         if isinstance(self.setting, int):
             return self.setting, None
         device = next(model.parameters()).device

@@ -216,15 +216,17 @@ def run_rows(model: nn.Module, inputs: dict[str, Any], score: Callable[[Tensor],
     setattr(ids, _AFTER, after)
     # No position keeps its logits, so the head itself sees an empty tensor.
     output = model(**(inputs | {"input_ids": ids}), logits_to_keep=ids.new_empty(0))
-    if after.scored is None:
+    # Taken off the ids: the graph may keep those, and would keep itself.
+    scored, after.score, after.scored = after.scored, None, None
+    if scored is None:
         raise FlexpatchError("this model has flexpatch's settings, but not its hooks: call flexpatch.apply(model)")
-    # Engines hook into what a forward returns, and may round it (accelerate's FSDP2, in bfloat16): gradients take
-    # the way through it, values do not.
+    # Engines hook into what a forward returns, and may round it (accelerate's FSDP2, in bfloat16): gradients take the
+    # way through it, values do not.
     returned = output.hidden_states[0]
-    if returned.dtype == after.scored.dtype:
+    if returned.dtype == scored.dtype:
         return returned
-    returned = returned.to(after.scored.dtype)
-    return returned + (after.scored - returned).detach()
+    returned = returned.to(scored.dtype)
+    return returned + (scored - returned).detach()
 
 
 def head_of(model: nn.Module) -> tuple[nn.Module, Head]:

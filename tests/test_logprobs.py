@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ def test_sums_of_answers() -> None:
         own = answer[answer < len(tokens)]
         assert (ours - tokens[own].sum()).abs() < 1e-12
         assert (gradient[own] == weight).all()
+
+
+def test_a_graph_without_a_backward_is_freed() -> None:
+    model = flexpatch.apply(tiny_model("llama"))
+    tokens = weakref.ref(flexpatch.answer_logprobs(model, flexpatch.build_rows([trees()])).tokens)
+    assert tokens() is None
 
 
 @parameterized.expand([(True,), (False,)])
