@@ -349,8 +349,9 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
         cells.append(f"{modes['packed'].get('first_epoch_extra_s', math.nan):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
-        f"\nDPOTrainer, {kind}, reference pass by {reference}. Stock and one line: the fastest of batches of {sizes} "
-        f"pairs, with and without gradient checkpointing; packed: {options.budget:,} tokens a batch, compiled layers, "
+        f"\nDPOTrainer, {kind}, reference pass by {reference}. Stock: the fastest of batches of {sizes} pairs, with "
+        f"and without gradient checkpointing; one line: the largest that fits; packed: "
+        f"{options.budget:,} tokens a batch, compiled layers, "
         'checkpointing="auto"; *tokens*: how many times fewer the folded batches of the one line hold.'
     )
     return "\n".join(lines)

@@ -82,13 +82,11 @@ class Recomputation:
         if not self.stepped:
             self._watch(memory, model)
             if self.stepped:
-                kept = self._kept(memory, tokens, len(layers))
-                log.info(
-                    "flexpatch: a layer keeps %.1f kB a token; of %d layers, %d are computed again for %d tokens",
-                    *(self.layer_bytes / 1e3, len(layers), len(layers) - kept, tokens),
-                )
+                log.info("flexpatch: a layer keeps %.1f kB a token", self.layer_bytes / 1e3)
         if self.stepped:
-            return len(layers) - self._kept(memory, tokens, len(layers)), None
+            count = len(layers) - self._kept(memory, tokens, len(layers))
+            log.debug("flexpatch: of %d layers, %d are computed again for %d tokens", len(layers), count, tokens)
+            return count, None
         self.tokens = max(self.tokens, tokens)
         if self.layer_bytes or len(layers) < 2:
             return len(layers), None

@@ -1,10 +1,11 @@
 """apply, remove and model inputs: the only file that touches transformers' internals.
 
 ``apply`` gives a model an attention implementation of its own, whose name ends with the original's, and its backbone
-two hooks. The first folds an ordinary batch into one row, the second unfolds the hidden states. In attention a block
-mask goes to FlexAttention; everything else (generation, caches, batches as they are) goes to the original
-implementation, unchanged. No class is altered. What the second hook needs travels with the call's ``input_ids``; the
-first keeps counts of tokens and sizes of memory, and nothing that a result depends on.
+three hooks. The first folds an ordinary batch into one row, the second unfolds the hidden states, the third makes
+log-probs of them where asked. In attention a block mask goes to FlexAttention; everything else (generation, caches,
+batches as they are) goes to the original implementation, unchanged. No class is altered. What the later hooks need
+travels with the call's ``input_ids``; the first keeps counts of tokens and sizes of memory, and nothing that a result
+depends on.
 
 What is relied on: ``AttentionInterface`` and ``AttentionMaskInterface`` accept new names;
 ``PreTrainedModel.set_attn_implementation`` sets them; a 4-D mask, or a dict of them keyed by ``config.layer_types``,

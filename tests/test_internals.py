@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from flexpatch.masks import block_mask
 from flexpatch.models import tiny_model
+from flexpatch.patch import _layers
 from flexpatch.registry import FULL, SLIDING, adapters
 from flexpatch.tree import Tree, build_rows
 
@@ -239,3 +240,27 @@ def test_other_arguments_reach_the_attention_function(probe: Probe, model_type: 
     assert all(call.get("some_argument") is True for call in probe.calls), (
         f"{HERE}: arguments of a call no longer reach the attention function"
     )
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_hidden_states_of_the_backbone_leave_the_model(model_type: str) -> None:
+    """Log-probs travel as them, and no position needs logits."""
+    model, marker = tiny_model(model_type), torch.zeros(3)
+
+    def mark(module: nn.Module, args: Any, output: Any) -> Any:
+        output.hidden_states = (marker,)
+        return output
+
+    model.base_model.register_forward_hook(mark)
+    output = model(ids(), use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.int64))
+    assert output.hidden_states[0] is marker, f"{HERE} does not pass on a backbone's hidden_states"
+    assert output.logits.shape[1] == 0, f"{HERE} computes logits of positions that were not asked for"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_layers_are_in_a_list_and_have_a_checkpointing_flag_each(model_type: str) -> None:
+    model = tiny_model(model_type)
+    layers = _layers(model.base_model)
+    assert len(layers) == model.config.num_hidden_layers, f"{HERE} keeps decoder layers elsewhere"
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(layer.gradient_checkpointing for layer in layers), f"{HERE} has no flag on each layer"

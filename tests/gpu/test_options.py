@@ -28,10 +28,13 @@ WIDE = dict(
 )  # fmt: skip
 
 
-def rows_of(*lengths: tuple[int, ...], vocabulary: int = 151) -> Rows:
+def trees_of(*lengths: tuple[int, ...], vocabulary: int = 151) -> list[Tree]:
     generator = torch.Generator().manual_seed(0)
-    trees = [Tree.of(*(torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in t)) for t in lengths]
-    return build_rows([trees]).to(DEVICE)
+    return [Tree.of(*(torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in t)) for t in lengths]
+
+
+def rows_of(*lengths: tuple[int, ...], vocabulary: int = 151) -> Rows:
+    return build_rows([trees_of(*lengths, vocabulary=vocabulary)]).to(DEVICE)
 
 
 def wide() -> nn.Module:
@@ -148,11 +151,8 @@ def test_with_liger(order: str) -> None:
     if order == "flexpatch first":
         liger._apply_liger_kernel_to_instance(model=model)
     assert "liger" in type(model.model.layers[0].mlp).forward.__module__ + model.model.layers[0].mlp.forward.__module__
-    samples = [(200, 61, 33), (40, 5, 90), (7, 30, 2)]
-    rows = rows_of(*samples)
-    ours = flexpatch.answer_logprobs(model, rows).tokens
-    generator = torch.Generator().manual_seed(0)
-    trees = [Tree.of(*(torch.randint(3, 151, (n,), generator=generator).tolist() for n in t)) for t in samples]
+    trees = trees_of((200, 61, 33), (40, 5, 90), (7, 30, 2))
+    ours = flexpatch.answer_logprobs(model, build_rows([trees]).to(DEVICE)).tokens
     true = flexpatch.separate_logprobs(truth, trees, batch_size=1).tokens
     stock = flexpatch.separate_logprobs(flexpatch.remove(model), trees, batch_size=1).tokens
     assert (ours - true).abs().mean() <= 2 * (stock - true).abs().mean()
