@@ -60,6 +60,7 @@ class Setup:
     shape: dict[str, int]
     tokens: int
     deadline: float
+    trials: slice = slice(None)
     unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -472,7 +473,7 @@ def tune(setup: Setup) -> None:
     points = [(512, 512), (2048, 512)]
     rows = [make_row(setup, [(p, c, c)] * max(1, setup.tokens // (p + 2 * c)), True) for p, c in points]
     print(line("pass", "options", *(f"p = {p}, c = {c}: ms" for p, c in points)) + "\n" + "|---" * 4 + "|", flush=True)
-    for forward, backward in tqdm(TRIALS, desc="trials", disable=None):
+    for forward, backward in tqdm(TRIALS[setup.trials], desc="trials", disable=None):
         options = {f"fwd_{k}": v for k, v in forward.items()} | {f"bwd_{k}": v for k, v in backward.items()}
         kernel = flex_with(options)
         # Without its backward first: a trial whose backward does not compile still has a forward.
@@ -494,6 +495,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=16384, help="of a batch of separate sequences, at least")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these, with what there is")
     parser.add_argument("--tune", action="store_true", help="only compare block sizes of the Triton kernels")
+    parser.add_argument("--trials", type=int, nargs=2, metavar=("I", "N"), default=(0, 1), help="of --tune: every Nth")
     parser.add_argument("--check", type=int, metavar="N", help="only compare all kernels with float64, N times")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="attention; default: all")
     parser.add_argument("--output", type=Path, default=Path("runs/layers"))
@@ -502,7 +504,9 @@ def main() -> int:
     ratios = options.ratios or ([0.5, 1, 2, 4, 8, 16] if options.full else [0.5, 1, 4, 16])
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     cuda = device.type == "cuda"
-    setup = Setup(device, dtype, SHAPE if cuda else SMALL, options.tokens, time.monotonic() + options.seconds)
+    deadline = time.monotonic() + options.seconds
+    trials = slice(options.trials[0], None, options.trials[1])
+    setup = Setup(device, dtype, SHAPE if cuda else SMALL, options.tokens, deadline, trials)
     setup.unavailable.update((kernel, "left out by --kernels") for kernel in KERNELS if kernel not in options.kernels)
     # FA4's compiler says so of every kernel without auxiliary tensors.
     warnings.filterwarnings("ignore", message="Argument aux_data")

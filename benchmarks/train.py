@@ -421,13 +421,19 @@ def profile(step: Callable[[], Any], step_ms: float) -> dict[str, float]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
         step()
         torch.cuda.synchronize()
+    spent = by_class(profiler.key_averages())
+    return spent | {"GPU idle": step_ms - sum(spent.values())}
+
+
+def by_class(events: Any) -> dict[str, float]:
+    """Milliseconds of profiled kernels, by class."""
     spent = dict.fromkeys(CLASSES, 0.0)
-    for event in profiler.key_averages():
+    for event in events:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
             name = event.key.lower()
             kind = next(kind for kind, words in KERNELS if any(word in name for word in words))
             spent[kind] += event.self_device_time_total / 1e3
-    return spent | {"GPU idle": step_ms - sum(spent.values())}
+    return spent
 
 
 def table(results: dict[str, Any]) -> str:

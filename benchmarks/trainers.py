@@ -6,20 +6,22 @@
 
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids are random. Parts:
 
-dpo       LoRA DPOTrainer, reference = adapter off. Stock: every batch size of --batch-sizes, with and without gradient
-          checkpointing; the fastest counts. One line, flexpatch.apply(model): the largest of them that fits. Packed,
-          PackedDPOTrainer: rows of --budget tokens, compiled layers, checkpointing as memory demands. Ours run two
-          epochs over the same batches, of which the second counts, so that compilation (printed apart) is over; stock
-          one step to warm up.
+dpo       LoRA DPOTrainer, reference = adapter off. Stock: without gradient checkpointing, --batch-sizes upwards until
+          memory ends or a size is a tenth slower than a smaller one; the same with it, from the last size that ran
+          without (what runs without is no faster with); the fastest of these once more on --flash; the fastest counts.
+          One line, flexpatch.apply(model): the largest of the sizes that fits. Both: the second of two epochs over the
+          same batches. Packed, PackedDPOTrainer: rows of --budget tokens, compiled layers, checkpointing as memory
+          demands; the median step (its rows are full, so equally long) times their number.
 nothing   The same trainer on pairs that share nothing and need no padding: what flexpatch costs where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
-profile   Kernels of one step of the first set, stock and packed, by time.
+profile   Kernels of one step of every set, by class: stock at the first batch size, without checkpointing, and packed.
 
 Prints one table a part, writes them with trainers.json and trainers.png to --output.
 """
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import random
@@ -37,6 +39,7 @@ import trl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
+from train import by_class
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import flexpatch
@@ -70,7 +73,8 @@ def main() -> None:
     add("--shape", choices=SHAPES, default="8 layers of Mistral-7B")
     add("--pairs", type=int, default=32, help="pairs that are timed, at least one batch (%(default)s)")
     add("--batch-sizes", nargs="+", type=int, default=[4, 8, 16, 32, 64])
-    add("--recompute", nargs="+", choices=("on", "off"), default=["off", "on"], help="gradient checkpointing")
+    add("--flash", help="a FlashAttention that transformers knows and is installed, such as flash_attention_4")
+    add("--precompute", action="store_true", help="reference log-probs before training, in all modes")
     add("--seconds", type=float, default=math.inf, help="begin no other set after so long")
     add("--bins", type=int, default=6, help="about so many packed batches an epoch (%(default)s)")
     add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
@@ -113,22 +117,30 @@ def main() -> None:
             results[part] = {mode: grpo(options, mode) for mode in MODES[:2]}
             tables.append(grpo_table(results[part], options))
         else:
-            for mode in ("stock", "packed"):
+            profiles: dict[str, dict[str, float]] = {}
+            for name, mode in itertools.product(names, ("stock", "packed")):
                 profiler = Profiler()
-                measure(options, mode, lengths[names[0]], options.batch_sizes[0], callbacks=[profiler])
-                (options.output / f"profile_{mode}.txt").write_text(profiler.table)
-                print(names[0], mode, profiler.table, flush=True)
-            continue
+                size = options.batch_sizes[0]
+                record = measure(options, mode, lengths[name], size, mode == "packed", callbacks=[profiler])
+                profiles[f"{name}, {mode}"] = profiler.classes
+                (options.output / f"profile_{name}_{mode}.txt").write_text(profiler.table)
+                print(name, mode, record, profiler.table, flush=True)
+            results[part] = profiles
+            lines = [f"| ms a step | {' | '.join(next(iter(profiles.values())))} |", "|---" * 8 + "|"]
+            lines += [f"| {name} | {' | '.join(f'{ms:.0f}' for ms in of.values())} |" for name, of in profiles.items()]
+            tables.append("\n".join(lines))
         (options.output / "trainers.json").write_text(json.dumps(results, indent=1))
         (options.output / "table.md").write_text("\n\n".join(tables))
         print(tables[-1], flush=True)
 
 
-def make_model(options: argparse.Namespace) -> Any:
+def make_model(options: argparse.Namespace, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **SHAPES[options.shape], max_position_embeddings=32768)
     with torch.device(options.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, options.dtype), attn_implementation=attention
+        )
     model.config.use_cache = False
     return model
 
@@ -196,37 +208,62 @@ class Profiler(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         self.profile = None
         if state.global_step == state.max_steps // 2 + 1:
-            activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-            self.profile = torch.profiler.profile(activities=activities, acc_events=True)
+            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True)
             self.profile.start()
+            torch.cuda.synchronize()
+            self.start = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.profile is not None:
             torch.cuda.synchronize()
+            wall = 1e3 * (time.perf_counter() - self.start)
             self.profile.stop()
-            self.table = self.profile.key_averages().table(
-                sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=90
-            )
+            events = self.profile.key_averages()
+            self.classes = by_class(events)
+            self.classes["GPU idle"] = wall - sum(self.classes.values())
+            self.table = events.table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90)
 
 
 def best(options: argparse.Namespace, mode: str, name: str, lengths: list[list[int]]) -> Any:
     """The fastest of a mode's settings, with what was tried."""
     tried: list[dict[str, Any]] = []
-    settings = [(size, again) for size in options.batch_sizes for again in options.recompute]
-    if mode == "one line":
-        settings.sort(reverse=True, key=lambda setting: (setting[0], setting[1] == "off"))
-    for size, again in settings if mode != "packed" else [(1, "on")]:
-        if mode == "one line" and tried and tried[-1]["pairs_per_s"]:
-            break  # the largest batch that fits: ours gain by it
+
+    def rate(size: int, recompute: bool, attention: str = "sdpa") -> float:
         try:
-            record = measure(options, mode, lengths, size, again == "on")
+            record = measure(options, mode, lengths, size, recompute, attention)
         except torch.OutOfMemoryError:
-            record = dict(pairs_per_s=0.0, batch_size=size, recompute=again, failed="out of memory")
+            record = dict(
+                pairs_per_s=0.0, batch_size=size, recompute="on" if recompute else "off", failed="out of memory"
+            )
         tried.append(record)
         print(name, mode, record, flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-    return max(tried, key=lambda record: record["pairs_per_s"]) | dict(tried=tried)
+        return float(record["pairs_per_s"])
+
+    def fastest() -> dict[str, Any]:
+        return max(tried, key=lambda record: record["pairs_per_s"])
+
+    if mode == "packed":
+        rate(1, True)
+    elif mode == "one line":  # the largest batch that fits: it gains by it
+        any(rate(size, again) for size in reversed(options.batch_sizes) for again in (False, True))
+    else:
+        sizes = list(options.batch_sizes)
+        for recompute in (False, True):
+            at_best = 0.0
+            for size in list(sizes):
+                found = rate(size, recompute)
+                if found < 0.9 * at_best:
+                    break
+                at_best = max(at_best, found)
+                if not recompute:
+                    sizes = sizes[sizes.index(size) :] if found else sizes
+                if not found:
+                    break
+        if options.flash:
+            rate(fastest()["batch_size"], fastest()["recompute"] == "on", options.flash)
+    return fastest() | dict(tried=tried)
 
 
 def measure(
@@ -235,17 +272,16 @@ def measure(
     lengths: list[list[int]],
     batch_size: int,
     recompute: bool = True,
+    attention: str = "sdpa",
     callbacks: list[TrainerCallback] | None = None,
 ) -> Any:
-    model = make_model(options)
-    count, kind, epochs = max(options.pairs, batch_size), Stock, 2
+    model = make_model(options, attention)
+    count, kind = max(options.pairs, batch_size), Stock
     arguments: dict[str, Any] = {}
-    if mode == "stock":
-        count, epochs = count + batch_size, 1
-    else:
+    if mode != "stock":
         flexpatch.apply(model, **(OPTIONS[mode] if options.device == "cuda" else {}))
     if options.full:
-        arguments["ref_model"] = make_model(options)
+        arguments["ref_model"] = make_model(options, attention)
         if mode != "stock":
             flexpatch.apply(arguments["ref_model"], compile=OPTIONS[mode].get("compile", False))
     else:
@@ -257,9 +293,10 @@ def measure(
     words = Tokenizer(WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
     config = trl.DPOConfig(
         output_dir=str(options.output), report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000,
-        max_length=None, num_train_epochs=epochs, per_device_train_batch_size=batch_size,
+        max_length=None, num_train_epochs=2, per_device_train_batch_size=batch_size,
         gradient_checkpointing=recompute, train_sampling_strategy="sequential", bf16=options.dtype == "bfloat16",
         use_cpu=options.device == "cpu",
+        precompute_ref_log_probs=options.precompute,
     )  # fmt: skip
     trainer = kind(
         model,
@@ -270,14 +307,16 @@ def measure(
         **arguments,
     )
     trainer.train()
-    steps = clock.steps[1:] if mode == "stock" else clock.steps
-    seconds, pairs_per_step = statistics.median(steps), count / len(clock.steps)
+    average = statistics.median if mode == "packed" else statistics.mean
+    seconds, pairs_per_step = average(clock.steps), count / len(clock.steps)
     return dict(
         pairs_per_s=pairs_per_step / seconds,
         ms_per_step=1e3 * seconds,
         pairs_per_step=pairs_per_step,
         batch_size=batch_size,
         recompute="on" if recompute else "off",
+        attention=attention,
+        steps_ms=[round(1e3 * step) for step in clock.steps],
         first_epoch_extra_s=clock.epochs[0] - clock.epochs[-1],
         peak_gb=torch.cuda.max_memory_allocated() / 1e9 if clock.cuda else None,
         token_factor=flexpatch.savings(model).factor if mode != "stock" else 1.0,
@@ -333,6 +372,7 @@ def timed(step: Callable[[], Any], device: str, repeats: int = 7) -> float:
 
 def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
     kind, reference = ("full fine-tuning", "a second model") if options.full else ("LoRA", "adapter off")
+    reference = "computed before" if options.precompute else f"pass by {reference}"
     sizes = ", ".join(map(str, options.batch_sizes))
     lines = [
         "| lengths like | stock, pairs/s (batch, checkpointing) | one line, pairs/s | packed, pairs/s | one line "
@@ -349,10 +389,10 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
         cells.append(f"{modes['packed'].get('first_epoch_extra_s', math.nan):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
-        f"\nDPOTrainer, {kind}, reference pass by {reference}. Stock: the fastest of batches of {sizes} pairs, with "
-        f"and without gradient checkpointing; one line: the largest that fits; packed: "
-        f"{options.budget:,} tokens a batch, compiled layers, "
-        'checkpointing="auto"; *tokens*: how many times fewer the folded batches of the one line hold.'
+        f"\nDPOTrainer, {kind}, reference {reference}. Stock: the fastest of batches of {sizes} pairs, with and without "
+        f"gradient checkpointing{f', on sdpa or {options.flash}' if options.flash else ''}; one line: the largest that "
+        f'fits; packed: {options.budget:,} tokens a batch, compiled layers, checkpointing="auto"; *tokens*: how many '
+        "times fewer the folded batches of the one line hold."
     )
     return "\n".join(lines)
 
