@@ -60,7 +60,7 @@ class Setup:
     shape: dict[str, int]
     tokens: int
     deadline: float
-    trials: slice = slice(None)
+    trials: tuple[int, int]
     unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -473,7 +473,7 @@ def tune(setup: Setup) -> None:
     points = [(512, 512), (2048, 512)]
     rows = [make_row(setup, [(p, c, c)] * max(1, setup.tokens // (p + 2 * c)), True) for p, c in points]
     print(line("pass", "options", *(f"p = {p}, c = {c}: ms" for p, c in points)) + "\n" + "|---" * 4 + "|", flush=True)
-    for forward, backward in tqdm(TRIALS[setup.trials], desc="trials", disable=None):
+    for forward, backward in tqdm(TRIALS[setup.trials[0] :: setup.trials[1]], desc="trials", disable=None):
         options = {f"fwd_{k}": v for k, v in forward.items()} | {f"bwd_{k}": v for k, v in backward.items()}
         kernel = flex_with(options)
         # Without its backward first: a trial whose backward does not compile still has a forward.
@@ -505,8 +505,7 @@ def main() -> int:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     cuda = device.type == "cuda"
     deadline = time.monotonic() + options.seconds
-    trials = slice(options.trials[0], None, options.trials[1])
-    setup = Setup(device, dtype, SHAPE if cuda else SMALL, options.tokens, deadline, trials)
+    setup = Setup(device, dtype, SHAPE if cuda else SMALL, options.tokens, deadline, tuple(options.trials))
     setup.unavailable.update((kernel, "left out by --kernels") for kernel in KERNELS if kernel not in options.kernels)
     # FA4's compiler says so of every kernel without auxiliary tensors.
     warnings.filterwarnings("ignore", message="Argument aux_data")

@@ -389,8 +389,8 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
         cells.append(f"{modes['packed'].get('first_epoch_extra_s', math.nan):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
-        f"\nDPOTrainer, {kind}, reference {reference}. Stock: the fastest of batches of {sizes} pairs, with and without "
-        f"gradient checkpointing{f', on sdpa or {options.flash}' if options.flash else ''}; one line: the largest that "
+        f"\nDPOTrainer, {kind}, reference {reference}. Stock: the fastest of batches of {sizes} pairs, with and "
+        f"without gradient checkpointing{f', on sdpa or {options.flash}' if options.flash else ''}; one line: the largest that "
         f'fits; packed: {options.budget:,} tokens a batch, compiled layers, checkpointing="auto"; *tokens*: how many '
         "times fewer the folded batches of the one line hold."
     )
