@@ -374,6 +374,7 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
     kind, reference = ("full fine-tuning", "a second model") if options.full else ("LoRA", "adapter off")
     reference = "computed before" if options.precompute else f"pass by {reference}"
     sizes = ", ".join(map(str, options.batch_sizes))
+    flash = f", on sdpa or {options.flash}" if options.flash else ""
     lines = [
         "| lengths like | stock, pairs/s (batch, checkpointing) | one line, pairs/s | packed, pairs/s | one line "
         "| packed | tokens | peak GB: stock, one line, packed | compiling, s |",
@@ -390,9 +391,9 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
         f"\nDPOTrainer, {kind}, reference {reference}. Stock: the fastest of batches of {sizes} pairs, with and "
-        f"without gradient checkpointing{f', on sdpa or {options.flash}' if options.flash else ''}; one line: the largest that "
-        f'fits; packed: {options.budget:,} tokens a batch, compiled layers, checkpointing="auto"; *tokens*: how many '
-        "times fewer the folded batches of the one line hold."
+        f"without gradient checkpointing{flash}; one line: the largest that fits; packed: {options.budget:,} tokens a "
+        'batch, compiled layers, checkpointing="auto"; *tokens*: how many times fewer the folded batches of the one '
+        "line hold."
     )
     return "\n".join(lines)
 
