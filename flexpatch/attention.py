@@ -4,9 +4,11 @@ Shapes: B rows, H query heads, G key/value heads, L tokens, P = bucket(L) tokens
 """
 
 from functools import cache
+from importlib import import_module, metadata
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -16,6 +18,9 @@ from flexpatch.errors import FlexpatchError, UnsupportedModelError
 # Compiled variants one process may hold: buckets x (full, windowed) x (train, no grad) x head shapes. Torch's own
 # limit of 8 would switch to unfused O(L^2) attention without a word; with fullgraph=True passing ours is an error.
 RECOMPILE_LIMIT = 512
+# FlashAttention-4 for FlexAttention: gradients of older ones were wrong in silence, at times or for some head sizes.
+FA4 = "4.0.0b33"
+FA4_HEADS = (64, 96, 128)
 
 
 def flex(
@@ -27,6 +32,7 @@ def flex(
     scaling: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    fa4: bool = False,
     **others: Any,
 ) -> Tensor:
     """FlexAttention under a row's block mask.
@@ -38,13 +44,15 @@ def flex(
         scaling: Factor of the scores; ``None``: 1/sqrt(D).
         softcap: Scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118).
         dropout: Must be 0.
+        fa4: Run on FlashAttention-4's kernels instead of Triton's: 16 bits, D of 64, 96 or 128, no soft cap. Their
+            gradients are not deterministic.
         others: What else the model passes; only ``s_aux`` (attention sinks) matters, and is refused.
 
     Returns:
         (B, L, H, D), in the dtype of ``v``.
 
     Raises:
-        UnsupportedModelError: For dropout or sinks.
+        UnsupportedModelError: For dropout or sinks, and for what ``fa4`` does not support.
         FlexpatchError: If the mask is for other rows than these tokens.
     """
     if dropout:
@@ -69,12 +77,14 @@ def flex(
     q_BHPD, k_BGPD, v_BGPD = (
         F.pad(x.to(dtype), pad) if padded > length else x.to(dtype).contiguous() for x in (q_BHLD, k_BGLD, v_BGLD)
     )
+    if fa4:
+        _check_call_of_fa4(q_BHPD, softcap)
     _check_device(q_BHPD, k_BGPD, v_BGPD)
     if torch.compiler.is_compiling():
-        out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap)
+        out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, fa4)
     else:
         with many_recompiles():
-            out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap)
+            out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, fa4)
     return out_BHPD[:, :, :length].transpose(1, 2).contiguous()
 
 
@@ -91,7 +101,44 @@ def _check_device(*tensors: Tensor) -> None:
         )
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None) -> Tensor:
+def check_fa4() -> None:
+    """Raises:
+    FlexpatchError: If FlashAttention-4 is not installed, or too old.
+    """
+    try:
+        import_module("flash_attn.cute")
+        found = metadata.version("flash-attn-4")
+    except ImportError as error:  # PackageNotFoundError too
+        raise FlexpatchError(
+            f"backend='fa4' needs FlashAttention-4 (pip install 'flash-attn-4>={FA4}'), which does not import here: "
+            f"{error}. backend='auto' needs nothing"
+        ) from None
+    if Version(found) < Version(FA4):
+        raise FlexpatchError(f"flash-attn-4 {found} has given wrong gradients; backend='fa4' needs {FA4} or later")
+
+
+def _check_call_of_fa4(q_BHPD: Tensor, softcap: float | None) -> None:
+    if q_BHPD.device.type != "cuda":
+        raise FlexpatchError(f"backend='fa4' runs on CUDA devices, not on {q_BHPD.device}: apply with backend='auto'")
+    if softcap is not None:
+        raise UnsupportedModelError(
+            f"this model caps its attention scores (at {softcap}), which backend='fa4' cannot: apply with 'flex'"
+        )
+    if q_BHPD.dtype.itemsize != 2 or q_BHPD.shape[-1] not in FA4_HEADS:
+        raise UnsupportedModelError(
+            f"backend='fa4' computes in 16 bits with heads of {', '.join(map(str, FA4_HEADS))}, but got "
+            f"{q_BHPD.dtype} and heads of {q_BHPD.shape[-1]}: apply with backend='flex'"
+        )
+    if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled():
+        raise FlexpatchError(
+            "backend='fa4' sums gradients in no fixed order, and deterministic algorithms were asked for: apply with "
+            "backend='flex'"
+        )
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, fa4: bool
+) -> Tensor:
     """What is compiled. Never called uncompiled with gradients: eager flex with a non-linear score_mod under
     non-reentrant checkpointing gives wrong gradients in silence (torch 2.11 and 2.13)."""
 
@@ -107,6 +154,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | N
         block_mask=mask,
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],
+        kernel_options={"BACKEND": "FLASH"} if fa4 else None,
     )
 
 

@@ -192,7 +192,8 @@ class _Verification:
 
         apply(self.model, **self.options)
         broken = replace(self.rows, ends=_whole_trees(self.rows), masks={})
-        self.report.settings["backend"] = "dense" if self._is_dense() else "flex"
+        flexible = "fa4" if self.options["backend"] == "fa4" else "flex"
+        self.report.settings["backend"] = "dense" if self._is_dense() else flexible
         if self.options["compile"] and not self._is_dense():
             self.report.settings["compiled"] = "layers"
         kind = "derivatives" if self._routes() else "logits"

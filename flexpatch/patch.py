@@ -4,8 +4,8 @@
 three hooks. The first folds an ordinary batch into one row, the second unfolds the hidden states, the third makes
 log-probs of them where asked. In attention a block mask goes to FlexAttention; everything else (generation, caches,
 batches as they are) goes to the original implementation, unchanged. No class is altered. What the later hooks need
-travels with the call's ``input_ids``; the first keeps counts of tokens and sizes of memory, and nothing that a result
-depends on.
+travels with the call's ``input_ids``; the first keeps counts of tokens, sizes of memory, and the latest batch with its
+row, for the next call to compare its own batch with: nothing that a result depends on.
 
 What is relied on: ``AttentionInterface`` and ``AttentionMaskInterface`` accept new names;
 ``PreTrainedModel.set_attn_implementation`` sets them; a 4-D mask, or a dict of them keyed by ``config.layer_types``,
@@ -20,7 +20,7 @@ import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from flexpatch.attention import flex
+from flexpatch.attention import check_fa4, flex
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
@@ -45,7 +45,8 @@ from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for
 from flexpatch.tree import Rows
 
 PREFIX = "flexpatch_"
-BACKENDS = ("auto", "flex", "dense")
+# No name may hold "flash": transformers would take it for FlashAttention, and pass no masks.
+BACKENDS = ("auto", "flex", "fa4", "dense")
 # Implementations that accept a dense 4-D mask, and so can serve both backends.
 ORIGINALS = ("sdpa", "eager")
 
@@ -73,8 +74,10 @@ def apply(
 
     Args:
         model: A causal language model of transformers, bare or wrapped (peft, DDP).
-        backend: ``"flex"``: compiled FlexAttention; ``"dense"``: the model's own attention under an L x L mask, for
-            devices on which flex cannot train; ``"auto"``: flex on CUDA and XPU, dense elsewhere.
+        backend: ``"flex"``: compiled FlexAttention; ``"fa4"``: the same on FlashAttention-4's kernels (where
+            flash-attn-4 is installed), faster for prompts of thousands of tokens, in 16 bits, without soft caps, and
+            with gradients that differ in their last bits from run to run; ``"dense"``: the model's own attention under
+            an L x L mask, for devices on which flex cannot train; ``"auto"``: flex on CUDA and XPU, dense elsewhere.
         fold: Whether to fold ordinary batches. Without it they run as they are given.
         compile: Compile decoder layers for rows on the flex backend, whose lengths are then padded to a few (at most a
             quarter longer), and keep all other calls uncompiled. Each length compiles for most of a minute: worth it
@@ -92,6 +95,8 @@ def apply(
     """
     if backend not in BACKENDS:
         raise FlexpatchError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend == "fa4":
+        check_fa4()
     hook = _RowHook(compile, None if checkpointing is None else Recomputation(checkpointing))
     inner = _pretrained(model)
     adapter = adapter_for(text_config(inner))
@@ -126,7 +131,8 @@ def apply(
     inner.base_model.register_forward_hook(_score_hook, with_kwargs=True)
     if current != inner.config._attn_implementation:
         device = inner.get_input_embeddings().weight.device
-        chosen = "flex" if _mask_dtype(inner, device) is None else "dense"
+        flexible = "fa4" if backend == "fa4" else "flex"
+        chosen = flexible if _mask_dtype(inner, device) is None else "dense"
         log.info("flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, chosen, device)
     return model
 
@@ -308,6 +314,17 @@ class _After:
 _AFTER = "flexpatch_after"
 
 
+@dataclass
+class _Fold:
+    """The latest batch, as given and folded; or why it was not."""
+
+    counts: Counts | None = None
+    folded: tuple[Rows, Tensor, int | None] | None = None
+    obstacle: str | None = None
+    key: Any = None
+    stacked: Tensor | None = None
+
+
 class _RowHook:
     """Forward pre-hook of a backbone: an ordinary batch goes in as one row. Keeps the latest batches' token counts."""
 
@@ -316,6 +333,11 @@ class _RowHook:
         self.compile = compile
         self.recomputation = recomputation
         self.kept: list[GradientCheckpointingLayer] = []
+        self.last: _Fold | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies of a model, which start without a batch: masks hold functions that cannot be pickled."""
+        return vars(self) | {"last": None}
 
     def options(self) -> dict[str, Any]:
         """Those that the attention's name does not tell."""
@@ -382,31 +404,53 @@ class _RowHook:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
         batch = [ids, None if given is None else given != 0, call.get("position_ids")]
         # One copy for all three: on a GPU each would wait for everything launched before.
-        arrays = iter(torch.stack([x.expand_as(ids).to(ids) for x in batch if x is not None]).numpy(force=True))
-        id_array = next(arrays)
-        mask = next(arrays) != 0 if given is not None else None
-        check_ids(id_array, mask, config.vocab_size)
-        positions = next(arrays, None)
-        if positions is not None and not follow_columns(positions, mask):
-            _warn_unfolded("with position_ids that do not count a sequence's columns (packed rows, for example)")
-            return None
+        stacked = torch.stack([x.expand_as(ids).to(ids) for x in batch if x is not None])
         # A dispatched model moves its inputs by itself: ids on the CPU do not mean that it computes there.
         home = backbone.get_input_embeddings().weight.device
         device = ids.device if ids.device.type != "cpu" or home.type == "meta" else home
-        dtype = _mask_dtype(backbone, device)
-        folded = fold_batch(id_array, mask, lambda counts: _gains(config, counts, ids.shape[1], dtype))
-        if folded is None:
-            self.counts.append(Counts(ids.numel(), ids.numel(), ids.numel()))
+        # Trainers run a batch through the policy and then the reference: it is folded once. Compared by value.
+        key = (
+            [x is not None for x in batch], backbone.config._attn_implementation, device,
+            torch.is_inference_mode_enabled(),
+        )  # fmt: skip
+        last = self.last
+        if last is None or last.key != key or not _equal(last.stacked, stacked):
+            dtype = _mask_dtype(backbone, device)
+            last = self._folded(config, stacked.numpy(force=True), given is not None, dtype, device)
+            self.last = last = replace(last, key=key, stacked=stacked)
+        if last.obstacle is not None:
+            _warn_unfolded(last.obstacle)
+        if last.counts is not None:
+            self.counts.append(last.counts)
+        if last.folded is None:
             return None
         check_mode(backbone)
+        rows, index, padding = last.folded
+        call |= _inputs(backbone, rows, adapter_for(config))
+        call["input_ids"] = call["input_ids"].detach()  # another tensor object: what it carries is this call's
+        setattr(call["input_ids"], _AFTER, _After(unfold=(index, padding)))
+        return call
+
+    def _folded(self, config: Any, arrays: Any, masked: bool, dtype: torch.dtype | None, device: Any) -> "_Fold":
+        ids, *rest = arrays
+        mask = rest.pop(0) != 0 if masked else None
+        check_ids(ids, mask, config.vocab_size)
+        positions = rest[0] if rest else None
+        if positions is not None and not follow_columns(positions, mask):
+            return _Fold(obstacle="with position_ids that do not count a sequence's columns (packed rows, for example)")
+        folded = fold_batch(ids, mask, lambda counts: _gains(config, counts, ids.shape[1], dtype))
+        if folded is None:
+            return _Fold(counts=Counts(ids.size, ids.size, ids.size))
         reach = ids.shape[1] if positions is None else int(positions.max()) + 1
         if (limit := longrope_limit(config)) is not None and (folded.rows.depth <= limit) != (reach <= limit):
-            _warn_unfolded("with padding or position_ids beyond the length at which longrope switches its frequencies")
-            return None
-        self.counts.append(folded.counts)
-        call |= _inputs(backbone, folded.rows.to(device), adapter_for(config))
-        setattr(call["input_ids"], _AFTER, _After(unfold=(folded.index.to(device), folded.padding)))
-        return call
+            return _Fold(
+                obstacle="with padding or position_ids beyond the length at which longrope switches its frequencies"
+            )
+        return _Fold(folded.counts, (folded.rows.to(device), folded.index.to(device), folded.padding))
+
+
+def _equal(a: Tensor | None, b: Tensor) -> bool:
+    return a is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _ordinary(call: dict[str, Any]) -> bool:
@@ -548,7 +592,7 @@ def _hook_of(inner: PreTrainedModel) -> _RowHook | None:
 def _mask_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype | None:
     """The kind of mask :func:`flexpatch.masks.mask_of` must build: a block mask, or what the original takes."""
     _, backend, original = _parse(inner.config._attn_implementation)
-    if backend == "flex" or (backend == "auto" and device.type in ("cuda", "xpu")):
+    if backend in ("flex", "fa4") or (backend == "auto" and device.type in ("cuda", "xpu")):
         return None
     return torch.bool if original == "sdpa" else inner.dtype
 
@@ -568,12 +612,21 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
 
 
 def _attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, original: str, folds: bool, **kwargs: Any
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    *args: Any,
+    original: str,
+    folds: bool,
+    fa4: bool,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What the registered names call. q is (B, H, L, D), k and v are (B, G, L, D); the output is (B, L, H, D)."""
     seen = kwargs.pop(SEEN, False)
     if isinstance(mask, BlockMask):
-        return flex(q, k, v, mask, **kwargs), None
+        return flex(q, k, v, mask, fa4=fa4, **kwargs), None
     if folds and not seen and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling():
         _warn_unfolded(
             "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
@@ -601,7 +654,8 @@ def _register(masks: Mapping[str, Callable[..., Any]] = ALL_MASK_ATTENTION_FUNCT
         for backend in BACKENDS:
             for kind in ("fold", "rows"):
                 name = f"{PREFIX}{kind}_{backend}_{original}"
-                AttentionInterface.register(name, partial(_attention, original=original, folds=kind == "fold"))
+                settings: dict[str, Any] = dict(original=original, folds=kind == "fold", fa4=backend == "fa4")
+                AttentionInterface.register(name, partial(_attention, **settings))
                 AttentionMaskInterface.register(name, masks[original])
 
 

@@ -69,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto", choices=dtypes, help="auto: float64 for tiny models on the CPU, else float32")
     add("--device", default="auto", help="auto: cuda if there is one")
     add("--compile", action="store_true", help="verify compiled decoder layers (flex backend)")
-    add("--backend", default="auto", choices=["auto", "flex", "dense"], help="auto: flex on cuda and xpu, else dense")
+    add(
+        "--backend",
+        default="auto",
+        choices=["auto", "flex", "fa4", "dense"],
+        help="auto: flex on cuda and xpu, else dense",
+    )
     add("--lora", action="store_true", help="train random LoRA adapters on all linear layers")
     kinds = ["non-reentrant", "reentrant"]
     add("--gradient-checkpointing", nargs="?", const=kinds[0], choices=kinds, help="train under checkpointing")

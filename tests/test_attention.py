@@ -13,6 +13,7 @@ from parameterized import parameterized
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import flexpatch
@@ -212,6 +213,32 @@ class RefusalTest(unittest.TestCase):
     def test_dropout(self) -> None:
         with pytest.raises(UnsupportedModelError, match=r"attention dropout 0.1 is not exact.*attention_dropout=0.0"):
             flex(*random_qkv(1, 4, 2, 150, 16), self.mask, dropout=0.1)
+
+    def test_flash_attention_4(self) -> None:
+        q, k, v = random_qkv(1, 4, 2, 150, 64)
+        with pytest.raises(FlexpatchError, match="fa4' runs on CUDA devices, not on cpu"):
+            flex(q, k, v, self.mask, fa4=True)
+        with FakeTensorMode():
+            for dtype, head_dim, softcap, why in (
+                (torch.bfloat16, 64, 30.0, "caps its attention scores"),
+                (torch.float32, 64, None, "16 bits with heads of 64, 96, 128, but got torch.float32 and heads of 64"),
+                (torch.bfloat16, 32, None, "but got torch.bfloat16 and heads of 32"),
+            ):
+                q = torch.empty(1, 4, 150, head_dim, dtype=dtype, device="cuda")
+                with pytest.raises(UnsupportedModelError, match=why):
+                    attention._check_call_of_fa4(q, softcap)
+
+    def test_flash_attention_4_must_be_installed(self) -> None:
+        with pytest.raises(FlexpatchError, match=r"pip install 'flash-attn-4>=4.0.0b33'.*does not import here"):
+            flexpatch.apply(tiny_model("llama"), backend="fa4")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "import_module", lambda name: None)
+            patch.setattr(attention.metadata, "version", lambda name: "4.0.0b11")
+            with pytest.raises(FlexpatchError, match=r"4.0.0b11 has given wrong gradients"):
+                flexpatch.apply(tiny_model("llama"), backend="fa4")
+            patch.setattr(attention.metadata, "version", lambda name: "4.0.0b36")
+            model = flexpatch.apply(tiny_model("llama"), backend="fa4")
+            assert flexpatch.patch.settings_of(model)["backend"] == "fa4"
 
     def test_attention_sinks(self) -> None:
         with pytest.raises(UnsupportedModelError, match="attention sinks are not supported"):

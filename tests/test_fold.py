@@ -457,6 +457,37 @@ def test_copies_fold_by_themselves() -> None:
     assert flexpatch.savings(model).folded == 1
 
 
+def test_a_batch_is_folded_once_for_policy_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal values are the same batch, in whatever tensors; any other value is another."""
+    folds = []
+    monkeypatch.setattr(patch, "fold_batch", lambda *args: folds.append(1) or fold_batch(*args))
+    stock, batch = tiny_model("mistral"), padded_batch()
+    model = flexpatch.apply(copy.deepcopy(stock))
+
+    def run(**changed: Any) -> int:
+        """Runs a batch, checks it, and says how often it was folded."""
+        before, call = len(folds), batch | changed
+        real = call["attention_mask"].bool()
+        ours, theirs = model(**call).logits, stock(**call).logits
+        assert (ours - theirs)[real].abs().max() < BOUND
+        return len(folds) - before
+
+    assert run() == 1
+    assert run() == 0
+    assert run(**{name: x.clone() for name, x in batch.items() if name != "use_cache"}) == 0
+    assert flexpatch.savings(model).batches == 3
+    batch["input_ids"][0, -1] += 1  # the same tensor, written to
+    assert run() == 1
+    shorter = batch["attention_mask"].clone()
+    shorter[0, shorter[0].sum() - 1] = 0
+    assert run(attention_mask=shorter) == 1
+    assert run(position_ids=torch.arange(shorter.shape[1]).expand_as(shorter)) == 1
+    with torch.inference_mode():
+        run()
+    run()
+    model(**batch).logits.sum().backward()  # of a fold whose tensors autograd may keep
+
+
 def test_compiling_the_whole_model() -> None:
     """The fold stays outside the graphs."""
     model, batch = flexpatch.apply(tiny_model("llama")), padded_batch()

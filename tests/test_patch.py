@@ -100,7 +100,7 @@ class ApplyTest(unittest.TestCase):
         assert implementation(flexpatch.remove(model)) == "eager"
 
     def test_unknown_backends_are_refused(self) -> None:
-        with pytest.raises(FlexpatchError, match="'triton'; expected one of auto, flex, dense"):
+        with pytest.raises(FlexpatchError, match="'triton'; expected one of auto, flex, fa4, dense"):
             flexpatch.apply(tiny_model("llama"), backend="triton")
 
     def test_other_modules_are_refused(self) -> None:

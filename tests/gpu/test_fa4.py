@@ -1,0 +1,102 @@
+"""backend="fa4": FlashAttention-4's kernels under the same masks, and what they refuse.
+
+Their block-sparse backward has had races and wrong gradients that raised nothing, hence the repeated launches.
+"""
+
+import peft
+import pytest
+import torch
+from parameterized import parameterized
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import flexpatch
+from flexpatch import FlexpatchError, UnsupportedModelError
+from flexpatch.attention import flex
+from flexpatch.masks import block_mask, dense_mask
+from flexpatch.parity import check_parity
+from flexpatch.tree import Rows, Tree, build_rows
+
+pytest.importorskip("flash_attn.cute")
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
+DEVICE = torch.device("cuda")
+
+
+def small(head_dim: int, window: int | None = None, **settings: object) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mistral", hidden_size=256, num_hidden_layers=3, intermediate_size=512, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=head_dim, vocab_size=151, sliding_window=window, initializer_range=0.1,
+        **settings,
+    )  # fmt: skip
+    with DEVICE:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def rows_of(*lengths: tuple[int, ...]) -> Rows:
+    generator = torch.Generator().manual_seed(0)
+    trees = [Tree.of(*(torch.randint(3, 151, (n,), generator=generator).tolist() for n in tree)) for tree in lengths]
+    return build_rows([trees]).to(DEVICE)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, window: int | None) -> Tensor:
+    """A dense softmax."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    mask = dense_mask(rows.ends, rows.position_ids, window)
+    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+@parameterized.expand([(64, None), (96, None), (128, None), (128, 40)])
+def test_parity(head_dim: int, window: int | None) -> None:
+    report = check_parity(small(head_dim, window), backend="fa4")
+    assert report.settings["backend"] == "fa4"
+    assert report.passed, str(report)
+
+
+def test_parity_of_compiled_layers_with_lora_and_checkpointing() -> None:
+    lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(small(128), lora)
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    report = check_parity(model.to(DEVICE).train(), backend="fa4", compile=True)
+    assert report.passed, str(report)
+
+
+def with_gradients(out: Tensor, qkv: list[Tensor], weight: Tensor) -> list[Tensor]:
+    return [out.detach(), *torch.autograd.grad(out, qkv, weight.to(out.dtype))]
+
+
+def distances(ours: list[Tensor], truth: list[Tensor]) -> Tensor:
+    return torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(ours, truth, strict=True)])
+
+
+@parameterized.expand([(64, None), (128, None), (128, 200)])
+def test_gradients_of_200_launches(head_dim: int, window: int | None) -> None:
+    """Fresh inputs against float64. What is allowed is twice the error of Triton's kernels."""
+    rows = rows_of((700, 90, 41), (1, 33, 200), (129, 128, 1), (300, 300, 300))
+    mask, length, bound = block_mask(rows.ends, rows.position_ids, window), rows.input_ids.shape[1], None
+    for i in range(200):
+        weight = torch.randn(1, length, 8, head_dim, device=DEVICE).bfloat16()
+        qkv = [torch.randn(1, h, length, head_dim, device=DEVICE).bfloat16().requires_grad_() for h in (8, 2, 2)]
+        exact = [x.detach().double().requires_grad_() for x in qkv]
+        truth = with_gradients(attention(*exact, rows, window), exact, weight)
+        if bound is None:
+            bound = 2 * distances(with_gradients(flex(*qkv, mask), qkv, weight), truth)
+        ours = distances(with_gradients(flex(*qkv, mask, fa4=True), qkv, weight), truth)
+        assert (ours <= bound).all(), (i, ours, bound)  # NaN is not
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    rows = rows_of((200, 61, 33))
+    model = flexpatch.apply(small(128).float(), backend="fa4")
+    with pytest.raises(UnsupportedModelError, match="16 bits"):
+        flexpatch.answer_logprobs(model, rows)
+    with pytest.raises(UnsupportedModelError, match="heads of 64, 96, 128"):
+        flexpatch.answer_logprobs(flexpatch.apply(small(32), backend="fa4"), rows)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(FlexpatchError, match="no fixed order"):
+            flexpatch.answer_logprobs(flexpatch.apply(small(128), backend="fa4"), rows)
+    finally:
+        torch.use_deterministic_algorithms(False)
