@@ -62,7 +62,7 @@ def main() -> int:
     print(conditions, flush=True)
     losses = []
     for name in tqdm(options.variants, disable=None):
-        given = dict(checkpointing="none", compile=False, liger=False) | VARIANTS[name]
+        given = dict(checkpointing="none", compile=False, liger=False, backend="auto") | VARIANTS[name]
         torch._dynamo.reset()
         job = make_job(options.shape, options.mode, "none", argparse.Namespace(**(vars(options) | given)))
         try:

@@ -39,7 +39,9 @@ def main() -> None:
     add("--compile", action="store_true", help="layers of shared rows")
     add("--output", type=Path, default=Path("runs/memory"))
     options = parser.parse_args()
-    vars(options).update(device="cuda", dtype="bfloat16", liger=False, profile=False, repeats=1, tokens=math.inf)
+    vars(options).update(
+        device="cuda", dtype="bfloat16", backend="auto", liger=False, profile=False, repeats=1, tokens=math.inf
+    )
     options.output.mkdir(parents=True, exist_ok=True)
     lengths = json.loads(options.lengths.read_text())
     results: dict[str, Any] = {

@@ -5,8 +5,8 @@
 
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths. Pairs are drawn from each of --sets
 equally often, with replacement, until they hold the tokens asked for; ids are random. Median milliseconds of each part:
-"folding a batch" is the pre-hook on the same pairs as a padded batch (copies, merging, row, mask), "giving up" the same
-on a batch with nothing to share; "unfolding" and "answer sums" are forward and backward; "packing an epoch" is
+"folding a batch" is the pre-hook on the same pairs as a padded batch (copies, merging, row, mask), "the same batch
+again" what it does for a reference pass, "giving up" the hook on a batch with nothing to share; "unfolding" and "answer sums" are forward and backward; "packing an epoch" is
 epoch_bins of 10,000 pairs, divided by its rows. A step is 32 times one decoder layer as wide as Mistral-7B's (random
 weights, all trained, gradient checkpointing), forward and backward over such a row; no head, optimizer or reference
 pass, with which shares would be smaller. Two sums: a trainer's step after flexpatch.apply (policy and reference fold
@@ -46,7 +46,8 @@ LAYERS, VOCABULARY, EPOCH = 32, 32000, 10_000
 AT = 16384  # where the share counts, and from where growth is fitted
 SHARE, STEEP = 0.01, 1.2
 SUMS = {
-    "one line: 2 × folding, 2 × unfolding": ["folding a batch", "unfolding"] * 2,
+    "one line: folding, the same again, 2 × unfolding":
+        ["folding a batch", "the same batch again", "unfolding", "unfolding"],
     "own rows: trees, device, mask, packing, 2 × sums":
         ["tree building", "rows to device", "block mask", "packing an epoch", "answer sums", "answer sums"],
 }  # fmt: skip
@@ -135,14 +136,21 @@ def draw(sets: list[list[list[int]]], tokens: int) -> list[flexpatch.Tree]:
     return trees
 
 
-def folding(model: Any, pairs: list[flexpatch.Tree], device: torch.device) -> tuple[Callable[[], Any], np.ndarray]:
-    """The fold of a trainer's batch (chosen, then rejected, padded with 0) without the forward, and the batch's ids."""
+def folding(model: Any, pairs: list[flexpatch.Tree], device: torch.device) -> tuple[Callable[..., Any], np.ndarray]:
+    """The fold of a trainer's batch (chosen, then rejected, padded with 0) without the forward, and the batch's ids.
+
+    The batch counts as a new one at every call, except with ``again=True``."""
     flexpatch.apply(model, backend="flex")  # block masks on a CPU too, where nothing will run on them
     sequences = [torch.tensor([*tree.ids, *tree.children[i].ids]) for i in range(2) for tree in pairs]
     ids = pad_sequence(sequences, batch_first=True)
     call = dict(input_ids=ids.to(device), attention_mask=(ids > 0).long().to(device), use_cache=False)
     [hook] = model.base_model._forward_pre_hooks.values()
-    return lambda: hook(model.base_model, (), dict(call))[1]["input_ids"], ids.numpy()
+
+    def fold(again: bool = False) -> Any:
+        hook.last = hook.last if again else None
+        return hook(model.base_model, (), dict(call))[1]["input_ids"]
+
+    return fold, ids.numpy()
 
 
 def overheads(model: Any, trees: list[flexpatch.Tree], tokens: int, device: torch.device) -> dict[str, float]:
@@ -161,6 +169,7 @@ def overheads(model: Any, trees: list[flexpatch.Tree], tokens: int, device: torc
         "block mask": ms(lambda: block_mask(rows.ends, rows.position_ids, None)),
         "block mask, window": ms(lambda: block_mask(rows.ends, rows.position_ids, 512)),
         "folding a batch": ms(fold),
+        "the same batch again": ms(partial(fold, again=True)),
         "giving up": ms(give_up),
         "unfolding": np.nan,
     }

@@ -100,10 +100,12 @@ def main() -> int:
     add("lengths", type=Path)
     add("--shapes", nargs="+", choices=SHAPES, default=["Mistral-7B"])
     add("--modes", nargs="+", choices=("full", "lora"), default=["full", "lora"])
-    add("--sets", nargs="+", help="default: all")
+    add("--sets", nargs="*", help="default: all")
     add("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     add("--tokens", type=int, default=16384, help="padded tokens of a micro-batch, at most (%(default)s)")
     add("--shared-tokens", type=int, default=8192, help="tokens of the shared row, at most (%(default)s)")
+    add("--fixed", nargs="+", default=[], metavar="P:C", help="and sets of pairs of one size: prompt, each answer")
+    add("--backend", default="auto", help="of shared rows, as of flexpatch.apply (%(default)s)")
     add("--paired-kernel", choices=("auto", "fa4", "varlen", "flex", "sdpa"), default="auto")
     add("--checkpointing", default="all", help="decoder layers computed again in backward: all, none or a number")
     add("--compile", action="store_true")
@@ -118,13 +120,18 @@ def main() -> int:
     options.deadline = time.perf_counter() + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
     lengths = json.loads(options.lengths.read_text())
+    names = options.sets if options.sets is not None else list(lengths)
+    for fixed in options.fixed:
+        prompt, completion = map(int, fixed.split(":"))
+        names.append(f"{prompt:,} + 2 × {completion:,}")
+        lengths[names[-1]] = [[prompt, completion, completion]]
     kernel, dtype = choose_kernel(options), getattr(torch, options.dtype)
     extras = "".join(f"; --{extra}" for extra in ("compile", "liger") if getattr(options, extra))
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     conditions = (
         f"{device}, {options.dtype}, random weights, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, peft {peft.__version__}; packed pairs: {kernel}; shared rows of at most "
-        f"{options.shared_tokens:,} tokens; layers checkpointed: {options.checkpointing}{extras}"
+        f"{options.shared_tokens:,} tokens, backend {options.backend}; layers checkpointed: {options.checkpointing}{extras}"
     )
     rate = matmul_rate(options.device, dtype)
     results: dict[str, Any] = {"conditions": conditions, "matmul_tflops": rate, "runs": []}
@@ -136,7 +143,7 @@ def main() -> int:
             if time.perf_counter() > options.deadline:
                 break
             job = make_job(shape, mode, kernel, options)
-            for name in tqdm(options.sets or lengths, desc=f"{shape}, {mode}", disable=None):
+            for name in tqdm(names, desc=f"{shape}, {mode}", disable=None):
                 if time.perf_counter() > options.deadline:
                     break
                 results["runs"].append(measure_set(job, name, lengths[name], options))
@@ -250,7 +257,7 @@ def make_job(shape: str, mode: str, kernel: str, options: argparse.Namespace) ->
     return Job(shape, mode, kernel, causal, wrapped, parameters)
 
 
-def prepare(job: Job, layout: str, compiled: bool) -> None:
+def prepare(job: Job, layout: str, compiled: bool, backend: str) -> None:
     """Give the model the attention of ``layout``."""
     causal = job.causal
     flexpatch.remove(causal)
@@ -260,7 +267,9 @@ def prepare(job: Job, layout: str, compiled: bool) -> None:
     if layout.startswith("shared") or (layout == "packed pairs" and job.kernel in ("flex", "sdpa")):
         settings: dict[str, Any] = {"compile": True} if compiled and "packed" in layout else {}
         dense = layout == "packed pairs" and job.kernel == "sdpa"
-        flexpatch.apply(causal, backend="dense" if dense else "auto", **settings)
+        if layout.startswith("shared"):
+            settings["backend"] = backend
+        flexpatch.apply(causal, **({"backend": "dense"} if dense else {}) | settings)
     elif layout == "packed pairs":
         causal.set_attn_implementation(f"packed_{job.kernel}")
         if compiled:
@@ -360,7 +369,7 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[Tensor, Tensor]:
 
 def measure_layout(job: Job, layout: str, pairs: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     cuda = options.device == "cuda"
-    prepare(job, layout, options.compile)
+    prepare(job, layout, options.compile, options.backend)
     batches = make_batches(job, layout, pairs, options)
     step = partial(train_step, job, batches)
     (warm_up,), _ = timed(step, options.device, 1)
