@@ -6,11 +6,12 @@
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths. Pairs are drawn from each of --sets
 equally often, with replacement, until they hold the tokens asked for; ids are random. Median milliseconds of each part:
 "folding a batch" is the pre-hook on the same pairs as a padded batch (copies, merging, row, mask), "the same batch
-again" what it does for a reference pass, "giving up" the hook on a batch with nothing to share; "unfolding" and "answer sums" are forward and backward; "packing an epoch" is
-epoch_bins of 10,000 pairs, divided by its rows. A step is 32 times one decoder layer as wide as Mistral-7B's (random
-weights, all trained, gradient checkpointing), forward and backward over such a row; no head, optimizer or reference
-pass, with which shares would be smaller. Two sums: a trainer's step after flexpatch.apply (policy and reference fold
-and unfold, as if both had a backward), and a step on rows of one's own (policy and reference share trees and mask).
+again" what it does for a reference pass, "giving up" the hook on a batch with nothing to share; "unfolding" and "answer
+sums" are forward and backward; "packing an epoch" is epoch_bins of 10,000 pairs, divided by its rows. A step is 32
+times one decoder layer as wide as Mistral-7B's (random weights, all trained, gradient checkpointing), forward and
+backward over such a row; no head, optimizer or reference pass, with which shares would be smaller. Two sums: a
+trainer's step after flexpatch.apply (policy and reference; unfolding as if both had a backward), and a step on rows of
+one's own (policy and reference share trees and mask).
 
 Exit code 1 on a GPU if either sum is 1% of a step or more at 16k tokens, or anything grows faster than tokens^1.2 from
 there on. Writes overheads.json, table.md and overheads.png to --output.

@@ -131,7 +131,8 @@ def main() -> int:
     conditions = (
         f"{device}, {options.dtype}, random weights, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, peft {peft.__version__}; packed pairs: {kernel}; shared rows of at most "
-        f"{options.shared_tokens:,} tokens, backend {options.backend}; layers checkpointed: {options.checkpointing}{extras}"
+        f"{options.shared_tokens:,} tokens, backend {options.backend}; layers checkpointed: {options.checkpointing}"
+        f"{extras}"
     )
     rate = matmul_rate(options.device, dtype)
     results: dict[str, Any] = {"conditions": conditions, "matmul_tflops": rate, "runs": []}
