@@ -3,6 +3,7 @@
 Shapes: B rows, H query heads, G key/value heads, L tokens, P = bucket(L) tokens, D head size.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module, metadata
 from typing import Any
@@ -44,8 +45,8 @@ def flex(
         scaling: Factor of the scores; ``None``: 1/sqrt(D).
         softcap: Scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118).
         dropout: Must be 0.
-        fa4: Run on FlashAttention-4's kernels instead of Triton's: 16 bits, D of 64, 96 or 128, no soft cap. Their
-            gradients are not deterministic.
+        fa4: Run on FlashAttention-4's kernels instead of Triton's: 16 bits, D of 64, 96 or 128, no soft cap, no
+            window. Their gradients are not deterministic.
         others: What else the model passes; only ``s_aux`` (attention sinks) matters, and is refused.
 
     Returns:
@@ -115,6 +116,19 @@ def check_fa4() -> None:
         ) from None
     if Version(found) < Version(FA4):
         raise FlexpatchError(f"flash-attn-4 {found} has given wrong gradients; backend='fa4' needs {FA4} or later")
+
+
+def check_windows_of_fa4(windows: Iterable[int | None], depth: int) -> None:
+    """Raises:
+    UnsupportedModelError: If sequences of ``depth`` tokens reach beyond a window: under such masks FlashAttention-4
+        failed its tests (4.0.0b36, torch 2.11).
+    """
+    reached = [window for window in windows if window is not None and window < depth]
+    if reached:
+        raise UnsupportedModelError(
+            f"sequences of {depth} tokens reach beyond this model's window of {min(reached)}, for which backend='fa4' "
+            "is not exact: apply with backend='flex'"
+        )
 
 
 def _check_call_of_fa4(q_BHPD: Tensor, softcap: float | None) -> None:

@@ -34,7 +34,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from flexpatch.attention import check_fa4, flex
+from flexpatch.attention import check_fa4, check_windows_of_fa4, flex
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
@@ -75,9 +75,10 @@ def apply(
     Args:
         model: A causal language model of transformers, bare or wrapped (peft, DDP).
         backend: ``"flex"``: compiled FlexAttention; ``"fa4"``: the same on FlashAttention-4's kernels (where
-            flash-attn-4 is installed), faster for prompts of thousands of tokens, in 16 bits, without soft caps, and
-            with gradients that differ in their last bits from run to run; ``"dense"``: the model's own attention under
-            an L x L mask, for devices on which flex cannot train; ``"auto"``: flex on CUDA and XPU, dense elsewhere.
+            flash-attn-4 is installed), faster for prompts of thousands of tokens, in 16 bits, without soft caps or
+            windows, and with gradients whose last bits differ from run to run; ``"dense"``: the model's own attention
+            under an L x L mask, for devices on which flex cannot train; ``"auto"``: flex on CUDA and XPU, dense
+            elsewhere.
         fold: Whether to fold ordinary batches. Without it they run as they are given.
         compile: Compile decoder layers for rows on the flex backend, whose lengths are then padded to a few (at most a
             quarter longer), and keep all other calls uncompiled. Each length compiles for most of a minute: worth it
@@ -198,6 +199,8 @@ def _inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter) -> dict[str, A
     config, device = text_config(inner), rows.input_ids.device
     dtype = _mask_dtype(inner, device)
     windows = adapter.windows(config)
+    if _parse(inner.config._attn_implementation)[1] == "fa4":
+        check_windows_of_fa4(windows.values(), rows.depth)
     if adapter.masks == "by_layer_type":
         mask: Any = {layer: mask_of(rows, windows[layer], dtype) for layer in dict.fromkeys(config.layer_types)}
     else:

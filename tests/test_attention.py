@@ -239,6 +239,11 @@ class RefusalTest(unittest.TestCase):
             patch.setattr(attention.metadata, "version", lambda name: "4.0.0b36")
             model = flexpatch.apply(tiny_model("llama"), backend="fa4")
             assert flexpatch.patch.settings_of(model)["backend"] == "fa4"
+            model = flexpatch.apply(tiny_model("mistral", 1), backend="fa4")
+            with pytest.raises(
+                UnsupportedModelError, match=r"sequences of 300 tokens reach beyond this model's window"
+            ):
+                flexpatch.answer_logprobs(model, build_rows([[Tree([3] * 200, children=[Tree([4] * 100)])]]))
 
     def test_attention_sinks(self) -> None:
         with pytest.raises(UnsupportedModelError, match="attention sinks are not supported"):
