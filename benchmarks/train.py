@@ -30,9 +30,9 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from inspect import signature, unwrap
 from itertools import accumulate
 from pathlib import Path
@@ -110,7 +110,7 @@ def main() -> int:
     add("--checkpointing", default="all", help="decoder layers computed again in backward: all, none or a number")
     add("--compile", action="store_true")
     add("--liger", action="store_true", help="Liger's norms, rope and SwiGLU in all layouts")
-    add("--repeats", type=int, default=3, help="timed steps, after one more (%(default)s)")
+    add("--repeats", type=int, default=3, help="timed steps of each layout, after one more (%(default)s)")
     add("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
     add("--profile", action="store_true", help="and kernels of a step of the packed layouts (GPU)")
     add("--dtype", default="bfloat16")
@@ -274,9 +274,15 @@ def prepare(job: Job, layout: str, compiled: bool, backend: str) -> None:
     elif layout == "packed pairs":
         causal.set_attn_implementation(f"packed_{job.kernel}")
         if compiled:
-            forward = torch.compile(unwrap(type(causal.model.layers[0]).forward), dynamic=False)  # one for all layers
+            forward = compiled_forward(type(causal.model.layers[0]))
             for layer in causal.model.layers:
                 layer.forward = partial(run_compiled, layer, forward)
+
+
+@cache
+def compiled_forward(layer_type: type) -> Any:
+    """One for all layers."""
+    return torch.compile(unwrap(layer_type.forward), dynamic=False)  # type: ignore[attr-defined]
 
 
 def run_compiled(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -368,28 +374,68 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[Tensor, Tensor]:
     return torch.stack(losses).sum(), torch.cat(tokens)
 
 
-def measure_layout(job: Job, layout: str, pairs: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
-    cuda = options.device == "cuda"
-    prepare(job, layout, options.compile, options.backend)
-    batches = make_batches(job, layout, pairs, options)
-    step = partial(train_step, job, batches)
-    (warm_up,), _ = timed(step, options.device, 1)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    times, (loss, tokens) = timed(step, options.device, options.repeats)
-    seconds = statistics.median(times)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+def measure_layouts(
+    job: Job, layouts: Sequence[str], pairs: Any, options: argparse.Namespace
+) -> dict[str, tuple[dict[str, Any], Tensor] | str]:
+    """A record and the log-probs of each layout; or ``OUT_OF_MEMORY``.
+
+    Layouts take turns: a GPU that gets warm gets slower, and the last of several blocks would pay for it."""
+    batches: dict[str, list[Batch]] = {}
+    seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
+    peaks: dict[str, list[int]] = {layout: [] for layout in layouts}
+    last: dict[str, tuple[dict[str, Any], Tensor] | str] = {}
+    for turn in range(1 + options.repeats):
+        for layout in layouts:
+            if last.get(layout) == OUT_OF_MEMORY:
+                continue
+            prepare(job, layout, options.compile, options.backend)
+            try:
+                if turn == 0:
+                    batches[layout] = make_batches(job, layout, pairs, options)
+                if options.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                step = partial(train_step, job, batches[layout])
+                took, (loss, tokens) = timed(step, options.device, 1)
+                seconds[layout] += took
+                peaks[layout].append(torch.cuda.max_memory_allocated() if options.device == "cuda" else 0)
+                if turn < options.repeats:
+                    last[layout] = {}, tokens
+                else:
+                    record = record_of(job, pairs, batches[layout], seconds[layout], peaks[layout], loss)
+                    if options.profile and options.device == "cuda" and "packed" in layout:
+                        record["kernels_ms"] = profile(step, record["ms"])
+                    last[layout] = record, tokens.cpu()
+            except torch.OutOfMemoryError:
+                last[layout] = OUT_OF_MEMORY
+                job.causal.zero_grad(set_to_none=True)
+                free_memory()
+            job.causal.zero_grad(set_to_none=True)
+    return last
+
+
+def record_of(
+    job: Job, pairs: Any, batches: list[Batch], times: list[float], peaks: list[int], loss: Tensor
+) -> dict[str, Any]:
+    seconds = statistics.median(times[1:])
     computed = sum(rows.input_ids.numel() for rows, _ in batches)
     # 2 forward, 2 for gradients by inputs; and 2 for those by weights, or 2 for the reference pass.
     tflops = 6 * job.layer_parameters * computed / seconds / 1e12
     norm = nn.utils.get_total_norm([p.grad for p in job.causal.parameters() if p.grad is not None]).item()
-    record: dict[str, Any] = dict(
-        pairs_per_s=len(pairs) / seconds, ms=1e3 * seconds, warm_up_s=warm_up, peak_gb=peak, calls=len(batches),
-        tokens_computed=computed, tflops=tflops, loss=loss.item(), gradient_norm=norm,
+    return dict(
+        pairs_per_s=len(pairs) / seconds, ms=1e3 * seconds, steps_ms=[1e3 * t for t in times[1:]], warm_up_s=times[0],
+        peak_gb=max(peaks[1:]) / 1e9 or None, calls=len(batches), tokens_computed=computed, tflops=tflops,
+        loss=loss.item(), gradient_norm=norm,
     )  # fmt: skip
-    if options.profile and cuda and "packed" in layout:
-        record["kernels_ms"] = profile(step, 1e3 * seconds)
-    return record, tokens.cpu()
+
+
+def measure_layout(job: Job, layout: str, pairs: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
+    """Raises:
+    torch.OutOfMemoryError: If it does not fit.
+    """
+    found = measure_layouts(job, [layout], pairs, options)[layout]
+    if isinstance(found, str):
+        raise torch.OutOfMemoryError(found)
+    return found
 
 
 def measure_set(job: Job, name: str, lengths: list[list[int]], options: argparse.Namespace) -> dict[str, Any]:
@@ -398,15 +444,11 @@ def measure_set(job: Job, name: str, lengths: list[list[int]], options: argparse
     paired = sum(2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs)
     layouts: dict[str, Any] = {}
     tokens: dict[str, Tensor] = {}
-    for layout in options.layouts:
-        if time.perf_counter() > options.deadline:
-            break
-        try:
-            layouts[layout], tokens[layout] = measure_layout(job, layout, pairs, options)
-        except torch.OutOfMemoryError:
-            layouts[layout] = OUT_OF_MEMORY
-        job.causal.zero_grad(set_to_none=True)
-        free_memory()
+    for layout, found in measure_layouts(job, options.layouts, pairs, options).items():
+        if isinstance(found, str):
+            layouts[layout] = found
+        else:
+            layouts[layout], tokens[layout] = found
         print(job.shape, job.mode, name, layout, layouts[layout], flush=True)
     run = dict(shape=job.shape, mode=job.mode, set=name, pairs=len(pairs), shared_tokens=shared, paired_tokens=paired)
     run |= dict(token_ratio=paired / shared, layouts=layouts, wrong=False)

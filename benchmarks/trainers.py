@@ -7,8 +7,8 @@
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids are random. Parts:
 
 dpo       LoRA DPOTrainer, reference = adapter off. Stock: without gradient checkpointing, --batch-sizes upwards until
-          memory ends or a size is a tenth slower than a smaller one; the same with it, from the last size that ran
-          without (what runs without is no faster with); the fastest of these once more on --flash; the fastest counts.
+          memory ends or one is a tenth slower than the fastest; the same with it, from the last size that ran without
+          (what runs without is no faster with); the fastest of these once more on --flash; the fastest counts.
           One line, flexpatch.apply(model): the largest of the sizes that fits. Both: the second of two epochs over the
           same batches. Packed, PackedDPOTrainer: rows of --budget tokens, compiled layers, checkpointing as memory
           demands; the median step (its rows are full, so equally long) times their number.
@@ -251,15 +251,11 @@ def best(options: argparse.Namespace, mode: str, name: str, lengths: list[list[i
     else:
         sizes = list(options.batch_sizes)
         for recompute in (False, True):
-            at_best = 0.0
             for size in list(sizes):
                 found = rate(size, recompute)
-                if found < 0.9 * at_best:
-                    break
-                at_best = max(at_best, found)
-                if not recompute:
-                    sizes = sizes[sizes.index(size) :] if found else sizes
-                if not found:
+                if found and not recompute:
+                    sizes = sizes[sizes.index(size) :]
+                if found < 0.9 * fastest()["pairs_per_s"]:
                     break
         if options.flash:
             rate(fastest()["batch_size"], fastest()["recompute"] == "on", options.flash)
