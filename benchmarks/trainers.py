@@ -9,9 +9,9 @@ LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths;
 dpo       LoRA DPOTrainer, reference = adapter off. Stock: without gradient checkpointing, --batch-sizes upwards until
           memory ends or one is a tenth slower than the fastest; the same with it, from the last size that ran without
           (what runs without is no faster with); the fastest of these once more on --flash; the fastest counts.
-          One line, flexpatch.apply(model): the largest of the sizes that fits. Both: the second of two epochs over the
-          same batches. Packed, PackedDPOTrainer: rows of --budget tokens, compiled layers, checkpointing as memory
-          demands; the median step (its rows are full, so equally long) times their number.
+          One line, flexpatch.apply(model): the largest size that fits without checkpointing. Both: the second of two
+          epochs over the same batches. Packed, PackedDPOTrainer: rows of --budget tokens, compiled layers,
+          checkpointing as memory demands; the median step (rows are full, so equally long) times their number.
 nothing   The same trainer on pairs that share nothing and need no padding: what flexpatch costs where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
 profile   Kernels of one step of every set, by class: stock at the first batch size, without checkpointing, and packed.
@@ -186,12 +186,12 @@ class Clock(TrainerCallback):
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self.steps: list[float] = []
         self.epoch = self.last = self.now()
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.steps.append(self.now() - self.last)
         self.last += self.steps[-1]
-        if self.cuda and len(self.steps) == 1:
-            torch.cuda.reset_peak_memory_stats()
 
     def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         self.epochs.append(self.now() - self.epoch)
@@ -246,8 +246,8 @@ def best(options: argparse.Namespace, mode: str, name: str, lengths: list[list[i
 
     if mode == "packed":
         rate(1, True)
-    elif mode == "one line":  # the largest batch that fits: it gains by it
-        any(rate(size, again) for size in reversed(options.batch_sizes) for again in (False, True))
+    elif mode == "one line":  # the larger the batch, the more it gains
+        any(rate(size, again) for again in (False, True) for size in reversed(options.batch_sizes))
     else:
         sizes = list(options.batch_sizes)
         for recompute in (False, True):
@@ -387,9 +387,9 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines.append(
         f"\nDPOTrainer, {kind}, reference {reference}. Stock: the fastest of batches of {sizes} pairs, with and "
-        f"without gradient checkpointing{flash}; one line: the largest that fits; packed: {options.budget:,} tokens a "
-        'batch, compiled layers, checkpointing="auto"; *tokens*: how many times fewer the folded batches of the one '
-        "line hold."
+        f"without gradient checkpointing{flash}; one line: the largest that fits without; packed: {options.budget:,} "
+        'tokens a batch, compiled layers, checkpointing="auto"; *tokens*: how many times fewer the folded batches of '
+        "the one line hold."
     )
     return "\n".join(lines)
 
