@@ -387,6 +387,7 @@ def summary(points: list[dict[str, Any]], about: str) -> str:
         "| whole attention layer: Triton, fastest shared (ideal) |",
         "|---|---|---|---|---|---|",
     ]
+    tokens = [point["tokens"][0] for point in points]
     for point in points:
         ms, share = point["attention_ms"], point["share"]
         names = "shared, flex", "shared, flex FLASH"
@@ -400,8 +401,9 @@ def summary(points: list[dict[str, Any]], about: str) -> str:
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(
-        [*lines, "", f"Forward and backward of attention alone, Mistral-7B's heads, rows of 8,000 to 18,000 unshared "
-         f"tokens; ideal: the ratio of visible pairs of tokens; {about}. `python benchmarks/layers.py`"]
+        [*lines, "", f"Forward and backward of attention alone, Mistral-7B's heads, batches of {min(tokens):,} to "
+         f"{max(tokens):,} unshared tokens; ideal: the ratio of visible pairs of tokens; {about}. "
+         "`python benchmarks/layers.py`"]
     )  # fmt: skip
 
 
