@@ -79,7 +79,7 @@ def flex(
         F.pad(x.to(dtype), pad) if padded > length else x.to(dtype).contiguous() for x in (q_BHLD, k_BGLD, v_BGLD)
     )
     if fa4:
-        _check_call_of_fa4(q_BHPD, softcap)
+        check_fa4_model(q_BHPD.shape[-1], softcap)
     _check_device(q_BHPD, k_BGPD, v_BGPD)
     if torch.compiler.is_compiling():
         out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, fa4)
@@ -102,6 +102,7 @@ def _check_device(*tensors: Tensor) -> None:
         )
 
 
+@cache
 def check_fa4() -> None:
     """Raises:
     FlexpatchError: If FlashAttention-4 is not installed, or too old.
@@ -109,7 +110,7 @@ def check_fa4() -> None:
     try:
         import_module("flash_attn.cute")
         found = metadata.version("flash-attn-4")
-    except ImportError as error:  # PackageNotFoundError too
+    except (ImportError, OSError, RuntimeError) as error:  # not installed, or its libraries do not load
         raise FlexpatchError(
             f"backend='fa4' needs FlashAttention-4 (pip install 'flash-attn-4>={FA4}'), which does not import here: "
             f"{error}. backend='auto' needs nothing"
@@ -118,32 +119,49 @@ def check_fa4() -> None:
         raise FlexpatchError(f"flash-attn-4 {found} has given wrong gradients; backend='fa4' needs {FA4} or later")
 
 
-def check_windows_of_fa4(windows: Iterable[int | None], depth: int) -> None:
+def check_fa4_model(head_dim: int, softcap: float | None) -> None:
     """Raises:
-    UnsupportedModelError: If sequences of ``depth`` tokens reach beyond a window: under such masks FlashAttention-4
-        failed its tests (4.0.0b36, torch 2.11).
+    UnsupportedModelError: For heads or soft caps that FlashAttention-4 does not take.
     """
+    if softcap is not None:
+        raise UnsupportedModelError(
+            f"this model caps its attention scores (at {softcap}), which backend='fa4' cannot: apply with 'flex'"
+        )
+    if head_dim not in FA4_HEADS:
+        raise UnsupportedModelError(
+            f"backend='fa4' takes heads of {', '.join(map(str, FA4_HEADS))}, and this model's have {head_dim}: apply "
+            "with backend='flex'"
+        )
+
+
+def check_fa4_call(device: torch.device, dtype: torch.dtype, windows: Iterable[int | None], depth: int) -> None:
+    """Before a call, where an error still has words: in compiled layers it has not.
+
+    Args:
+        device, dtype: Of the queries.
+        windows: Of the layers.
+        depth: Tokens of the longest sequence.
+
+    Raises:
+        FlexpatchError: For devices other than Hopper GPUs, on which it was tested, and deterministic algorithms.
+        UnsupportedModelError: For 32 bits, or sequences that reach beyond a window: under such masks it failed its
+            tests (4.0.0b36, torch 2.11).
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        raise FlexpatchError(f"backend='fa4' runs on Hopper GPUs, not on {device}: apply with backend='auto'")
+    if dtype.itemsize != 2:
+        raise UnsupportedModelError(
+            f"backend='fa4' computes in 16 bits, and this model in {dtype}: load it in torch.bfloat16, or apply with "
+            "backend='flex'"
+        )
     reached = [window for window in windows if window is not None and window < depth]
     if reached:
         raise UnsupportedModelError(
             f"sequences of {depth} tokens reach beyond this model's window of {min(reached)}, for which backend='fa4' "
             "is not exact: apply with backend='flex'"
         )
-
-
-def _check_call_of_fa4(q_BHPD: Tensor, softcap: float | None) -> None:
-    if q_BHPD.device.type != "cuda":
-        raise FlexpatchError(f"backend='fa4' runs on CUDA devices, not on {q_BHPD.device}: apply with backend='auto'")
-    if softcap is not None:
-        raise UnsupportedModelError(
-            f"this model caps its attention scores (at {softcap}), which backend='fa4' cannot: apply with 'flex'"
-        )
-    if q_BHPD.dtype.itemsize != 2 or q_BHPD.shape[-1] not in FA4_HEADS:
-        raise UnsupportedModelError(
-            f"backend='fa4' computes in 16 bits with heads of {', '.join(map(str, FA4_HEADS))}, but got "
-            f"{q_BHPD.dtype} and heads of {q_BHPD.shape[-1]}: apply with backend='flex'"
-        )
-    if torch.are_deterministic_algorithms_enabled() and torch.is_grad_enabled():
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict and torch.is_grad_enabled():
         raise FlexpatchError(
             "backend='fa4' sums gradients in no fixed order, and deterministic algorithms were asked for: apply with "
             "backend='flex'"

@@ -345,7 +345,9 @@ class _Verification:
         return _worst(ours, oracle) if self.exact else float((ours.double() - oracle.double()).abs().mean())
 
     def _reach(self) -> int:
-        """The largest window of any layer, 0 if there are none."""
+        """The largest window of any layer, 0 if there are none, or if the backend takes no longer sequences."""
+        if self.options["backend"] == "fa4":
+            return 0
         windows = self.adapter.windows(self.config)
         used = set(getattr(self.config, "layer_types", None) or ()) & set(windows) or set(windows)
         return max(windows[layer_type] or 0 for layer_type in used)

@@ -25,16 +25,18 @@ from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from flexpatch.attention import check_fa4, check_windows_of_fa4, flex
+from flexpatch.attention import check_fa4, check_fa4_call, check_fa4_model, flex
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
@@ -96,11 +98,14 @@ def apply(
     """
     if backend not in BACKENDS:
         raise FlexpatchError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
-    if backend == "fa4":
-        check_fa4()
     hook = _RowHook(compile, None if checkpointing is None else Recomputation(checkpointing))
     inner = _pretrained(model)
     adapter = adapter_for(text_config(inner))
+    if backend == "fa4":
+        check_fa4()
+        config = text_config(inner)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        check_fa4_model(head_dim, getattr(config, "attn_logit_softcapping", None))
     current = inner.config._attn_implementation
     original = _parse(current)[2] if current.startswith(PREFIX) else current
     if original not in adapter.implementations:
@@ -199,10 +204,14 @@ def _inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter) -> dict[str, A
     config, device = text_config(inner), rows.input_ids.device
     dtype = _mask_dtype(inner, device)
     windows = adapter.windows(config)
+    layer_types = dict.fromkeys(config.layer_types) if adapter.masks == "by_layer_type" else [FULL]
     if _parse(inner.config._attn_implementation)[1] == "fa4":
-        check_windows_of_fa4(windows.values(), rows.depth)
+        check_fa4()  # a pickled model may come from another machine
+        autocast = torch.is_autocast_enabled(device.type)
+        computes = torch.get_autocast_dtype(device.type) if autocast else inner.dtype
+        check_fa4_call(device, computes, [windows[layer] for layer in layer_types], rows.depth)
     if adapter.masks == "by_layer_type":
-        mask: Any = {layer: mask_of(rows, windows[layer], dtype) for layer in dict.fromkeys(config.layer_types)}
+        mask: Any = {layer: mask_of(rows, windows[layer], dtype) for layer in layer_types}
     else:
         mask = mask_of(rows, windows[FULL], dtype)
     return dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
@@ -325,7 +334,7 @@ class _Fold:
     folded: tuple[Rows, Tensor, int | None] | None = None
     obstacle: str | None = None
     key: Any = None
-    stacked: Tensor | None = None
+    arrays: Any = None
 
 
 class _RowHook:
@@ -336,7 +345,8 @@ class _RowHook:
         self.compile = compile
         self.recomputation = recomputation
         self.kept: list[GradientCheckpointingLayer] = []
-        self.last: _Fold | None = None
+
+    last: _Fold | None = None  # of the class, for models pickled by earlier versions
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of a model, which start without a batch: masks hold functions that cannot be pickled."""
@@ -407,32 +417,35 @@ class _RowHook:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
         batch = [ids, None if given is None else given != 0, call.get("position_ids")]
         # One copy for all three: on a GPU each would wait for everything launched before.
-        stacked = torch.stack([x.expand_as(ids).to(ids) for x in batch if x is not None])
+        arrays = torch.stack([x.expand_as(ids).to(ids) for x in batch if x is not None]).numpy(force=True)
         # A dispatched model moves its inputs by itself: ids on the CPU do not mean that it computes there.
         home = backbone.get_input_embeddings().weight.device
         device = ids.device if ids.device.type != "cpu" or home.type == "meta" else home
-        # Trainers run a batch through the policy and then the reference: it is folded once. Compared by value.
+        dtype = _mask_dtype(backbone, device)
+        # Trainers run a batch through the policy and then the reference: it is folded once. Not under a mode that
+        # watches operations (selective checkpointing), which expects the same ones every time.
         key = (
-            [x is not None for x in batch], backbone.config._attn_implementation, device,
-            torch.is_inference_mode_enabled(),
+            [x is not None for x in batch], dtype, device, config.vocab_size, longrope_limit(config),
+            torch.is_inference_mode_enabled(), is_in_torch_dispatch_mode(),
         )  # fmt: skip
         last = self.last
-        if last is None or last.key != key or not _equal(last.stacked, stacked):
-            dtype = _mask_dtype(backbone, device)
-            last = self._folded(config, stacked.numpy(force=True), given is not None, dtype, device)
-            self.last = last = replace(last, key=key, stacked=stacked)
+        if last is None or last.key != key or key[-1] or not np.array_equal(last.arrays, arrays):
+            last = self._folded(config, arrays, given is not None, dtype, device)
+            self.last = last = replace(last, key=key, arrays=arrays.copy())
         if last.obstacle is not None:
             _warn_unfolded(last.obstacle)
+        if last.folded is not None:
+            check_mode(backbone)
+            rows, index, padding = last.folded
+            # What is changed in place by hooks of others is this call's. Dense masks are too large to keep.
+            masks = rows.masks if dtype is None else {}
+            ids, positions = rows.input_ids.clone(), rows.position_ids.clone()
+            rows = replace(rows, input_ids=ids, position_ids=positions, masks=masks)
+            call |= _inputs(backbone, rows, adapter_for(config))
+            setattr(call["input_ids"], _AFTER, _After(unfold=(index, padding)))
         if last.counts is not None:
             self.counts.append(last.counts)
-        if last.folded is None:
-            return None
-        check_mode(backbone)
-        rows, index, padding = last.folded
-        call |= _inputs(backbone, rows, adapter_for(config))
-        call["input_ids"] = call["input_ids"].detach()  # another tensor object: what it carries is this call's
-        setattr(call["input_ids"], _AFTER, _After(unfold=(index, padding)))
-        return call
+        return None if last.folded is None else call
 
     def _folded(self, config: Any, arrays: Any, masked: bool, dtype: torch.dtype | None, device: Any) -> "_Fold":
         ids, *rest = arrays
@@ -450,10 +463,6 @@ class _RowHook:
                 obstacle="with padding or position_ids beyond the length at which longrope switches its frequencies"
             )
         return _Fold(folded.counts, (folded.rows.to(device), folded.index.to(device), folded.padding))
-
-
-def _equal(a: Tensor | None, b: Tensor) -> bool:
-    return a is not None and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _ordinary(call: dict[str, Any]) -> bool:

@@ -90,6 +90,7 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
     types = list(adapters()) if options.model == "all" else [options.model] * (options.model in adapters())
     tiny = bool(types) and not os.path.isdir(options.model)
     default = torch.float64 if tiny and torch.device(device).type == "cpu" else torch.float32
+    default = torch.bfloat16 if options.backend == "fa4" else default
     dtype = default if options.dtype == "auto" else getattr(torch, options.dtype)
     if not tiny:
         model = load_model(options.model, dtype, trust_remote_code=options.trust_remote_code).to(device)

@@ -13,7 +13,6 @@ from parameterized import parameterized
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import flexpatch
@@ -214,21 +213,8 @@ class RefusalTest(unittest.TestCase):
         with pytest.raises(UnsupportedModelError, match=r"attention dropout 0.1 is not exact.*attention_dropout=0.0"):
             flex(*random_qkv(1, 4, 2, 150, 16), self.mask, dropout=0.1)
 
-    def test_flash_attention_4(self) -> None:
-        q, k, v = random_qkv(1, 4, 2, 150, 64)
-        with pytest.raises(FlexpatchError, match="fa4' runs on CUDA devices, not on cpu"):
-            flex(q, k, v, self.mask, fa4=True)
-        with FakeTensorMode():
-            for dtype, head_dim, softcap, why in (
-                (torch.bfloat16, 64, 30.0, "caps its attention scores"),
-                (torch.float32, 64, None, "16 bits with heads of 64, 96, 128, but got torch.float32 and heads of 64"),
-                (torch.bfloat16, 32, None, "but got torch.bfloat16 and heads of 32"),
-            ):
-                q = torch.empty(1, 4, 150, head_dim, dtype=dtype, device="cuda")
-                with pytest.raises(UnsupportedModelError, match=why):
-                    attention._check_call_of_fa4(q, softcap)
-
     def test_flash_attention_4_must_be_installed(self) -> None:
+        attention.check_fa4.cache_clear()
         with pytest.raises(FlexpatchError, match=r"pip install 'flash-attn-4>=4.0.0b33'.*does not import here"):
             flexpatch.apply(tiny_model("llama"), backend="fa4")
         with pytest.MonkeyPatch.context() as patch:
@@ -236,14 +222,32 @@ class RefusalTest(unittest.TestCase):
             patch.setattr(attention.metadata, "version", lambda name: "4.0.0b11")
             with pytest.raises(FlexpatchError, match=r"4.0.0b11 has given wrong gradients"):
                 flexpatch.apply(tiny_model("llama"), backend="fa4")
-            patch.setattr(attention.metadata, "version", lambda name: "4.0.0b36")
-            model = flexpatch.apply(tiny_model("llama"), backend="fa4")
-            assert flexpatch.patch.settings_of(model)["backend"] == "fa4"
-            model = flexpatch.apply(tiny_model("mistral", 1), backend="fa4")
-            with pytest.raises(
-                UnsupportedModelError, match=r"sequences of 300 tokens reach beyond this model's window"
-            ):
-                flexpatch.answer_logprobs(model, build_rows([[Tree([3] * 200, children=[Tree([4] * 100)])]]))
+
+    def test_what_flash_attention_4_cannot_do(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flexpatch.patch, "check_fa4", lambda: None)
+            for model_type, why in (("llama", "have 16"), ("gemma2", "caps its attention scores")):
+                with pytest.raises(UnsupportedModelError, match=why):
+                    flexpatch.apply(tiny_model(model_type), backend="fa4")
+            patch.setattr(attention, "FA4_HEADS", (16,))
+            rows = build_rows([[Tree([3] * 200, children=[Tree([4] * 100)])]])
+            for compiled in (False, True):
+                model = flexpatch.apply(tiny_model("mistral", 1, dtype=torch.bfloat16), backend="fa4", compile=compiled)
+                with pytest.raises(FlexpatchError, match="fa4' runs on Hopper GPUs, not on cpu"):
+                    flexpatch.answer_logprobs(model, rows)
+            hopper = torch.device("cuda")
+            patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+            attention.check_fa4_call(hopper, torch.bfloat16, [None, 300], 300)
+            with pytest.raises(UnsupportedModelError, match="300 tokens reach beyond this model's window of 299"):
+                attention.check_fa4_call(hopper, torch.bfloat16, [None, 299], 300)
+            with pytest.raises(UnsupportedModelError, match=r"in 16 bits, and this model in torch\.float32"):
+                attention.check_fa4_call(hopper, torch.float32, [None], 300)
+            patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+            with pytest.raises(FlexpatchError, match="no fixed order"):
+                attention.check_fa4_call(hopper, torch.bfloat16, [None], 300)
+            patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+            with pytest.raises(FlexpatchError, match="runs on Hopper GPUs"):
+                attention.check_fa4_call(hopper, torch.bfloat16, [None], 300)
 
     def test_attention_sinks(self) -> None:
         with pytest.raises(UnsupportedModelError, match="attention sinks are not supported"):

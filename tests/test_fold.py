@@ -4,6 +4,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from forests import row_prefixes, visible
 from oracle import see_siblings
 from parameterized import parameterized
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -486,6 +488,42 @@ def test_a_batch_is_folded_once_for_policy_and_reference(monkeypatch: pytest.Mon
         run()
     run()
     model(**batch).logits.sum().backward()  # of a fold whose tensors autograd may keep
+    # What another hook does to a call's ids is over with that call.
+
+    def spoil(module: nn.Module, args: Any, call: dict[str, Any]) -> None:
+        call["input_ids"].fill_(5)
+
+    handle = model.base_model.register_forward_pre_hook(spoil, with_kwargs=True)
+    model(**batch)
+    handle.remove()
+    run()
+
+
+def test_a_refused_batch_counts_for_nothing() -> None:
+    model, batch = flexpatch.apply(tiny_model("llama")).train(), padded_batch()
+    model.get_input_embeddings().neftune_noise_alpha = 5.0
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match="NEFTune"):
+            model(**batch)
+    assert flexpatch.savings(model).batches == 0
+
+
+def test_ids_that_a_smaller_vocabulary_lacks_are_refused_again() -> None:
+    model, batch = flexpatch.apply(tiny_model("llama")), padded_batch()
+    model(**batch)
+    model.resize_token_embeddings(int(batch["input_ids"].max()))
+    with pytest.raises(FlexpatchError, match="outside the vocabulary"):
+        model(**batch)
+
+
+def test_selective_checkpointing_of_the_whole_model() -> None:
+    """It wants the same operations of a forward and its recomputation."""
+    model, batch = flexpatch.apply(tiny_model("llama", dtype=torch.float32)).train(), padded_batch()
+    expected = torch.autograd.grad(model(**batch).logits.square().sum(), model.lm_head.weight)[0]
+    context = partial(create_selective_checkpoint_contexts, lambda *args, **kwargs: CheckpointPolicy.MUST_SAVE)
+    logits = checkpoint(lambda: model(**batch).logits, use_reentrant=False, context_fn=context)
+    ours = torch.autograd.grad(logits.square().sum(), model.lm_head.weight)[0]
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_compiling_the_whole_model() -> None:
