@@ -87,12 +87,6 @@ class Row:
         return self.ends.shape[1]
 
 
-def padded_length(length: int, tokens: int) -> int:
-    """Coarser than the product's buckets: kernels are compiled for each length, and a benchmark has many points."""
-    step = max(BLOCK, tokens // 4) * (1 if length <= tokens else 2)
-    return bucket(-(-length // step) * step)
-
-
 def pairs_in_batch(prompt: int, completion: int, tokens: int) -> int:
     """At least ``tokens`` tokens of separate sequences, in the number whose rows, of trees above all, are padded least
     for the pairs of tokens that attention has to visit."""
@@ -102,7 +96,7 @@ def pairs_in_batch(prompt: int, completion: int, tokens: int) -> int:
     least = -(-tokens // lengths[0])
 
     def padding(pairs: int) -> float:
-        paired, shared = (padded_length(pairs * n, tokens) / pairs - n for n in lengths)
+        paired, shared = (bucket(pairs * n) / pairs - n for n in lengths)
         return paired / areas[0] + 3 * shared / areas[1]
 
     return min(range(least, max(least, 3 * tokens // (2 * lengths[0])) + 1), key=padding)
@@ -117,7 +111,7 @@ def make_row(setup: Setup, pairs: Sequence[Pair], shared: bool) -> Row:
         trees = [Tree([1] * n) for n in queries]
     rows = build_rows([trees]).to(setup.device)
     # Padding up to a common length as single tokens that see themselves: next to no work for the kernel.
-    padded = padded_length(rows.tokens, setup.tokens)
+    padded = bucket(rows.tokens)
     ends = torch.arange(1, padded + 1, device=setup.device)[None].contiguous()
     ends[:, : rows.tokens] = rows.ends
     mask = block_mask(ends, F.pad(rows.position_ids, (0, padded - rows.tokens)), None)
