@@ -17,9 +17,13 @@ from flexpatch.masks import block_mask, dense_mask
 from flexpatch.parity import check_parity
 from flexpatch.tree import Rows, Tree, build_rows
 
-pytest.importorskip("flash_attn.cute")
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 DEVICE = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _flash_attention_4() -> None:
+    pytest.importorskip("flash_attn.cute")
 
 
 def small(head_dim: int, window: int | None = None, **settings: object) -> nn.Module:
