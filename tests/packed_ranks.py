@@ -16,3 +16,6 @@ if __name__ == "__main__":
     assert trainer.state.global_step == 1
     if trainer.accelerator.is_main_process:
         torch.save([weights(trainer.model), trainer.accelerator.num_processes, len(trainer.bins)], file)
+    # Together: gloo aborts a rank whose peers have gone while it still holds their connections.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
