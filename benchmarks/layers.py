@@ -60,7 +60,6 @@ class Setup:
     shape: dict[str, int]
     tokens: int
     deadline: float
-    trials: tuple[int, int]
     unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -489,12 +488,12 @@ TRIALS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def tune(setup: Setup) -> None:
+def tune(setup: Setup, trials: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     """A trial's forward and backward options are compiled together, but have nothing to do with each other."""
     points = [(512, 512), (2048, 512)]
     rows = [make_row(setup, [(p, c, c)] * max(1, setup.tokens // (p + 2 * c)), True) for p, c in points]
     print(line("pass", "options", *(f"p = {p}, c = {c}: ms" for p, c in points)) + "\n" + "|---" * 4 + "|", flush=True)
-    for forward, backward in tqdm(TRIALS[setup.trials[0] :: setup.trials[1]], desc="trials", disable=None):
+    for forward, backward in tqdm(trials, desc="trials", disable=None):
         options = {f"fwd_{k}": v for k, v in forward.items()} | {f"bwd_{k}": v for k, v in backward.items()}
         kernel = flex_with(options)
         # Without its backward first: a trial whose backward does not compile still has a forward.
@@ -525,8 +524,7 @@ def main() -> int:
     ratios = options.ratios or ([0.5, 1, 2, 4, 8, 16] if options.full else [0.5, 1, 4, 16])
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     cuda = device.type == "cuda"
-    deadline = time.monotonic() + options.seconds
-    setup = Setup(device, dtype, SHAPE if cuda else SMALL, options.tokens, deadline, tuple(options.trials))
+    setup = Setup(device, dtype, SHAPE if cuda else SMALL, options.tokens, time.monotonic() + options.seconds)
     setup.unavailable.update((kernel, "left out by --kernels") for kernel in KERNELS if kernel not in options.kernels)
     # FA4's compiler says so of every kernel without auxiliary tensors.
     warnings.filterwarnings("ignore", message="Argument aux_data")
@@ -542,7 +540,8 @@ def main() -> int:
         return check(setup, options.check)
     if options.tune:
         with contextlib.suppress(TimeUpError):
-            tune(setup)
+            first, every = options.trials
+            tune(setup, TRIALS[first::every])
         return 0
     options.output.mkdir(parents=True, exist_ok=True)
     config = transformers.MistralConfig(**setup.shape, sliding_window=None)

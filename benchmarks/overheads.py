@@ -148,7 +148,8 @@ def folding(model: Any, pairs: list[flexpatch.Tree], device: torch.device) -> tu
     [hook] = model.base_model._forward_pre_hooks.values()
 
     def fold(again: bool = False) -> Any:
-        hook.last = hook.last if again else None
+        if not again:
+            hook.last = None
         return hook(model.base_model, (), dict(call))[1]["input_ids"]
 
     return fold, ids.numpy()

@@ -265,12 +265,10 @@ def prepare(job: Job, layout: str, compiled: bool, backend: str) -> None:
     for layer in causal.model.layers:
         vars(layer).pop("forward", None)
     causal.set_attn_implementation("sdpa")
-    if layout.startswith("shared") or (layout == "packed pairs" and job.kernel in ("flex", "sdpa")):
-        settings: dict[str, Any] = {"compile": True} if compiled and "packed" in layout else {}
-        dense = layout == "packed pairs" and job.kernel == "sdpa"
-        if layout.startswith("shared"):
-            settings["backend"] = backend
-        flexpatch.apply(causal, **({"backend": "dense"} if dense else {}) | settings)
+    own = {"flex": "auto", "sdpa": "dense"}  # packed pairs on flexpatch's own backends
+    if layout.startswith("shared") or (layout == "packed pairs" and job.kernel in own):
+        backend = backend if layout.startswith("shared") else own[job.kernel]
+        flexpatch.apply(causal, backend=backend, compile=compiled and "packed" in layout)
     elif layout == "packed pairs":
         causal.set_attn_implementation(f"packed_{job.kernel}")
         if compiled:
@@ -383,10 +381,10 @@ def measure_layouts(
     batches: dict[str, list[Batch]] = {}
     seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
     peaks: dict[str, list[int]] = {layout: [] for layout in layouts}
-    last: dict[str, tuple[dict[str, Any], Tensor] | str] = {}
+    results: dict[str, tuple[dict[str, Any], Tensor] | str] = {}
     for turn in range(1 + options.repeats):
         for layout in layouts:
-            if last.get(layout) == OUT_OF_MEMORY:
+            if layout in results:  # out of memory
                 continue
             prepare(job, layout, options.compile, options.backend)
             try:
@@ -398,19 +396,17 @@ def measure_layouts(
                 took, (loss, tokens) = timed(step, options.device, 1)
                 seconds[layout] += took
                 peaks[layout].append(torch.cuda.max_memory_allocated() if options.device == "cuda" else 0)
-                if turn < options.repeats:
-                    last[layout] = {}, tokens
-                else:
+                if turn == options.repeats:
                     record = record_of(job, pairs, batches[layout], seconds[layout], peaks[layout], loss)
                     if options.profile and options.device == "cuda" and "packed" in layout:
                         record["kernels_ms"] = profile(step, record["ms"])
-                    last[layout] = record, tokens.cpu()
+                    results[layout] = record, tokens.cpu()
             except torch.OutOfMemoryError:
-                last[layout] = OUT_OF_MEMORY
-                job.causal.zero_grad(set_to_none=True)
-                free_memory()
+                results[layout] = OUT_OF_MEMORY
             job.causal.zero_grad(set_to_none=True)
-    return last
+            if results.get(layout) == OUT_OF_MEMORY:
+                free_memory()
+    return {layout: results[layout] for layout in layouts}
 
 
 def record_of(

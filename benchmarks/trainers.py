@@ -232,9 +232,7 @@ def best(options: argparse.Namespace, mode: str, name: str, lengths: list[list[i
         try:
             record = measure(options, mode, lengths, size, recompute, attention)
         except torch.OutOfMemoryError:
-            record = dict(
-                pairs_per_s=0.0, batch_size=size, recompute="on" if recompute else "off", failed="out of memory"
-            )
+            record = dict(pairs_per_s=0.0, batch_size=size, recompute=recompute, failed="out of memory")
         tried.append(record)
         print(name, mode, record, flush=True)
         gc.collect()
@@ -249,16 +247,18 @@ def best(options: argparse.Namespace, mode: str, name: str, lengths: list[list[i
     elif mode == "one line":  # the larger the batch, the more it gains
         any(rate(size, again) for again in (False, True) for size in reversed(options.batch_sizes))
     else:
-        sizes = list(options.batch_sizes)
+        largest = 0  # that ran without checkpointing
         for recompute in (False, True):
-            for size in list(sizes):
+            for size in options.batch_sizes:
+                if size < largest:
+                    continue
                 found = rate(size, recompute)
                 if found and not recompute:
-                    sizes = sizes[sizes.index(size) :]
+                    largest = size
                 if found < 0.9 * fastest()["pairs_per_s"]:
                     break
         if options.flash:
-            rate(fastest()["batch_size"], fastest()["recompute"] == "on", options.flash)
+            rate(fastest()["batch_size"], fastest()["recompute"], options.flash)
     return fastest() | dict(tried=tried)
 
 
@@ -310,7 +310,7 @@ def measure(
         ms_per_step=1e3 * seconds,
         pairs_per_step=pairs_per_step,
         batch_size=batch_size,
-        recompute="on" if recompute else "off",
+        recompute=recompute,
         attention=attention,
         steps_ms=[round(1e3 * step) for step in clock.steps],
         first_epoch_extra_s=clock.epochs[0] - clock.epochs[-1],
@@ -380,7 +380,8 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
         speed = {mode: modes[mode]["pairs_per_s"] for mode in MODES}
         peak = ", ".join(f"{modes[m].get('peak_gb') or math.nan:.0f}" for m in MODES)
         cells = [name]
-        cells += [f"{speed[m]:.1f} ({modes[m]['batch_size']}, {modes[m]['recompute']})" for m in MODES[:2]]
+        for m in MODES[:2]:
+            cells.append(f"{speed[m]:.1f} ({modes[m]['batch_size']}, {'on' if modes[m]['recompute'] else 'off'})")
         cells += [f"{speed['packed']:.1f}", *(f"**{speed[m] / speed['stock']:.2f}×**" for m in MODES[1:])]
         cells += [f"÷ {modes['one line'].get('token_factor', math.nan):.2f}", peak]
         cells.append(f"{modes['packed'].get('first_epoch_extra_s', math.nan):.0f}")

@@ -34,7 +34,16 @@ from tqdm import tqdm
 
 from flexpatch.errors import FlexpatchError
 from flexpatch.logprobs import answer_logprobs, separate_logprobs, sum_answers
-from flexpatch.patch import apply, eager_experts, model_inputs, remove, savings, settings_of, text_config
+from flexpatch.patch import (
+    apply,
+    backend_of,
+    eager_experts,
+    model_inputs,
+    remove,
+    savings,
+    settings_of,
+    text_config,
+)  # fmt: skip
 from flexpatch.registry import Adapter, adapter_for
 from flexpatch.tree import Rows, Tree, build_rows
 
@@ -192,9 +201,8 @@ class _Verification:
 
         apply(self.model, **self.options)
         broken = replace(self.rows, ends=_whole_trees(self.rows), masks={})
-        flexible = "fa4" if self.options["backend"] == "fa4" else "flex"
-        self.report.settings["backend"] = "dense" if self._is_dense() else flexible
-        if self.options["compile"] and not self._is_dense():
+        self.report.settings["backend"] = backend = backend_of(self.model)
+        if self.options["compile"] and backend != "dense":
             self.report.settings["compiled"] = "layers"
         kind = "derivatives" if self._routes() else "logits"
         detail = "an answer reaches tokens outside it"
@@ -368,10 +376,6 @@ class _Verification:
 
     def _routes(self) -> bool:
         return any("experts" in name for name, _ in self.model.named_modules())
-
-    def _is_dense(self) -> bool:
-        mask = model_inputs(self.model, self.rows)["attention_mask"]
-        return isinstance(next(iter(mask.values())) if isinstance(mask, dict) else mask, Tensor)
 
 
 class _Float64(TorchFunctionMode):

@@ -100,10 +100,10 @@ def apply(
         raise FlexpatchError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
     hook = _RowHook(compile, None if checkpointing is None else Recomputation(checkpointing))
     inner = _pretrained(model)
-    adapter = adapter_for(text_config(inner))
+    config = text_config(inner)
+    adapter = adapter_for(config)
     if backend == "fa4":
         check_fa4()
-        config = text_config(inner)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         check_fa4_model(head_dim, getattr(config, "attn_logit_softcapping", None))
     current = inner.config._attn_implementation
@@ -137,9 +137,7 @@ def apply(
     inner.base_model.register_forward_hook(_score_hook, with_kwargs=True)
     if current != inner.config._attn_implementation:
         device = inner.get_input_embeddings().weight.device
-        flexible = "fa4" if backend == "fa4" else "flex"
-        chosen = flexible if _mask_dtype(inner, device) is None else "dense"
-        log.info("flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, chosen, device)
+        log.info("flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, backend_of(inner), device)
     return model
 
 
@@ -205,15 +203,13 @@ def _inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter) -> dict[str, A
     dtype = _mask_dtype(inner, device)
     windows = adapter.windows(config)
     layer_types = dict.fromkeys(config.layer_types) if adapter.masks == "by_layer_type" else [FULL]
-    if _parse(inner.config._attn_implementation)[1] == "fa4":
+    if _backend(inner, device) == "fa4":
         check_fa4()  # a pickled model may come from another machine
         autocast = torch.is_autocast_enabled(device.type)
         computes = torch.get_autocast_dtype(device.type) if autocast else inner.dtype
         check_fa4_call(device, computes, [windows[layer] for layer in layer_types], rows.depth)
-    if adapter.masks == "by_layer_type":
-        mask: Any = {layer: mask_of(rows, windows[layer], dtype) for layer in layer_types}
-    else:
-        mask = mask_of(rows, windows[FULL], dtype)
+    masks = {layer: mask_of(rows, windows[layer], dtype) for layer in layer_types}
+    mask = masks if adapter.masks == "by_layer_type" else masks[FULL]
     return dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
 
 
@@ -424,14 +420,15 @@ class _RowHook:
         dtype = _mask_dtype(backbone, device)
         # Trainers run a batch through the policy and then the reference: it is folded once. Not under a mode that
         # watches operations (selective checkpointing), which expects the same ones every time.
+        watched = is_in_torch_dispatch_mode()
         key = (
             [x is not None for x in batch], dtype, device, config.vocab_size, longrope_limit(config),
-            torch.is_inference_mode_enabled(), is_in_torch_dispatch_mode(),
+            torch.is_inference_mode_enabled(), watched,
         )  # fmt: skip
         last = self.last
-        if last is None or last.key != key or key[-1] or not np.array_equal(last.arrays, arrays):
+        if watched or last is None or last.key != key or not np.array_equal(last.arrays, arrays):
             last = self._folded(config, arrays, given is not None, dtype, device)
-            self.last = last = replace(last, key=key, arrays=arrays.copy())
+            self.last = last = replace(last, key=key, arrays=arrays)
         if last.obstacle is not None:
             _warn_unfolded(last.obstacle)
         if last.folded is not None:
@@ -601,12 +598,24 @@ def _hook_of(inner: PreTrainedModel) -> _RowHook | None:
     return next((hook for hook in hooks if isinstance(hook, _RowHook)), None)
 
 
+def backend_of(model: nn.Module) -> str:
+    """``"flex"``, ``"fa4"`` or ``"dense"``: what rows of a patched model run on where it is now."""
+    inner = _pretrained(model)
+    return _backend(inner, inner.get_input_embeddings().weight.device)
+
+
+def _backend(inner: PreTrainedModel, device: torch.device) -> str:
+    _, backend, _ = _parse(inner.config._attn_implementation)
+    if backend == "auto":
+        return "flex" if device.type in ("cuda", "xpu") else "dense"
+    return backend
+
+
 def _mask_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype | None:
     """The kind of mask :func:`flexpatch.masks.mask_of` must build: a block mask, or what the original takes."""
-    _, backend, original = _parse(inner.config._attn_implementation)
-    if backend in ("flex", "fa4") or (backend == "auto" and device.type in ("cuda", "xpu")):
+    if _backend(inner, device) != "dense":
         return None
-    return torch.bool if original == "sdpa" else inner.dtype
+    return torch.bool if _parse(inner.config._attn_implementation)[2] == "sdpa" else inner.dtype
 
 
 def _parse(name: str) -> tuple[str, str, str]:

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from parameterized import parameterized
+from test_flex import dense_attention, trees
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,7 +16,7 @@ from flexpatch import FlexpatchError, UnsupportedModelError
 from flexpatch.attention import flex
 from flexpatch.masks import block_mask, dense_mask
 from flexpatch.parity import check_parity
-from flexpatch.tree import Rows, Tree, build_rows
+from flexpatch.tree import build_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 DEVICE = torch.device("cuda")
@@ -26,29 +27,14 @@ def _flash_attention_4() -> None:
     pytest.importorskip("flash_attn.cute")
 
 
-def small(head_dim: int, window: int | None = None, **settings: object) -> nn.Module:
+def small(head_dim: int, window: int | None = None) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "mistral", hidden_size=256, num_hidden_layers=3, intermediate_size=512, num_attention_heads=4,
         num_key_value_heads=2, head_dim=head_dim, vocab_size=151, sliding_window=window, initializer_range=0.1,
-        **settings,
     )  # fmt: skip
     with DEVICE:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-
-
-def rows_of(*lengths: tuple[int, ...]) -> Rows:
-    generator = torch.Generator().manual_seed(0)
-    trees = [Tree.of(*(torch.randint(3, 151, (n,), generator=generator).tolist() for n in tree)) for tree in lengths]
-    return build_rows([trees]).to(DEVICE)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
-    """A dense softmax."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    mask = dense_mask(rows.ends, rows.position_ids, None)
-    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 @parameterized.expand([(64,), (96,), (128,), (128, 4096)])
@@ -79,13 +65,14 @@ def distances(ours: list[Tensor], truth: list[Tensor]) -> Tensor:
 @parameterized.expand([(64,), (128,)])
 def test_gradients_of_200_launches(head_dim: int) -> None:
     """Fresh inputs against float64. What is allowed is twice the error of Triton's kernels."""
-    rows = rows_of((700, 90, 41), (1, 33, 200), (129, 128, 1), (300, 300, 300))
-    mask, length, bound = block_mask(rows.ends, rows.position_ids, None), rows.input_ids.shape[1], None
+    rows = build_rows([trees((700, 90, 41), (1, 33, 200), (129, 128, 1), (300, 300, 300))]).to(DEVICE)
+    mask, visible = (make(rows.ends, rows.position_ids, None) for make in (block_mask, dense_mask))
+    length, bound = rows.input_ids.shape[1], None
     for i in range(200):
         weight = torch.randn(1, length, 8, head_dim, device=DEVICE).bfloat16()
         qkv = [torch.randn(1, h, length, head_dim, device=DEVICE).bfloat16().requires_grad_() for h in (8, 2, 2)]
         exact = [x.detach().double().requires_grad_() for x in qkv]
-        truth = with_gradients(attention(*exact, rows), exact, weight)
+        truth = with_gradients(dense_attention(*exact, visible), exact, weight)
         if bound is None:
             bound = 2 * distances(with_gradients(flex(*qkv, mask), qkv, weight), truth)
         ours = distances(with_gradients(flex(*qkv, mask, fa4=True), qkv, weight), truth)
@@ -93,7 +80,7 @@ def test_gradients_of_200_launches(head_dim: int) -> None:
 
 
 def test_what_it_cannot_do_is_refused() -> None:
-    rows = rows_of((200, 61, 33))
+    rows = build_rows([trees((200, 61, 33))]).to(DEVICE)
     model = flexpatch.apply(small(128).float(), backend="fa4")
     with pytest.raises(UnsupportedModelError, match="16 bits"):
         flexpatch.answer_logprobs(model, rows)

@@ -63,11 +63,12 @@ def test_heads(head_dim: int, heads: int, kv_heads: int) -> None:
             assert (a - b).norm() / b.norm() < 1e-5
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float) -> Tensor:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None = None) -> Tensor:
     q, k, v = q.double(), k.double(), v.double()
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = softcap * torch.tanh(q @ k.mT / q.shape[-1] ** 0.5 / softcap)
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
