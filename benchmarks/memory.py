@@ -1,7 +1,7 @@
 """Peak memory of a training step at equal batches, and the largest batch that fits, paired as trainers do and shared.
 
     python benchmarks/memory.py LENGTHS.json                          # on a GPU
-    python benchmarks/memory.py LENGTHS.json --modes lora --checkpointing none --compile --sets hh
+    python benchmarks/memory.py LENGTHS.json --modes lora --checkpointing none all --compile --sets hh
 
 Forward and backward of a DPO loss (with --modes lora: and the reference's forward), no optimizer. *At equal batches*:
 the peak beyond what is allocated before the step, for --pairs pairs. *Largest batch*: pairs of one call and one
@@ -11,9 +11,10 @@ Prints a table, and writes it with memory.json to --output.
 """
 
 import argparse
+import itertools
 import json
-import math
 import random
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from train import SHAPES, Job, free_memory, make_job, measure_layout
+from train import SHAPES, Job, free_memory, make_batches, make_job, prepare, train_step
 
 LAYOUTS = ("padded pairs", "shared packed")
 Pairs = list[list[list[int]]]
@@ -34,27 +35,30 @@ def main() -> None:
     add("--shape", choices=SHAPES, default="Mistral-7B")
     add("--modes", nargs="+", choices=("full", "lora"), default=["lora"])
     add("--sets", nargs="+", help="default: all")
+    add("--largest", nargs="+", help="sets whose largest batch is sought, which takes minutes (default: all)")
     add("--pairs", type=int, default=8, help="of the equal batches (%(default)s)")
-    add("--checkpointing", default="all", help="decoder layers computed again in backward: all, none or a number")
+    add("--checkpointing", nargs="+", default=["none", "all"], help="layers computed again: all, none or a number")
     add("--compile", action="store_true", help="layers of shared rows")
     add("--output", type=Path, default=Path("runs/memory"))
     options = parser.parse_args()
-    vars(options).update(
-        device="cuda", dtype="bfloat16", backend="auto", liger=False, profile=False, repeats=1, tokens=math.inf
-    )
+    vars(options).update(device="cuda", dtype="bfloat16", liger=False, tokens=sys.maxsize)  # one call
     options.output.mkdir(parents=True, exist_ok=True)
     lengths = json.loads(options.lengths.read_text())
     results: dict[str, Any] = {
-        "conditions": f"{options.shape}, random weights, bfloat16, layers checkpointed: {options.checkpointing}"
-        f"{', compiled' if options.compile else ''}; {torch.cuda.get_device_name()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}; `python benchmarks/memory.py`",
+        "conditions": f"{options.shape}, random weights, bfloat16{', compiled' if options.compile else ''}; "
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}; "
+        "`python benchmarks/memory.py`",
         "runs": [],
     }
-    for mode in options.modes:
-        job = make_job(options.shape, mode, "none", options)
-        for name in tqdm(options.sets or lengths, desc=mode, disable=None):
-            pairs = draw(lengths[name], 20_000, job.causal.config.vocab_size)
-            results["runs"].append(dict(mode=mode, set=name, **compare(job, pairs, options)))
+    for mode, recomputed in itertools.product(options.modes, options.checkpointing):
+        setting = f"{mode}, layers checkpointed: {recomputed}"
+        job = make_job(options.shape, mode, "none", argparse.Namespace(**vars(options) | {"checkpointing": recomputed}))
+        for name in tqdm(options.sets or lengths, desc=setting, disable=None):
+            pairs = draw(lengths[name], 5_000, job.causal.config.vocab_size)
+            run = dict(setting=setting, set=name, **at_equal(job, pairs[: options.pairs], options))
+            if name in (options.largest or lengths):
+                run["largest"] = largest(job, pairs, options)
+            results["runs"].append(run)
             print(results["runs"][-1], flush=True)
             (options.output / "memory.json").write_text(json.dumps(results, indent=1))
             (options.output / "table.md").write_text(table(results))
@@ -64,20 +68,20 @@ def main() -> None:
 
 
 def draw(lengths: list[list[int]], count: int, vocabulary: int) -> Pairs:
-    """Pairs with lengths of a set, drawn with replacement. Equal ids will do: trees share by construction."""
+    """Pairs with lengths of a set, drawn with replacement. The two answers begin differently: they share no token."""
     drawn = random.Random(0).choices(lengths, k=count)
     return [[[5 + i % (vocabulary - 5)] * length for i, length in enumerate(triple)] for triple in drawn]
 
 
-def compare(job: Job, pairs: Pairs, options: argparse.Namespace) -> dict[str, Any]:
-    at_equal = {layout: peak(job, layout, pairs[: options.pairs], options) for layout in LAYOUTS}
-    largest = {layout: fit(job, layout, pairs, options) for layout in LAYOUTS}
-    padded, shared = tokens(pairs[: options.pairs])
-    return dict(
-        token_ratio=padded / shared,
-        at_equal=at_equal,
-        largest={layout: dict(pairs=n, tokens=tokens(pairs[:n])[i]) for i, (layout, n) in enumerate(largest.items())},
-    )
+def at_equal(job: Job, pairs: Pairs, options: argparse.Namespace) -> dict[str, Any]:
+    padded, shared = tokens(pairs)
+    peaks = {layout: peak(job, layout, pairs, options) for layout in LAYOUTS}
+    return dict(token_ratio=padded / shared, pairs=len(pairs), at_equal=peaks)
+
+
+def largest(job: Job, pairs: Pairs, options: argparse.Namespace) -> dict[str, Any]:
+    found = {layout: fit(job, layout, pairs, options) for layout in LAYOUTS}
+    return {layout: dict(pairs=n, tokens=tokens(pairs[:n])[i]) for i, (layout, n) in enumerate(found.items())}
 
 
 def tokens(pairs: Pairs) -> tuple[int, int]:
@@ -92,12 +96,15 @@ def peak(job: Job, layout: str, pairs: Pairs, options: argparse.Namespace) -> in
     """Bytes a step allocates beyond what there is; ``None`` if they do not fit."""
     job.causal.zero_grad(set_to_none=True)
     free_memory()
+    prepare(job, layout, options.compile, "auto")
+    batches = make_batches(job, layout, pairs, options)
     before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     try:
-        record, _ = measure_layout(job, layout, pairs, options)
+        train_step(job, batches)
     except torch.OutOfMemoryError:
         return None
-    return round(1e9 * record["peak_gb"]) - before
+    return torch.cuda.max_memory_allocated() - before
 
 
 def fit(job: Job, layout: str, pairs: Pairs, options: argparse.Namespace) -> int:
@@ -128,7 +135,7 @@ def last(pairs: Pairs, kind: int, budget: float) -> int:
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| | lengths like | tokens ÷ | step's GB at equal batches: padded, shared | ÷ "
+        f"| | lengths like | tokens ÷ | step's GB, {results['runs'][0]['pairs']} pairs: padded, shared | ÷ "
         "| largest batch, pairs: padded, shared | × | tokens: padded, shared |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -136,10 +143,10 @@ def table(results: dict[str, Any]) -> str:
         given: Sequence[int | None] = [run["at_equal"][layout] for layout in LAYOUTS]
         gb = ", ".join("–" if g is None else f"{g / 1e9:.1f}" for g in given)
         less = f"{given[0] / given[1]:.2f}" if given[0] and given[1] else "–"
-        most = [run["largest"][layout] for layout in LAYOUTS]
-        more = f"{most[1]['pairs'] / most[0]['pairs']:.2f}" if most[0]["pairs"] else "–"
-        cells = [run["mode"], run["set"], f"{run['token_ratio']:.2f}", gb, less]
-        cells += [", ".join(f"{m['pairs']:,}" for m in most), more, ", ".join(f"{m['tokens']:,}" for m in most)]
+        cells = [run["setting"], run["set"], f"{run['token_ratio']:.2f}", gb, less, "–", "–", "–"]
+        if most := [run["largest"][layout] for layout in LAYOUTS] if "largest" in run else []:
+            more = f"{most[1]['pairs'] / most[0]['pairs']:.2f}" if most[0]["pairs"] else "–"
+            cells[5:] = [", ".join(f"{m['pairs']:,}" for m in most), more, ", ".join(f"{m['tokens']:,}" for m in most)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", results["conditions"]])
 
