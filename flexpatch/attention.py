@@ -72,14 +72,21 @@ def flex(
     dtype = v_BGLD.dtype
     if torch.is_autocast_enabled(q_BHLD.device.type):
         dtype = torch.get_autocast_dtype(q_BHLD.device.type)
-    # Only attention is padded to the bucket: the linear layers around it never see a padding token. Laid out token by
-    # token, as linear layers make and take them: a row that fills its bucket is not copied at all. Always contiguous:
-    # Dynamo guards on strides.
-    pad = (0, 0, 0, 0, 0, padded - length)
-    tokens_BLHD = (x.transpose(1, 2).to(dtype) for x in (q_BHLD, k_BGLD, v_BGLD))
-    padded_BPHD = (F.pad(x, pad) if padded > length else x for x in tokens_BLHD)
-    # Flattened in between, because dimensions of size 1 may have any stride.
-    q_BHPD, k_BGPD, v_BGPD = (x.reshape(-1).view(x.shape).transpose(1, 2) for x in padded_BPHD)
+    # Only attention is padded to the bucket: the linear layers around it never see a padding token.
+    extra = padded - length
+    # Contiguous in every case: Dynamo guards on strides, and rows that fill their bucket would compile anew.
+    if torch.compiler.is_compiling():
+        # Heads first: within a larger graph FlashAttention-4 was handed strides it refuses otherwise (torch 2.11).
+        q_BHPD, k_BGPD, v_BGPD = (
+            F.pad(x.to(dtype), (0, 0, 0, extra)) if extra else x.to(dtype).contiguous()
+            for x in (q_BHLD, k_BGLD, v_BGLD)
+        )
+    else:
+        # Token by token, as linear layers make and take them: a row that fills its bucket is not copied at all.
+        tokens_BLHD = (x.transpose(1, 2).to(dtype) for x in (q_BHLD, k_BGLD, v_BGLD))
+        padded_BPHD = (F.pad(x, (0, 0, 0, 0, 0, extra)) if extra else x for x in tokens_BLHD)
+        # Flattened in between, because dimensions of size 1 may have any stride.
+        q_BHPD, k_BGPD, v_BGPD = (x.reshape(-1).view(x.shape).transpose(1, 2) for x in padded_BPHD)
     if fa4:
         check_fa4_model(q_BHPD.shape[-1], softcap)
     _check_device(q_BHPD, k_BGPD, v_BGPD)
@@ -88,7 +95,7 @@ def flex(
     else:
         with many_recompiles():
             out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, fa4)
-    return out_BHPD.transpose(1, 2)[:, :length].contiguous()
+    return out_BHPD[:, :, :length].transpose(1, 2).contiguous()
 
 
 def many_recompiles() -> Any:
