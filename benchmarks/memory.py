@@ -57,9 +57,9 @@ def main() -> None:
             pairs = draw(lengths[name], 5_000, job.causal.config.vocab_size)
             run = dict(setting=setting, set=name, **at_equal(job, pairs[: options.pairs], options))
             if name in (options.largest or lengths):
-                run["largest"] = largest(job, pairs, options)
+                run["largest"] = largest(job, pairs, run["at_equal"], options)
             results["runs"].append(run)
-            print(results["runs"][-1], flush=True)
+            print(run, flush=True)
             (options.output / "memory.json").write_text(json.dumps(results, indent=1))
             (options.output / "table.md").write_text(table(results))
         del job
@@ -79,8 +79,8 @@ def at_equal(job: Job, pairs: Pairs, options: argparse.Namespace) -> dict[str, A
     return dict(token_ratio=padded / shared, pairs=len(pairs), at_equal=peaks)
 
 
-def largest(job: Job, pairs: Pairs, options: argparse.Namespace) -> dict[str, Any]:
-    found = {layout: fit(job, layout, pairs, options) for layout in LAYOUTS}
+def largest(job: Job, pairs: Pairs, peaks: dict[str, int | None], options: argparse.Namespace) -> dict[str, Any]:
+    found = {layout: fit(job, layout, pairs, peaks[layout], options) for layout in LAYOUTS}
     return {layout: dict(pairs=n, tokens=tokens(pairs[:n])[i]) for i, (layout, n) in enumerate(found.items())}
 
 
@@ -107,10 +107,10 @@ def peak(job: Job, layout: str, pairs: Pairs, options: argparse.Namespace) -> in
     return torch.cuda.max_memory_allocated() - before
 
 
-def fit(job: Job, layout: str, pairs: Pairs, options: argparse.Namespace) -> int:
-    """The most pairs that fit, to a twentieth."""
+def fit(job: Job, layout: str, pairs: Pairs, equal: int | None, options: argparse.Namespace) -> int:
+    """The most pairs that fit, to a twentieth; ``equal`` is the peak of the equal batches."""
     small, large = options.pairs // 2, options.pairs
-    peaks = [peak(job, layout, pairs[:n], options) for n in (small, large)]
+    peaks = [peak(job, layout, pairs[:small], options), equal]
     sizes = [tokens(pairs[:n])[LAYOUTS.index(layout)] for n in (small, large)]
     if None in peaks:
         return 0
@@ -143,10 +143,13 @@ def table(results: dict[str, Any]) -> str:
         given: Sequence[int | None] = [run["at_equal"][layout] for layout in LAYOUTS]
         gb = ", ".join("–" if g is None else f"{g / 1e9:.1f}" for g in given)
         less = f"{given[0] / given[1]:.2f}" if given[0] and given[1] else "–"
-        cells = [run["setting"], run["set"], f"{run['token_ratio']:.2f}", gb, less, "–", "–", "–"]
-        if most := [run["largest"][layout] for layout in LAYOUTS] if "largest" in run else []:
+        cells = [run["setting"], run["set"], f"{run['token_ratio']:.2f}", gb, less]
+        if "largest" in run:
+            most = [run["largest"][layout] for layout in LAYOUTS]
             more = f"{most[1]['pairs'] / most[0]['pairs']:.2f}" if most[0]["pairs"] else "–"
-            cells[5:] = [", ".join(f"{m['pairs']:,}" for m in most), more, ", ".join(f"{m['tokens']:,}" for m in most)]
+            cells += [", ".join(f"{m['pairs']:,}" for m in most), more, ", ".join(f"{m['tokens']:,}" for m in most)]
+        else:
+            cells += ["–"] * 3
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", results["conditions"]])
 
