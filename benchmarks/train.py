@@ -22,6 +22,7 @@ writes train.json, table.md and train.png to --output after every set.
 """
 
 import argparse
+import copy
 import gc
 import importlib
 import json
@@ -31,7 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from inspect import signature, unwrap
 from itertools import accumulate
@@ -51,6 +52,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import flexpatch
 from flexpatch.logprobs import AnswerLogprobs, sum_answers, token_logprobs
+from flexpatch.parity import FACTOR
 from flexpatch.tree import Rows, Tree, build_rows, lay_out
 
 WIDE = dict(
@@ -352,17 +354,18 @@ def log_probs(causal: Any, rows: Rows, call: dict[str, Any] | None) -> AnswerLog
 
 
 def train_step(job: Job, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """The loss, and log-probs of all scored tokens."""
+    """The loss, and log-probs of all scored tokens: the reference pass's (lora), then the policy's."""
     job.causal.zero_grad(set_to_none=True)
     for rows, _ in batches:
         rows.masks.clear()  # a training run builds masks in every step
+    losses, tokens = [], []
     if job.mode == "lora":
-        with torch.no_grad(), job.wrapped.disable_adapter():
-            references = [log_probs(job.causal, *batch).answers for batch in batches]
+        passes = reference_pass(job, batches)
+        references = [of.answers for of in passes]
+        tokens = [of.tokens for of in passes]
     else:  # of a uniform model: any will do that let the loss depend on every answer
         scale = -math.log(job.causal.config.vocab_size)
         references = [scale * (rows.answer_tokens < len(rows.targets)).sum(-1) for rows, _ in batches]
-    losses, tokens = [], []
     for batch, reference in zip(batches, references, strict=True):
         policy = log_probs(job.causal, *batch)
         loss = flexpatch.dpo_loss(policy.answers, reference).loss * (len(reference) / sum(map(len, references)))
@@ -370,6 +373,24 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[Tensor, Tensor]:
         losses.append(loss.detach())
         tokens.append(policy.tokens.detach())
     return torch.stack(losses).sum(), torch.cat(tokens)
+
+
+def reference_pass(job: Job, batches: list[Batch]) -> list[AnswerLogprobs]:
+    with torch.no_grad(), job.wrapped.disable_adapter():
+        return [log_probs(job.causal, *batch) for batch in batches]
+
+
+def true_tokens(job: Job, pairs: Any, options: argparse.Namespace) -> Tensor:
+    """Log-probs of all scored tokens, as of :func:`train_step`, of the same weights in twice the precision: unpatched,
+    in padded pairs."""
+    prepare(job, "padded pairs", False, options.backend)
+    wrapped = copy.deepcopy(job.wrapped).to(torch.float64 if options.dtype == "float32" else torch.float32)
+    true = replace(job, causal=wrapped if job.mode == "full" else wrapped.get_base_model(), wrapped=wrapped)
+    batches = make_batches(true, "padded pairs", pairs, options)
+    tokens = [of.tokens for of in reference_pass(true, batches)] if job.mode == "lora" else []
+    with torch.no_grad():
+        tokens += [log_probs(true.causal, *batch).tokens for batch in batches]
+    return torch.cat(tokens).cpu()
 
 
 def measure_layouts(
@@ -449,18 +470,18 @@ def measure_set(job: Job, name: str, lengths: list[list[int]], options: argparse
     run = dict(shape=job.shape, mode=job.mode, set=name, pairs=len(pairs), shared_tokens=shared, paired_tokens=paired)
     run |= dict(token_ratio=paired / shared, layouts=layouts, wrong=False)
     if tokens:
-        base = "packed pairs" if "packed pairs" in tokens else next(iter(tokens))
-        losses = torch.tensor([layouts[layout]["loss"] for layout in tokens], dtype=torch.float64)
-        loss_differs = (losses / layouts[base]["loss"] - 1).abs().max().item()  # a tensor's maximum keeps NaN
-        # Losses are means and may agree by luck. What padded pairs differ by is rounding.
-        differ = {layout: (tokens[layout] - tokens[base]).abs().mean().item() for layout in tokens}
-        rounded = options.dtype != "float32"
-        right = loss_differs < (2e-2 if rounded else 1e-3)
-        right = right and all(nats < (0.1 if rounded else 1e-3) for nats in differ.values())
-        run |= dict(loss_differs=loss_differs, tokens_differ=differ, wrong=not right)
-        nats = ", ".join(f"{layout} {nats:.1e}" for layout, nats in differ.items() if layout != base)
-        print(f"{name}, compared with {base}: losses differ by at most {loss_differs:.1e}, log-probs of tokens on "
-              f"average by {nats} nats{'' if right else ': WRONG'}", flush=True)  # fmt: skip
+        true = true_tokens(job, pairs, options)
+        free_memory()
+        losses = [layouts[layout]["loss"] for layout in tokens]
+        errors = {layout: (tokens[layout] - true).abs().mean().item() for layout in tokens}
+        base = "padded pairs" if "padded pairs" in tokens else "packed pairs" if "packed pairs" in tokens else None
+        bound = FACTOR * errors[base] if base else math.nan
+        run |= dict(losses_between=[min(losses), max(losses)], errors_nats=errors, bound_nats=bound)
+        run["wrong"] = not all(error <= bound for error in errors.values()) if base else None  # NaN is wrong
+        verdict = "nothing to compare with" if base is None else "WRONG" if run["wrong"] else "right"
+        nats = ", ".join(f"{layout} {error:.2e}" for layout, error in errors.items())
+        print(f"{name}: log-probs of tokens are off by {nats} nats on average (at most {bound:.2e}: {verdict}); losses "
+              f"between {min(losses):.6f} and {max(losses):.6f}", flush=True)  # fmt: skip
     return run
 
 
