@@ -2,7 +2,7 @@
 
     python benchmarks/trainers.py LENGTHS.json                     # on a GPU; all parts
     python benchmarks/trainers.py LENGTHS.json --sets hh tldr --parts dpo
-    python benchmarks/trainers.py LENGTHS.json --device cpu --shape tiny --pairs 16 --budget 512 --dtype float32
+    python benchmarks/trainers.py LENGTHS.json --device cpu --shape tiny --pairs 16 --budget 4096 --dtype float32
 
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids are random. Parts:
 
