@@ -203,7 +203,7 @@ class Clock(TrainerCallback):
 
 
 class Profiler(TrainerCallback):
-    """Kernels of a step of the second epoch: of its second to fourth the longest, since an epoch's last rows are short."""
+    """Kernels of the longest of the second epoch's second to fourth steps: its last rows are short."""
 
     def __init__(self) -> None:
         self.profile: Any = None
