@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (text). Gemma 2 caps its attention scores; Gemma 3 has one rope per layer type."""
+"""Gemma 1 to 4 (text). Gemma 2 caps its attention scores; from Gemma 3 on there is one rope per layer type."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ SHORT = dict(sliding_window=8, query_pre_attn_scalar=16)
 
 def bidirectional(config: Any) -> str | None:
     """An encoder looks ahead, so no token's state can be shared between answers."""
-    if config.use_bidirectional_attention:
-        return "use_bidirectional_attention=True lets a prompt see its answer, so nothing can be shared"
+    if value := getattr(config, "use_bidirectional_attention", None):
+        return f"use_bidirectional_attention={value} lets a prompt see its answer, so nothing can be shared"
     return None
 
 
@@ -43,5 +43,31 @@ register(
                 dict(SHORT, sliding_window_pattern=3, final_logit_softcapping=30.0),
             ],
         },
+    )
+)
+
+PER_LAYER = dict(SHORT, layer_types=[SLIDING, FULL] * 2, hidden_size_per_layer_input=16, vocab_size_per_layer_input=151)
+SPARSE = dict(PER_LAYER, laurel_rank=8, intermediate_size=[96] * 4, activation_sparsity_pattern=[0.9, 0.0, 0.0, 0.0])
+# Only full layers have heads of another size, and keys that are values too.
+WIDE = dict(PER_LAYER, global_head_dim=32)
+EXPERTS = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32)
+
+register(
+    Adapter(
+        name="Gemma 3n, Gemma 4 (text)",
+        masks="by_layer_type",
+        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        head=lambda config: Head(softcap=config.final_logit_softcapping),
+        ropes=frozenset({"default", "proportional"}),
+        reject=bidirectional,
+        tiny={
+            "gemma3n_text": [dict(SPARSE, num_kv_shared_layers=2), dict(SPARSE, num_kv_shared_layers=0)],
+            "gemma4_text": [
+                dict(WIDE, num_kv_shared_layers=2, final_logit_softcapping=30.0),
+                dict(WIDE, **EXPERTS, num_kv_shared_layers=0, attention_k_eq_v=True, num_global_key_value_heads=1)
+                | dict(hidden_size_per_layer_input=0),
+            ],
+        },
+        limits="checkpointing: use_reentrant=False alone",
     )
 )

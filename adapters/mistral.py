@@ -1,18 +1,29 @@
-"""Mistral and Mixtral: one mask for all layers, windowed in every layer when ``sliding_window`` is set."""
+"""Mistral, Mixtral and Ministral: windowed in every layer when ``sliding_window`` is set."""
 
-from flexpatch.registry import FULL, Adapter, register
+from flexpatch.registry import FULL, SLIDING, Adapter, register
 
 MOE = dict(num_local_experts=4, num_experts_per_tok=2)
 
 register(
     Adapter(
-        name="Mistral",
+        name="Mistral, Ministral 3",
         masks="single",
         windows=lambda config: {FULL: config.sliding_window},
         tiny={
             "mistral": [dict(sliding_window=None), dict(sliding_window=8)],
             "mixtral": [dict(MOE, sliding_window=None), dict(MOE, sliding_window=8)],
+            # A yarn rope, and queries scaled by their position.
+            "ministral3": [{}, dict(sliding_window=8)],
         },
         limits="Mixtral: no router auxiliary loss",
+    )
+)
+
+register(
+    Adapter(
+        name="Ministral",
+        masks="by_layer_type",
+        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        tiny={"ministral": [dict(sliding_window=8), dict(sliding_window=8, layer_types=[SLIDING, FULL] * 2)]},
     )
 )

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from flexpatch.models import tiny_model
+from flexpatch.models import tiny_model, tiny_types
 from flexpatch.parity import Report, check_parity
 from flexpatch.registry import adapters
 
@@ -30,8 +30,8 @@ def main() -> int:
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
     reports: dict[str, list[Report]] = {}
-    for model_type, adapter in tqdm(adapters().items(), disable=None):
-        for variant in range(len(adapter.tiny[model_type])):
+    for model_type in tqdm(tiny_types(), disable=None):
+        for variant in range(len(adapters()[model_type].tiny[model_type])):
             model = tiny_model(model_type, variant, dtype=dtype).to(options.device)
             reports.setdefault(model_type, []).append(check_parity(model, name=model_type, backend=options.backend))
     settings = next(iter(reports.values()))[0].settings

@@ -468,20 +468,20 @@ def measure_set(job: Job, name: str, lengths: list[list[int]], options: argparse
             layouts[layout], tokens[layout] = found
         print(job.shape, job.mode, name, layout, layouts[layout], flush=True)
     run = dict(shape=job.shape, mode=job.mode, set=name, pairs=len(pairs), shared_tokens=shared, paired_tokens=paired)
-    run |= dict(token_ratio=paired / shared, layouts=layouts, wrong=False)
-    if tokens:
+    run |= dict(token_ratio=paired / shared, layouts=layouts, wrong=None)  # None: nothing to compare with
+    base = next((layout for layout in ("padded pairs", "packed pairs") if layout in tokens), None)
+    if base is not None:
         true = true_tokens(job, pairs, options)
         free_memory()
         losses = [layouts[layout]["loss"] for layout in tokens]
         errors = {layout: (tokens[layout] - true).abs().mean().item() for layout in tokens}
-        base = "padded pairs" if "padded pairs" in tokens else "packed pairs" if "packed pairs" in tokens else None
-        bound = FACTOR * errors[base] if base else math.nan
-        run |= dict(losses_between=[min(losses), max(losses)], errors_nats=errors, bound_nats=bound)
-        run["wrong"] = not all(error <= bound for error in errors.values()) if base else None  # NaN is wrong
-        verdict = "nothing to compare with" if base is None else "WRONG" if run["wrong"] else "right"
+        bound = FACTOR * errors[base]
+        wrong = not all(error <= bound for error in errors.values())  # so that NaN is wrong
+        run |= dict(losses_between=[min(losses), max(losses)], errors_nats=errors, bound_nats=bound, wrong=wrong)
         nats = ", ".join(f"{layout} {error:.2e}" for layout, error in errors.items())
-        print(f"{name}: log-probs of tokens are off by {nats} nats on average (at most {bound:.2e}: {verdict}); losses "
-              f"between {min(losses):.6f} and {max(losses):.6f}", flush=True)  # fmt: skip
+        verdict = "WRONG" if wrong else "right"
+        print(f"{name}: log-probs of tokens are off by {nats} nats on average (at most {bound:.2e}: {verdict})")
+        print(f"{name}: losses between {min(losses):.6f} and {max(losses):.6f}", flush=True)
     return run
 
 

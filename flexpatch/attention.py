@@ -12,7 +12,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 
@@ -33,6 +33,7 @@ def flex(
     scaling: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    s_aux: Tensor | None = None,
     fa4: bool = False,
     **others: Any,
 ) -> Tensor:
@@ -45,23 +46,23 @@ def flex(
         scaling: Factor of the scores; ``None``: 1/sqrt(D).
         softcap: Scores s become softcap * tanh(s / softcap) (Gemma 2, arXiv 2408.00118).
         dropout: Must be 0.
+        s_aux: (H,) attention sinks: a score of each head that takes part in the softmax and has no value (gpt-oss,
+            arXiv 2508.10925).
         fa4: Run on FlashAttention-4's kernels instead of Triton's: 16 bits, D of 64, 96 or 128, no soft cap, no
-            window. Their gradients are not deterministic.
-        others: What else the model passes; only ``s_aux`` (attention sinks) matters, and is refused.
+            window, no sinks. Their gradients are not deterministic.
+        others: What else the model passes; nothing of it matters to attention.
 
     Returns:
         (B, L, H, D), in the dtype of ``v``.
 
     Raises:
-        UnsupportedModelError: For dropout or sinks, and for what ``fa4`` does not support.
+        UnsupportedModelError: For dropout, and for what ``fa4`` does not support.
         FlexpatchError: If the mask is for other rows than these tokens.
     """
     if dropout:
         raise UnsupportedModelError(
             f"attention dropout {dropout} is not exact on shared tokens; set attention_dropout=0.0"
         )
-    if others.get("s_aux") is not None:
-        raise UnsupportedModelError("attention sinks are not supported under a block mask; train this model unpatched")
     length, padded = q_BHLD.shape[2], mask.seq_lengths[0]
     # A mask of one row must not serve several: its rule would read the ends of other rows, beyond its own.
     if not length <= padded < 2 * length + 128 or k_BGLD.shape[2] != length or mask.shape[0] != q_BHLD.shape[0]:
@@ -89,12 +90,14 @@ def flex(
         q_BHPD, k_BGPD, v_BGPD = (x.reshape(-1).view(x.shape).transpose(1, 2) for x in padded_BPHD)
     if fa4:
         check_fa4_model(q_BHPD.shape[-1], softcap)
+        if s_aux is not None:
+            raise UnsupportedModelError("backend='fa4' gives sinks no gradient: apply with backend='flex'")
     _check_device(q_BHPD, k_BGPD, v_BGPD)
     if torch.compiler.is_compiling():
-        out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, fa4)
+        out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, fa4)
     else:
         with many_recompiles():
-            out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, fa4)
+            out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, fa4)
     return out_BHPD[:, :, :length].transpose(1, 2).contiguous()
 
 
@@ -178,7 +181,14 @@ def check_fa4_call(device: torch.device, dtype: torch.dtype, windows: Iterable[i
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scaling: float | None, softcap: float | None, fa4: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    scaling: float | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+    fa4: bool,
 ) -> Tensor:
     """What is compiled. Never called uncompiled with gradients: eager flex with a non-linear score_mod under
     non-reentrant checkpointing gives wrong gradients in silence (torch 2.11 and 2.13)."""
@@ -187,16 +197,20 @@ def _attend(
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    return flex_attention(
-        q,
-        k,
-        v,
+    options: dict[str, Any] = dict(
         score_mod=None if softcap is None else cap,
         block_mask=mask,
         scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1],
         kernel_options={"BACKEND": "FLASH"} if fa4 else None,
     )
+    if sinks_H is None:
+        return flex_attention(q, k, v, **options)
+    out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True), **options)
+    # exp(lse) / (exp(lse) + exp(sink)): the share of the softmax that its sink leaves. In the precision of lse, which
+    # is float32 for 16 bits.
+    share = torch.sigmoid(aux.lse - sinks_H.to(aux.lse.dtype)[:, None])
+    return (out * share[..., None]).to(out.dtype)
 
 
 @cache

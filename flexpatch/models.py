@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from flexpatch.errors import FlexpatchError
 from flexpatch.patch import eager_experts
@@ -75,6 +75,11 @@ def _source(name: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name}
 
 
+def tiny_types() -> list[str]:
+    """The model types that adapters serve and the installed transformers knows."""
+    return [model_type for model_type in adapters() if model_type in CONFIG_MAPPING]
+
+
 def tiny_model(
     model_type: str, variant: int = 0, *, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> PreTrainedModel:
@@ -84,14 +89,16 @@ def tiny_model(
     predicts almost uniformly and hides errors.
 
     Args:
-        model_type: A ``config.model_type`` of :func:`flexpatch.registry.adapters`.
+        model_type: One of :func:`tiny_types`.
         variant: Which of the adapter's ``tiny`` configurations.
         dtype: Of the weights.
         seed: Of the weights.
     """
     adapter = adapters()[model_type]
     config = AutoConfig.for_model(model_type, **{**TINY, **adapter.tiny[model_type][variant]})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=adapter.implementations[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some vectors (gpt-oss's sinks) are drawn by the model itself
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=adapter.implementations[0])
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -366,17 +366,18 @@ class _RowHook:
         names = list(signature(type(backbone).forward).parameters)[1:]
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         folded = self.fold(backbone, call) if name.startswith(f"{PREFIX}fold_") and _ordinary(call) else None
-        if not self.compile and self.recomputation is None:
-            return (args, kwargs | {SEEN: True}) if folded is None else ((), folded)
-        return (), self.prepare(backbone, call | {SEEN: True} if folded is None else folded)
+        if "logits_to_keep" in names and (folded is not None or isinstance(_a_mask(call), BlockMask)):
+            # Given a number, Gemma 4 drops tokens before its last layers, and which ones it drops is wrong for rows.
+            (call if folded is None else folded)["logits_to_keep"] = torch.empty(0, dtype=torch.long)
+        call = call | {SEEN: True} if folded is None else folded
+        return (), call if not self.compile and self.recomputation is None else self.prepare(backbone, call)
 
     def prepare(self, backbone: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
         """The call for compiled layers, and with as much recomputation as is set."""
-        ids, mask = call.get("input_ids"), call.get("attention_mask")
+        ids, block = call.get("input_ids"), _a_mask(call)
         if ids is None:
             return call
         after = getattr(ids, _AFTER, None) or _After()
-        block = next(iter(mask.values())) if isinstance(mask, dict) else mask
         if self.compile and isinstance(block, BlockMask):
             length, padded = ids.shape[1], block.seq_lengths[0]
             if padded != bucket(length):
@@ -460,6 +461,12 @@ class _RowHook:
                 obstacle="with padding or position_ids beyond the length at which longrope switches its frequencies"
             )
         return _Fold(folded.counts, (folded.rows.to(device), folded.index.to(device), folded.padding))
+
+
+def _a_mask(call: dict[str, Any]) -> Any:
+    """The mask of a call, or one of its masks by layer type."""
+    mask = call.get("attention_mask")
+    return next(iter(mask.values())) if isinstance(mask, dict) else mask
 
 
 def _ordinary(call: dict[str, Any]) -> bool:

@@ -16,9 +16,11 @@ def check_mode(model: nn.Module) -> None:
     """Refuse modules that do not act on each token alone.
 
     Raises:
-        UnsupportedModelError: For active dropout, NEFTune or router noise, or peft adapters that look at whole rows.
+        UnsupportedModelError: For active dropout, NEFTune or router noise, peft adapters that look at whole rows, or
+            reentrant checkpointing of layers that share keys and values.
     """
     todo = [model]
+    shares, reentrant = False, False
     # Before every call, so it must cost little: attributes that a module lacks are slow to ask for, and so are names.
     while todo:
         module = todo.pop()
@@ -43,6 +45,9 @@ def check_mode(model: nn.Module) -> None:
                     f"router jitter noise {has['jitter_noise']} in '{_name(model, module)}' is active: answers would "
                     "share one draw on shared tokens. Set config.router_jitter_noise = 0.0 before the model is built"
                 )
+            shares = shares or has.get("is_kv_shared_layer", False)
+            if has.get("gradient_checkpointing"):
+                reentrant = reentrant or has["_gradient_checkpointing_func"].keywords.get("use_reentrant", False)
         if type(module).__module__ in WHOLE_ROW_LAYERS:
             raise _whole_rows(f"'{_name(model, module)}' ({type(module).__name__})")
         for adapter, settings in (has.get("peft_config") or has.get("_peft_config") or {}).items():
@@ -52,6 +57,11 @@ def check_mode(model: nn.Module) -> None:
         for adapter, variant in has.get("lora_variant", {}).items():
             if type(variant).__name__.startswith("ALora"):
                 raise _whole_rows(f"'{adapter}' (aLoRA)")
+    if shares and reentrant:
+        raise UnsupportedModelError(
+            "this model's last layers use keys and values of earlier ones, which get no gradient through reentrant "
+            "checkpointing, unpatched either: model.gradient_checkpointing_enable({'use_reentrant': False})"
+        )
 
 
 def _name(model: nn.Module, wanted: nn.Module) -> str:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from flexpatch.models import load_model, tiny_model
+from flexpatch.models import load_model, tiny_model, tiny_types
 from flexpatch.parity import Report, check_parity
 from flexpatch.registry import adapters
 
@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 def _models(options: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
     """The models to verify, one at a time."""
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    types = list(adapters()) if options.model == "all" else [options.model] * (options.model in adapters())
+    known = tiny_types()
+    types = known if options.model == "all" else [options.model] * (options.model in known)
     tiny = bool(types) and not os.path.isdir(options.model)
     default = torch.float64 if tiny and torch.device(device).type == "cpu" else torch.float32
     default = torch.bfloat16 if options.backend == "fa4" else default

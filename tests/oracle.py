@@ -11,22 +11,27 @@ from torch import Tensor, nn
 
 import flexpatch
 from flexpatch import Adapter, AnswerLogprobs, Rows, Tree
-from flexpatch.models import tiny_model
+from flexpatch.models import tiny_model, tiny_types
 from flexpatch.registry import adapters
 
 # Bounds in float64: log-probs in nats, the gradient relative to its norm.
 BOUNDS = (1e-10, 1e-6)
-# transformers' eager attention, which Gemma 2 needs, takes its softmax in float32.
-EAGER_BOUNDS = (1e-5, 1e-5)
+# Some models compute in float32 within: the softmax of Gemma 2's eager attention, routers of experts.
+FLOAT32_BOUNDS = (1e-5, 1e-5)
+FLOAT32 = {"gemma2", "deepseek_v3", "glm4_moe"}
 # A broken mask must be at least this many bounds off.
 CONTROL = 1000
 
-# Every (model_type, variant) an adapter serves. Their windows are 8 tokens.
+# Every (model_type, variant) that an adapter serves and the installed transformers has. Their windows are 8 tokens.
 MODELS = [
     (model_type, variant)
-    for model_type, adapter in adapters().items()
-    for variant in range(len(adapter.tiny[model_type]))
+    for model_type in tiny_types()
+    for variant in range(len(adapters()[model_type].tiny[model_type]))
 ]
+
+
+def bounds_of(model_type: str) -> tuple[float, float]:
+    return FLOAT32_BOUNDS if model_type in FLOAT32 else BOUNDS
 
 
 def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -37,6 +37,9 @@ def rows_of(*lengths: int) -> Rows:
     return rows
 
 
+SINKS = torch.tensor([0.5, -1.0, 2.0, 4.0], dtype=torch.float64)
+
+
 def mask_of(rows: Rows, window: int | None = None) -> Any:
     return block_mask(rows.ends, rows.position_ids, window)
 
@@ -50,14 +53,24 @@ def random_qkv(B: int, H: int, G: int, L: int, D: int, dtype: torch.dtype = torc
 
 
 def softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None = None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
     """The definition, in float64. ``mask`` is (B, 1, L, L) bool; the output is (B, L, H, D)."""
     q, k, v = q.double(), *(x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if s_aux is not None:  # one more column, without a value
+        scores = torch.cat([scores, s_aux[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+        v = F.pad(v, (0, 0, 0, 1))
+    return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
 def with_gradients(out: Tensor, qkv: list[Tensor]) -> list[Tensor]:
@@ -89,7 +102,9 @@ class SoftmaxTest(unittest.TestCase):
         ours = with_gradients(flex(*qkv, mask_of(rows, window), **options), qkv)
         assert ours[0].shape == (len(lengths), max(lengths), H, D) and ours[0].is_contiguous()
         assert ours[0].dtype == torch.float64
-        assert error(ours, true) < self.bound, error(ours, true)
+        # A compiled log-sum-exp is float32.
+        bound = 1e-7 if "s_aux" in options else self.bound
+        assert error(ours, true) < bound, error(ours, true)
         if max(lengths) > 60:  # shorter rows here share nothing
             wrong = with_gradients(flex(*qkv, mask_of(see_siblings(rows), window), **options), qkv)
             assert error(wrong, true) > 1e-2, "the control must see a wrong mask"
@@ -125,7 +140,8 @@ class SoftmaxTest(unittest.TestCase):
             ("scaling", dict(scaling=0.4)),
             ("both", dict(softcap=3.0, scaling=1.0)),
             ("window", dict(window=17)),
-            ("all", dict(softcap=3.0, scaling=1.0, window=17)),
+            ("sinks", dict(s_aux=SINKS)),
+            ("all", dict(softcap=3.0, scaling=1.0, window=17, s_aux=SINKS)),
         ]
     )
     def test_options(self, _: str, options: dict[str, Any]) -> None:
@@ -135,6 +151,15 @@ class SoftmaxTest(unittest.TestCase):
         true = softmax_attention(*qkv, self.dense(rows, None))
         ours = flex(*qkv, mask_of(rows, options.get("window")), **plain)
         assert error([ours], [true]) > 1e-3, "the options must matter"
+
+    def test_gradients_of_sinks(self) -> None:
+        """They come through the log-sum-exp alone."""
+        rows, qkv = rows_of(200), random_qkv(1, 4, 2, 200, 16)
+        sinks = SINKS.clone().requires_grad_()
+        ours = with_gradients(flex(*qkv, mask_of(rows), s_aux=sinks), [sinks])
+        true = with_gradients(softmax_attention(*qkv, self.dense(rows, None), s_aux=sinks), [sinks])
+        assert error(ours, true) < 1e-6  # a compiled log-sum-exp is float32
+        assert true[1].norm() > 1e-3
 
     def test_rows_of_different_lengths(self) -> None:
         self.check(4, 2, 16, [200, 140, 61])
@@ -249,9 +274,9 @@ class RefusalTest(unittest.TestCase):
             with pytest.raises(FlexpatchError, match="runs on Hopper GPUs"):
                 attention.check_fa4_call(hopper, torch.bfloat16, [None], 300)
 
-    def test_attention_sinks(self) -> None:
-        with pytest.raises(UnsupportedModelError, match="attention sinks are not supported"):
-            flex(*random_qkv(1, 4, 2, 150, 16), self.mask, s_aux=torch.zeros(4))
+    def test_attention_sinks_on_fa4(self) -> None:
+        with torch.no_grad(), pytest.raises(UnsupportedModelError, match="gives sinks no gradient"):
+            flex(*random_qkv(1, 4, 2, 150, 64), self.mask, s_aux=SINKS, fa4=True)
 
     @parameterized.expand(
         [

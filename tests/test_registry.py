@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import flexpatch
 from flexpatch import Adapter, FlexpatchError, UnsupportedModelError, registry
-from flexpatch.models import TINY, tiny_model
+from flexpatch.models import TINY, tiny_model, tiny_types
 from flexpatch.registry import FULL, SLIDING, adapter_for, adapters
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -25,12 +25,16 @@ def config(model_type: str, **settings: Any) -> Any:
 
 def test_all_families_are_found() -> None:
     assert sorted(adapters()) == [
-        *("gemma", "gemma2", "gemma3_text", "llama", "mistral", "mixtral"),
-        *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+        *("cohere", "cohere2", "deepseek_v2", "deepseek_v3"),
+        *("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_oss"),
+        *("granite", "granitemoe", "granitemoeshared", "llama", "ministral", "ministral3", "mistral", "mixtral"),
+        *("olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
+        *("smollm3", "starcoder2"),
     ]
     for model_type, adapter in adapters().items():
         assert adapter.tiny[model_type], "nothing to verify it with"
-        assert adapter_for(config(model_type)) is adapter
+    for model_type in tiny_types():
+        assert adapter_for(config(model_type)) is adapters()[model_type]
 
 
 @parameterized.expand(
@@ -110,21 +114,21 @@ def table(monkeypatch: pytest.MonkeyPatch) -> dict[str, Adapter]:
 
 
 def test_register_at_run_time(table: dict[str, Adapter]) -> None:
-    with pytest.raises(UnsupportedModelError, match="no adapter for model type 'olmo2'"):
-        adapter_for(config("olmo2"))
-    olmo2 = Adapter(name="OLMo 2", masks="single", tiny={"olmo2": [{}]}, refused={"olmo3": "not yet"})
-    assert flexpatch.register(olmo2) is olmo2
-    assert adapter_for(config("olmo2")) is olmo2
-    assert adapters()["olmo2"] is olmo2 and "olmo3" not in adapters()
-    assert "| OLMo 2 | `olmo2` |" in flexpatch.support_table()
-    assert "- `olmo3`: not yet" in flexpatch.support_table()
-    with pytest.raises(UnsupportedModelError, match="model type 'olmo3': not yet"):
-        adapter_for(config("olmo3"))
+    with pytest.raises(UnsupportedModelError, match="no adapter for model type 'arcee'"):
+        adapter_for(config("arcee"))
+    arcee = Adapter(name="Arcee", masks="single", tiny={"arcee": [{}]}, refused={"exaone4": "not yet"})
+    assert flexpatch.register(arcee) is arcee
+    assert adapter_for(config("arcee")) is arcee
+    assert adapters()["arcee"] is arcee and "exaone4" not in adapters()
+    assert "| Arcee | `arcee` |" in flexpatch.support_table()
+    assert "- `exaone4`: not yet" in flexpatch.support_table()
+    with pytest.raises(UnsupportedModelError, match="model type 'exaone4': not yet"):
+        adapter_for(config("exaone4"))
 
 
 @parameterized.expand(
     [
-        ("served", dict(tiny={"mixtral": [{}]}), "'mixtral' is already served by the Mistral adapter"),
+        ("served", dict(tiny={"mixtral": [{}]}), "'mixtral' is already served by the Mistral, Ministral 3 adapter"),
         ("refused", dict(tiny={"llama4_text": [{}]}), "'llama4_text' is already served by the Llama adapter"),
         ("refused again", dict(tiny={}, refused={"llama": "why"}), "'llama' is already served by the Llama adapter"),
     ]
@@ -142,11 +146,11 @@ def test_support_table_names_every_type_once() -> None:
         assert table.count(f"`{model_type}`") == 1
 
 
-OLMO2 = '''"""OLMo 2: one mask for all layers, no windows."""
+ARCEE = '''"""Arcee: one mask for all layers, no windows."""
 
 from flexpatch.registry import Adapter, register
 
-register(Adapter(name="OLMo 2", masks="single", tiny={"olmo2": [{}]}))
+register(Adapter(name="Arcee", masks="single", tiny={"arcee": [{}]}))
 '''
 
 
@@ -156,7 +160,7 @@ def test_a_new_family_is_one_new_file(tmp_path: Path) -> None:
 
     def verify() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "flexpatch.verify", "olmo2"],
+            [sys.executable, "-m", "flexpatch.verify", "arcee"],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"},
             capture_output=True,
@@ -166,7 +170,7 @@ def test_a_new_family_is_one_new_file(tmp_path: Path) -> None:
 
     without = verify()
     assert without.returncode == 2, without.stdout + without.stderr
-    (tmp_path / "adapters" / "olmo2.py").write_text(OLMO2)
+    (tmp_path / "adapters" / "arcee.py").write_text(ARCEE)
     with_file = verify()
     assert with_file.returncode == 0, with_file.stdout + with_file.stderr
-    assert "olmo2" in with_file.stdout
+    assert "arcee" in with_file.stdout

@@ -14,14 +14,14 @@ import flexpatch
 from benchmarks.masks import mask_cost, recompiles
 from flexpatch.attention import flex
 from flexpatch.masks import block_mask, dense_mask
-from flexpatch.models import tiny_model
+from flexpatch.models import tiny_model, tiny_types
 from flexpatch.parity import check_parity
 from flexpatch.registry import adapters
 from flexpatch.tree import Tree, build_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 DEVICE = torch.device("cuda")
-VARIANTS = [(t, v) for t, adapter in adapters().items() for v in range(len(adapter.tiny[t]))]
+VARIANTS = [(t, v) for t in tiny_types() for v in range(len(adapters()[t].tiny[t]))]
 
 
 def trees(*lengths: tuple[int, ...]) -> list[Tree]:

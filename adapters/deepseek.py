@@ -1,0 +1,34 @@
+"""DeepSeek V2 and V3 (latent attention, experts), and what runs on their code, such as Moonlight."""
+
+from flexpatch.registry import Adapter, register
+
+SPARSE = (
+    "its layers pick the keys that a query may see, from all tokens of a row; a mask cannot make that exact. Train it "
+    "unpatched"
+)
+TINY = dict(
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=16,
+    head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+)
+
+register(
+    Adapter(
+        name="DeepSeek V2, V3",
+        masks="single",
+        tiny={"deepseek_v2": [TINY], "deepseek_v3": [TINY, dict(TINY, q_lora_rank=None, v_head_dim=24)]},
+        refused={"deepseek_v32": SPARSE, "deepseek_v4": SPARSE},
+        limits="no router auxiliary loss",
+    )
+)

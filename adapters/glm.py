@@ -1,0 +1,25 @@
+"""GLM-4 and GLM-4.5: one mask for all layers, half of each head rotated. Later ones that pick keys are refused."""
+
+from flexpatch.registry import Adapter, register
+
+MOE = dict(
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+)
+
+register(
+    Adapter(
+        name="GLM-4, GLM-4.5",
+        masks="single",
+        tiny={"glm": [{}], "glm4": [{}], "glm4_moe": [MOE, dict(MOE, use_qk_norm=True)]},
+        refused={
+            "glm_moe_dsa": "its layers pick the keys that a query may see, from all tokens of a row; a mask cannot "
+            "make that exact. Train it unpatched",
+        },
+    )
+)

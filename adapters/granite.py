@@ -1,0 +1,20 @@
+"""Granite, dense and mixture of experts: logits are divided by a constant. Hybrids: adapters/recurrent.py."""
+
+from flexpatch.registry import Adapter, Head, register
+
+SCALES = dict(attention_multiplier=0.2, embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=4.0)
+MOE = dict(SCALES, num_local_experts=4, num_experts_per_tok=2)
+
+register(
+    Adapter(
+        name="Granite",
+        masks="single",
+        head=lambda config: Head(scale=1 / config.logits_scaling),
+        tiny={
+            "granite": [SCALES],
+            "granitemoe": [MOE],
+            "granitemoeshared": [dict(MOE, shared_intermediate_size=32)],
+        },
+        limits="mixtures of experts: no router auxiliary loss",
+    )
+)

@@ -1,0 +1,23 @@
+"""OLMo 1 to 3 and OLMoE. OLMo 3 has one rope per layer type; OLMo Hybrid is refused (adapters/recurrent.py)."""
+
+from flexpatch.registry import FULL, SLIDING, Adapter, register
+
+MOE = dict(num_experts=4, num_experts_per_tok=2)
+
+register(
+    Adapter(
+        name="OLMo, OLMo 2, OLMoE",
+        masks="single",
+        tiny={"olmo": [dict(clip_qkv=1.0)], "olmo2": [{}], "olmoe": [MOE]},
+        limits="OLMoE: no router auxiliary loss",
+    )
+)
+
+register(
+    Adapter(
+        name="OLMo 3",
+        masks="by_layer_type",
+        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        tiny={"olmo3": [dict(sliding_window=8)]},
+    )
+)

@@ -1,0 +1,12 @@
+"""StarCoder 2: one mask for all layers, windowed in every layer when ``sliding_window`` is set."""
+
+from flexpatch.registry import FULL, Adapter, register
+
+register(
+    Adapter(
+        name="StarCoder 2",
+        masks="single",
+        windows=lambda config: {FULL: config.sliding_window},
+        tiny={"starcoder2": [dict(sliding_window=None), dict(sliding_window=8)]},
+    )
+)

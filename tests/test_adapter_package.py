@@ -1,0 +1,68 @@
+"""Adapters of other packages: found through their entry point, and as good as our own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "examples" / "adapter_package"
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with the example package, as pip would lay it out."""
+    shutil.copy(PACKAGE / "flexpatch_nanochat.py", tmp_path)
+    info = tmp_path / "flexpatch_nanochat-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flexpatch-nanochat\nVersion: 0.1.0\n")
+    entry = (PACKAGE / "pyproject.toml").read_text().split('[project.entry-points."flexpatch.adapters"]\n')[1]
+    (info / "entry_points.txt").write_text("[flexpatch.adapters]\n" + entry.split("\n\n")[0].replace('"', "") + "\n")
+    return tmp_path
+
+
+def verify(folder: Path, model_type: str = "nanochat") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flexpatch.verify", model_type],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "HF_HUB_OFFLINE": "1"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_the_example_package_is_found_and_verified(installed: Path) -> None:
+    found = verify(installed)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "nanochat (tiny random model 1 of 1)" in found.stdout
+    module = installed / "flexpatch_nanochat.py"
+    module.write_text(module.read_text().replace("head=", "# head="))
+    wrong = verify(installed)
+    assert wrong.returncode == 2 and "its adapter does not say how" in wrong.stderr, wrong.stdout + wrong.stderr
+
+
+def test_a_broken_package_is_named_and_harms_no_other(installed: Path) -> None:
+    (installed / "flexpatch_nanochat.py").write_text("import a_module_that_is_missing")
+    program = "import flexpatch.registry as r; print(len(r.adapters()))"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{installed}"},
+        cwd=installed,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0 and int(run.stdout) > 30, run.stderr
+    assert "the adapter 'nanochat' of the package flexpatch-nanochat" in run.stderr
+    assert "No module named 'a_module_that_is_missing'" in run.stderr
+    assert verify(installed, "olmo2").returncode == 0
+
+
+def test_readme_shows_the_package() -> None:
+    readme = (ROOT / "README.md").read_text().split("<!-- adapter package -->")[1].split("<!-- end adapter package")[0]
+    assert (PACKAGE / "flexpatch_nanochat.py").read_text() in readme
+    assert '[project.entry-points."flexpatch.adapters"]\nnanochat = "flexpatch_nanochat"' in readme
