@@ -162,10 +162,10 @@ def support_table() -> str:
         masks = {"single": "one for all layers", "by_layer_type": "one per layer type"}[adapter.masks]
         windows = "–" if adapter.windows is no_windows else "exact"
         lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {adapter.limits or '–'} |")
-    types: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for model_type, adapter in _adapters.items():
         if reason := adapter.refused.get(model_type):
-            types.setdefault(reason, []).append(f"`{model_type}`")
+            by_reason.setdefault(reason, []).append(f"`{model_type}`")
     lines += ["", "Refused, with the reason:", ""]
-    lines += [f"- {', '.join(names)}: {reason}" for reason, names in types.items()]
+    lines += [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
     return "\n".join(lines)
