@@ -57,7 +57,7 @@ from flexpatch.tree import Rows, Tree, build_rows, lay_out
 
 WIDE = dict(
     hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
-    head_dim=128, tie_word_embeddings=False, max_position_embeddings=32768,
+    head_dim=128, tie_word_embeddings=False, max_position_embeddings=131072,
 )  # fmt: skip
 MISTRAL = WIDE | dict(vocab_size=32000, sliding_window=None)
 LLAMA = WIDE | dict(vocab_size=128256, rope_parameters=dict(rope_type="default", rope_theta=500000.0))
@@ -66,6 +66,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral-7B": ("mistral", MISTRAL),
     "Llama-3-8B": ("llama", LLAMA),
     "8 layers of Mistral-7B": ("mistral", MISTRAL | dict(num_hidden_layers=8)),
+    "2 layers of Mistral-7B": ("mistral", MISTRAL | dict(num_hidden_layers=2)),
     "tiny": ("mistral", TINY | dict(num_key_value_heads=2, head_dim=16)),
 }
 LAYOUTS = ("padded pairs", "packed pairs", "shared padded", "shared packed")
@@ -297,8 +298,10 @@ def draw_pairs(lengths: list[list[int]], budget: int, vocabulary: int) -> list[l
 
     FlexAttention compiles for each bucket of lengths; so most sets fill the same."""
 
+    most = budget // min(map(sum, lengths)) + 1
+
     def draw(seed: int) -> list[list[int]]:
-        drawn = random.Random(seed).choices(lengths, k=budget // 3)
+        drawn = random.Random(seed).choices(lengths, k=most)
         return drawn[: sum(total <= budget for total in accumulate(map(sum, drawn)))]
 
     best = max(map(draw, range(200)), key=lambda drawn: sum(map(sum, drawn)))

@@ -1,0 +1,410 @@
+"""Rows of 32k and 64k tokens on one GPU with a 7B model: are they right, how fast, and in how much memory.
+
+    python benchmarks/long_rows.py LENGTHS.json
+    python benchmarks/long_rows.py LENGTHS.json --tiny           # the same on a CPU, small
+
+A step is forward and backward of LoRA DPO (rank 16 in all linear layers, a reference pass with it off, random weights,
+gradient checkpointing), without optimizer, over one row of shared tokens: one long document (a prompt of three quarters
+of the row and two answers of an eighth), or pairs with lengths like those of LENGTHS.json. *Stock* computes the same
+pairs unpatched, right-padded, on sdpa, with the same checkpointing, in micro-batches of at most --tokens padded tokens,
+or one pair if that has more; its head sees answers alone. *Auto* is checkpointing="auto" after its first optimizer
+step. A step that takes less than ten seconds is run twice, and the second counts.
+
+Checked before, for every row length, with layers of the same width: the block mask, against the rule in int64 for every
+pair of tokens; log-probs and gradients of the long document, which may be at most twice as far from a float32 truth as
+the stock model's own, and are further off with the mask or positions broken on purpose. Exit code 1 if not.
+
+The most telling measurements come first; none is begun after --seconds. Prints results as they come; writes
+long_rows.json and table.md to --output.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+from train import (
+    OUT_OF_MEMORY,
+    SHAPES,
+    Batch,
+    Job,
+    draw_pairs,
+    free_memory,
+    log_probs,
+    make_batches,
+    make_job,
+    matmul_rate,
+    prepare,
+    timed,
+    train_step,
+)
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+import flexpatch
+from flexpatch.masks import BLOCK, block_mask
+from flexpatch.parity import FACTOR
+from flexpatch.tree import Rows, Tree, build_rows
+
+DOCUMENT = "one document"
+WIDE = "causal_float32"
+SECOND_RUN = 10.0  # seconds of a step above which it is timed once
+Pair = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Pairs whose shared tokens fill a row of ``size`` tokens."""
+
+    size: int
+    name: str
+    pairs: list[Pair]
+    rows: Rows
+
+
+def main() -> int:
+    options = read_options()
+    torch._dynamo.config.recompile_limit = 64
+    conditions = describe(options)
+    rate = matmul_rate(options.device, getattr(torch, options.dtype))
+    results: dict[str, Any] = {"conditions": conditions, "matmul_tflops": rate, "checks": [], "steps": []}
+    print(f"{conditions}; matrix product {rate:.1f} TFLOP/s", flush=True)
+    cases = make_cases(options)
+    AttentionInterface.register(WIDE, attend_wide)
+    AttentionMaskInterface.register(WIDE, lambda *args, **kwargs: None)
+    small = make_job(options.check_shape, "lora", "none", options)
+    for size in options.rows:
+        results["checks"].append(check(small, cases[size, DOCUMENT], options))
+        save(results, options)
+    del small
+    free_memory()
+    job = make_job(options.shape, "lora", "none", options)
+    for case, setting in plan(cases, options):
+        if time.perf_counter() > options.deadline:
+            print("out of time", flush=True)
+            break
+        results["steps"].append(measure(job, case, setting, options))
+        save(results, options)
+    print("\n" + table(results), flush=True)
+    return int(any(found["wrong"] for found in results["checks"]))
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("lengths", type=Path)
+    add("--shape", choices=SHAPES, default="Mistral-7B")
+    add("--check-shape", choices=SHAPES, default="2 layers of Mistral-7B", help="of the checks (%(default)s)")
+    add("--rows", type=int, nargs="+", default=[32768, 65536], help="tokens of a row (%(default)s)")
+    add("--sets", nargs="*", default=["capybara", "gsm8k_4shot"])
+    add("--settings", nargs="+", choices=("shared", "auto", "stock"), default=["shared", "auto", "stock"])
+    add("--backend", default="auto", help="of shared rows, as of flexpatch.apply (%(default)s)")
+    add("--compile", action="store_true", help="layers of shared rows")
+    add("--tokens", type=int, default=16384, help="padded tokens of a micro-batch of stock, at most (%(default)s)")
+    add("--seconds", type=float, default=240, help="begin nothing new after so long (%(default)s)")
+    add("--tiny", action="store_true", help="on a CPU, in seconds")
+    add("--output", type=Path, default=Path("runs/long_rows"))
+    options = parser.parse_args()
+    vars(options).update(device="cuda", dtype="bfloat16", checkpointing="all", liger=False)
+    if options.tiny:
+        vars(options).update(device="cpu", shape="tiny", check_shape="tiny", rows=[1024, 2048], tokens=1024)
+    options.deadline = time.perf_counter() + options.seconds
+    options.output.mkdir(parents=True, exist_ok=True)
+    return options
+
+
+def describe(options: argparse.Namespace) -> str:
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    compiled = ", compiled layers" if options.compile else ""
+    return (
+        f"{options.shape}, LoRA, random weights, {options.dtype}, backend {options.backend}{compiled}; {device}, torch "
+        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
+    )
+
+
+def make_cases(options: argparse.Namespace) -> dict[tuple[int, str], Case]:
+    lengths = json.loads(options.lengths.read_text())
+    cases = {}
+    for size in options.rows:
+        document = [[size - 2 * (size // 8), size // 8, size // 8]]
+        for name in (DOCUMENT, *options.sets):
+            triples = document if name == DOCUMENT else lengths[name]
+            pairs = draw_pairs(triples, size, SHAPES[options.shape][1]["vocab_size"])
+            cases[size, name] = Case(size, name, pairs, build_rows([[Tree.of(*pair) for pair in pairs]]))
+    return cases
+
+
+def plan(cases: dict[tuple[int, str], Case], options: argparse.Namespace) -> Iterator[tuple[Case, str]]:
+    """What to measure, the most telling first."""
+    document = [case for case in cases.values() if case.name == DOCUMENT]
+    others = [case for case in cases.values() if case.name != DOCUMENT]
+    short = [case for case in others if case.size == options.rows[0]]
+    ordered = [(case, "shared") for case in (*document, *others)]
+    ordered += [(case, "stock") for case in (*document, *short)]
+    ordered += [(case, "auto") for case in (*document[:1], *others)]
+    ordered += [(case, "stock") for case in others if case not in short]
+    ordered += [(case, "auto") for case in document[1:]]
+    return ((case, setting) for case, setting in ordered if setting in options.settings and may_run(setting, options))
+
+
+def may_run(setting: str, options: argparse.Namespace) -> bool:
+    return setting != "auto" or options.device == "cuda"  # it measures a GPU's memory
+
+
+# --- speed and memory -------------------------------------------------------------------------------------------------
+
+
+def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A record of a step; or of its not fitting."""
+    prepare(job, "padded pairs" if setting == "stock" else "shared packed", options.compile, options.backend)
+    record: dict[str, Any] = dict(
+        size=case.size, case=case.name, setting=setting, pairs=len(case.pairs), tokens=case.rows.tokens,
+        separate_tokens=case.rows.separate_tokens,
+    )  # fmt: skip
+    try:
+        batches = make_batches(job, "padded pairs" if setting == "stock" else "shared packed", case.pairs, options)
+        step = partial(train_step, job, batches)
+        if setting == "auto":
+            flexpatch.apply(job.causal, backend=options.backend, compile=options.compile, checkpointing="auto")
+            first_step(job, step)
+        record |= time_step(job, step, options) | {
+            "tokens_computed": sum(rows.input_ids.numel() for rows, _ in batches)
+        }
+        record["useful_tflops"] = useful_flops(job, case.rows) / record["seconds"] / 1e12
+    except torch.OutOfMemoryError:
+        record["error"] = OUT_OF_MEMORY
+    job.causal.zero_grad(set_to_none=True)
+    free_memory()
+    print(json.dumps(record), flush=True)
+    return record
+
+
+def first_step(job: Job, step: Any) -> None:
+    """Training's first, with an optimizer: what checkpointing="auto" measures."""
+    step()
+    trained = [parameter for parameter in job.causal.parameters() if parameter.requires_grad]
+    torch.optim.AdamW(trained, lr=1e-3).step()
+
+
+def time_step(job: Job, step: Any, options: argparse.Namespace) -> dict[str, Any]:
+    layers, kept = job.causal.model.layers, [0]
+
+    def count(*_: Any) -> None:
+        kept.append(sum(not layer.gradient_checkpointing for layer in layers))
+
+    counting = layers[0].register_forward_pre_hook(count)
+    try:
+        for last in (False, True):
+            if options.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            (seconds,), _ = timed(step, options.device, 1)
+            if last or seconds > SECOND_RUN:
+                break
+    finally:
+        counting.remove()
+    peak = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
+    return dict(seconds=seconds, peak_gb=peak, layers_recomputed=len(layers) - max(kept))
+
+
+def useful_flops(job: Job, rows: Rows) -> float:
+    """Of the products that the shared row needs: forward twice (policy, reference), backward by activations once.
+    Attention counts visible pairs alone, the head answer tokens alone; nothing counts that is computed again."""
+    config = job.causal.config
+    index = torch.arange(rows.input_ids.shape[1])
+    visible = int((rows.ends - index).sum())
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * visible
+    head = config.hidden_size * config.vocab_size * len(rows.targets)
+    # Attention's forward has two products of visible pairs, its backward four.
+    return 6.0 * (job.layer_parameters * rows.tokens + head) + (2 * 4.0 + 8.0) * attention
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check(job: Job, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Whether long rows are right: the mask, log-probs and gradients; and whether broken ones are seen to be wrong."""
+    start = time.perf_counter()
+    mask_errors = check_mask(case.rows.to(options.device))
+    (pair,) = case.pairs
+    alone = [[pair[0], answer] for answer in pair[1:]]  # one sequence a call: two in float32 might not fit
+    one = argparse.Namespace(**vars(options) | {"tokens": 1})
+    prepare(job, "padded pairs", False, options.backend)
+    stock = probe(job, make_batches(job, "padded pairs", alone, one))
+    wide = copy.deepcopy(job.wrapped).float()
+    wide.get_base_model().set_attn_implementation(WIDE)
+    truth = replace(job, causal=wide.get_base_model(), wrapped=wide)
+    true = probe(truth, make_batches(truth, "padded pairs", alone, one))
+    del wide, truth
+    free_memory()
+    prepare(job, "shared packed", options.compile, options.backend)
+    batches = make_batches(job, "shared packed", case.pairs, options)
+    shared = probe(job, batches)
+    found: dict[str, Any] = dict(size=case.size, shape=job.shape, mask_errors=mask_errors)
+    found |= dict(logprobs=log_prob_errors(stock, shared, true), gradients=gradient_errors(stock, shared, true))
+    found["controls"] = {name: mean_error(probe(job, [batch], False), true) for name, batch in breakages(batches[0])}
+    bounds = {name: FACTOR * found[name]["stock"] for name in ("logprobs", "gradients")}
+    right = all(found[name]["shared"] <= bound for name, bound in bounds.items()) and mask_errors == 0
+    right &= all(error > bounds["logprobs"] for error in found["controls"].values())
+    found |= dict(bounds=bounds, wrong=not right, seconds=time.perf_counter() - start)
+    job.causal.zero_grad(set_to_none=True)
+    free_memory()
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def attend_wide(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float, **others: Any
+) -> tuple[Tensor, None]:
+    """Causal attention of one sequence in float32. With keys shared by heads, sdpa would make L x L scores there."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+Probe = tuple[Tensor, Tensor]  # log-probs, gradients; in float64 on the CPU
+
+
+def probe(job: Job, batches: list[Batch], gradients: bool = True) -> Probe:
+    """Log-probs of all scored tokens, and gradients of chosen - rejected: linear, so that no saturated sigmoid hides
+    or blows up a difference."""
+    job.causal.zero_grad(set_to_none=True)
+    tokens, answers = [], 0
+    for batch in batches:
+        batch[0].masks.clear()
+        with torch.set_grad_enabled(gradients):
+            found = log_probs(job.causal, *batch)
+        if gradients:
+            signs = torch.tensor([(-1.0) ** (answers + i) for i in range(len(found.answers))])
+            (found.answers * signs.to(found.answers)).sum().backward()
+        answers += len(found.answers)
+        tokens.append(found.tokens.detach().double().cpu())
+    trained = [p.grad.double().cpu().flatten() for p in job.causal.parameters() if p.grad is not None]
+    return torch.cat(tokens), torch.cat(trained) if trained else torch.empty(0)
+
+
+def mean_error(found: Probe, true: Probe) -> float:
+    """Of log-probs, in nats."""
+    return (found[0] - true[0]).abs().mean().item()
+
+
+def log_prob_errors(stock: Probe, shared: Probe, true: Probe) -> dict[str, float]:
+    return {"stock": mean_error(stock, true), "shared": mean_error(shared, true)}
+
+
+def gradient_errors(stock: Probe, shared: Probe, true: Probe) -> dict[str, float]:
+    """Norms of the differences, in those of the truth."""
+    errors = {"stock": stock[1] - true[1], "shared": shared[1] - true[1]}
+    return {name: (error.norm() / true[1].norm()).item() for name, error in errors.items()}
+
+
+def breakages(batch: Batch) -> Iterator[tuple[str, Batch]]:
+    """One thing wrong each."""
+    rows, call = batch
+    length = rows.input_ids.shape[1]
+    yield "answers see each other", (replace(rows, ends=torch.full_like(rows.ends, length), masks={}), call)
+    packed = torch.arange(length, device=rows.ends.device)[None]
+    yield "packed indices as positions", (replace(rows, position_ids=packed, depth=length, masks={}), call)
+
+
+def check_mask(rows: Rows) -> int:
+    """How many pairs of tokens and blocks differ from the rule, computed in int64 for every pair."""
+    mask = block_mask(rows.ends, rows.position_ids, None)
+    padded, device = mask.seq_lengths[0], rows.ends.device
+    ends = torch.arange(1, padded + 1, device=device)
+    ends[: rows.ends.shape[1]] = rows.ends[0]
+    keys, zero = torch.arange(padded, device=device), torch.zeros((), dtype=torch.int32, device=device)
+    partial_blocks = chosen(mask.kv_num_blocks, mask.kv_indices)
+    full_blocks = chosen(mask.full_kv_num_blocks, mask.full_kv_indices)
+    errors = (chosen(mask.q_num_blocks, mask.q_indices) != partial_blocks.T).sum()
+    errors += (chosen(mask.full_q_num_blocks, mask.full_q_indices) != full_blocks.T).sum()
+    for i, queries in enumerate(keys.split(BLOCK)):
+        visible = (keys <= queries[:, None]) & (queries[:, None] < ends)
+        errors += (mask.mask_mod(zero, zero, queries[:, None].int(), keys.int()) != visible).sum()
+        blocks = visible.view(BLOCK, -1, BLOCK)
+        some, every = blocks.any(2).any(0), blocks.all(2).all(0)
+        errors += (full_blocks[i] != every).sum() + (partial_blocks[i] != (some & ~every)).sum()
+    return int(errors)
+
+
+def chosen(counts: Any, indices: Any) -> Tensor:
+    """(N, N) bool: the blocks that a block mask's table lists."""
+    listed = torch.arange(indices.shape[-1], device=indices.device) < counts[0, 0, :, None]
+    return torch.zeros_like(listed).scatter_(1, indices[0, 0].long(), listed)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def save(results: dict[str, Any], options: argparse.Namespace) -> None:
+    (options.output / "long_rows.json").write_text(json.dumps(results, indent=1))
+    (options.output / "table.md").write_text(table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| row | pairs like | tokens ÷ | s a step | tokens/s | useful TFLOP/s (of a matrix product's) | peak GB "
+        '| `checkpointing="auto"`: s, layers recomputed, GB | stock: s, GB | speed-up |',
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    found = {(step["size"], step["case"], step["setting"]): step for step in results["steps"]}
+    for size, case in dict.fromkeys((step["size"], step["case"]) for step in results["steps"]):
+        shared, auto, stock = (found.get((size, case, setting), {}) for setting in ("shared", "auto", "stock"))
+        any_step = shared or auto or stock
+        cells = [f"{any_step['tokens']:,}", f"{case} ({any_step['pairs']})"]
+        cells.append(f"{any_step['separate_tokens'] / any_step['tokens']:.2f}")
+        cells += numbers(shared, results["matmul_tflops"])
+        cells.append(cell(auto, lambda r: f"{r['seconds']:.1f}, {r['layers_recomputed']}, {gigabytes(r)}"))
+        cells.append(cell(stock, lambda r: f"{r['seconds']:.1f}, {gigabytes(r)}"))
+        both = "seconds" in shared and "seconds" in stock
+        cells.append(f"**{stock['seconds'] / shared['seconds']:.2f}×**" if both else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *map(sentence, results["checks"]), "", results["conditions"] + CAPTION])
+
+
+CAPTION = (
+    "; *tokens ÷*: separate over shared tokens; stock: the same pairs unpatched on sdpa, padded, in micro-batches, the "
+    "same gradient checkpointing. `python benchmarks/long_rows.py`"
+)
+
+
+def numbers(shared: dict[str, Any], rate: float) -> list[str]:
+    if "seconds" not in shared:
+        return [shared.get("error", "–"), "–", "–", "–"]
+    tflops = shared["useful_tflops"]
+    rates = [f"{shared['tokens'] / shared['seconds']:,.0f}", f"{tflops:.3g} ({tflops / rate:.0%})"]
+    return [f"{shared['seconds']:.1f}", *rates, gigabytes(shared)]
+
+
+def cell(record: dict[str, Any], show: Any) -> str:
+    return str(show(record)) if "seconds" in record else record.get("error", "–")
+
+
+def gigabytes(record: dict[str, Any]) -> str:
+    return "–" if record["peak_gb"] is None else f"{record['peak_gb']:.1f}"
+
+
+def sentence(found: dict[str, Any]) -> str:
+    logprobs, gradients = found["logprobs"], found["gradients"]
+    controls = min(found["controls"].values()) / found["bounds"]["logprobs"]
+    return (
+        f"{found['size']:,} tokens, one document, {found['shape']}, against float32: log-probs off by "
+        f"{logprobs['shared']:.1e} nats on average (stock: {logprobs['stock']:.1e}), gradients by "
+        f"{gradients['shared']:.1e} (stock: {gradients['stock']:.1e}), at most twice stock's allowed"
+        f"{': WRONG' if found['wrong'] else ''}; with mask or positions broken over {controls:.0f} × the bound; "
+        f"{found['mask_errors']} of the mask's pairs and blocks wrong."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
