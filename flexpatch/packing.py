@@ -1,10 +1,14 @@
 """First-fit-decreasing bin packing, and the bins of an epoch."""
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
 
 from flexpatch.errors import FlexpatchError
+
+# Shorter items that may complement a long one: with more, neighbours in length even each other out as well.
+MOST_COMPLEMENTS = 64
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -56,8 +60,9 @@ def epoch_bins(
 
     Their number is the same in every epoch and a multiple of ``ranks``, so schedules are known ahead and no rank waits
     for another's last step. The R bins that are run together hold equally many items, because trainers gather values of
-    items over ranks, and have neighbouring costs. Which samples share a bin changes from epoch to epoch: lengths are
-    rounded up to a 512th of ``capacity``, and samples of one rounded length trade places.
+    items over ranks, and nearly equally many tokens. Which samples share a bin changes from epoch to epoch: lengths are
+    rounded up a little (to a 64th of their mean, or a 512th of ``capacity`` if that is less), and samples of one
+    rounded length trade places.
 
     Args:
         lengths: As in :func:`pack`.
@@ -73,19 +78,99 @@ def epoch_bins(
     Raises:
         FlexpatchError: As in :func:`pack`.
     """
-    rng = np.random.default_rng([seed, epoch])
-    step = max(1, capacity // 512)
+    if len(lengths) == 0:
+        return []
     _check(lengths, capacity)  # pack would name a shuffled item
-    rounded = [min(-(-length // step) * step, capacity) for length in lengths]
+    rng = np.random.default_rng([seed, epoch])
+    sizes = np.array(lengths)
+    step = max(1, min(capacity // 512, int(sizes.mean()) // 64))
+    rounded = np.minimum(-(-sizes // step) * step, capacity)
     # Longest first, random among equals: what follows depends on rounded lengths alone, so epochs differ in items only.
-    items = sorted(rng.permutation(len(lengths)).tolist(), key=lambda item: -rounded[item])
-    missing = -len(items) % ranks
-    items += (items * ranks)[::-1][:missing]
+    items = rng.permutation(len(sizes))
+    items = items[np.argsort(-rounded[items], kind="stable")]
+    items = np.concatenate([items, np.resize(items[::-1], -len(items) % ranks)])
+    steps = []
+    while (chosen_GR := _complemented(rounded[items], capacity, ranks)) is not None:
+        steps.append(items[chosen_GR])
+        items = np.delete(items, chosen_GR)
     # Neighbours in length go to different ranks, and are packed as if they were one item, as long as the longest.
-    groups = [items[at : at + ranks] for at in range(0, len(items), ranks)]
-    steps = pack([max(rounded[item] for item in group) for group in groups], capacity)
-    bins: list[list[int]] = []
-    for i in rng.permutation(len(steps)):
-        dealt = [rng.permutation(groups[number]).tolist() for number in steps[i]]
-        bins += [list(some) for some in zip(*dealt, strict=True)]
+    groups = items.reshape(-1, ranks)
+    packed = _pack_evenly(rounded[groups].max(1).tolist(), capacity)
+    steps += [_deal(groups[some], sizes) for some in packed]
+    return [some for i in rng.permutation(len(steps)) for some in rng.permutation(steps[i].T).tolist()]
+
+
+def _complemented(lengths: np.ndarray, capacity: int, ranks: int) -> np.ndarray | None:
+    """A full step of the R longest items, each with shorter ones that complement it; ``None`` if those R are so alike
+    that neighbours in length will do, or if there are no such shorter ones.
+
+    Args:
+        lengths: (n,) longest first.
+
+    Returns:
+        (G, R) indices into ``lengths``: G items of each rank.
+    """
+    slack = capacity // 50
+    if len(lengths) == 0 or lengths[0] - lengths[ranks - 1] <= slack:
+        return None
+    room_R = capacity - lengths[:ranks]
+    shorter = lengths[ranks:]
+    if len(shorter) == 0:
+        return None
+    fewest = -(-(int(room_R.max()) - slack) // int(shorter[0]))
+    most = min(MOST_COMPLEMENTS, int(room_R.min()) // int(shorter[-1]), len(shorter) // ranks)
+    for count in range(max(1, fewest), most + 1):
+        found_GR = _complements(shorter, room_R, count)
+        if found_GR is not None and (room_R - shorter[found_GR].sum(0)).max() <= slack:
+            return np.concatenate([np.arange(ranks)[None], found_GR + ranks])
+    return None
+
+
+def _complements(lengths: np.ndarray, room_R: np.ndarray, count: int) -> np.ndarray | None:
+    """(count, R) distinct indices into ``lengths``, longest first: to each room the longest items that fit its equal
+    shares, in turn. ``None`` if there are too few as short as needed."""
+    ascending, found = lengths[::-1], []
+    left = np.ones(len(lengths), bool)
+    ranks = np.arange(len(room_R))
+    for shares in range(count, 0, -1):
+        pool = np.flatnonzero(left)
+        widest_first = np.argsort(-room_R, kind="stable")
+        at = np.searchsorted(ascending[pool], room_R[widest_first] // shares, side="right") - 1
+        at = np.minimum.accumulate(at + ranks) - ranks  # each its own: the next shorter one, if that is taken
+        if at[-1] < 0:
+            return None
+        taken_R = np.empty_like(at)
+        taken_R[widest_first] = pool[at]
+        left[taken_R] = False
+        room_R = room_R - ascending[taken_R]
+        found.append(len(lengths) - 1 - taken_R)
+    return np.array(found)
+
+
+def _pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """As few bins as first-fit-decreasing needs, and equally full if that can be had: FFD would leave all room in its
+    last bins, and the few items of a small bin cannot be balanced over ranks. Longest items first in every bin."""
+    packed = pack(lengths, capacity)
+    bins: list[list[int]] = [[] for _ in packed]
+    fullness = [(0, b) for b in range(len(bins))]  # a heap
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        used, b = fullness[0]
+        if used + lengths[item] > capacity:
+            return packed
+        heapq.heapreplace(fullness, (used + lengths[item], b))
+        bins[b].append(item)
     return bins
+
+
+def _deal(groups_GR: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A step: of each group one item to each rank, the longest to the rank that has the fewest tokens so far."""
+    ranks = groups_GR.shape[1]
+    if ranks == 1:
+        return groups_GR
+    dealt_GR, tokens_R = np.empty_like(groups_GR), np.zeros(ranks, lengths.dtype)
+    for g, items in enumerate(groups_GR):
+        longest_first = items[np.argsort(-lengths[items], kind="stable")]
+        emptiest_first = np.argsort(tokens_R, kind="stable")
+        dealt_GR[g, emptiest_first] = longest_first
+        tokens_R[emptiest_first] += lengths[longest_first]
+    return dealt_GR
