@@ -1,7 +1,7 @@
-"""What flexpatch relies on in transformers, one test each.
+"""What flexpatch relies on in transformers, one test each, for every architecture.
 
-When a new release breaks other tests, start here: these say which promise is gone, and all of flexpatch's dealings
-with it are in ``flexpatch/patch.py``.
+When a new release breaks other tests, start here and in test_upgrades.py: these say which promise is gone, and all of
+flexpatch's dealings with it are in ``flexpatch/patch.py``.
 """
 
 import sys
@@ -24,7 +24,7 @@ from flexpatch.registry import FULL, SLIDING, adapters
 from flexpatch.tree import Tree, build_rows
 
 NAME = "test_internals_probe"
-HERE = f"transformers {transformers.__version__}"
+HERE = f"transformers {transformers.__version__}, on which flexpatch/patch.py relies"
 TYPES = tiny_types()
 
 
@@ -254,14 +254,14 @@ def test_hidden_states_of_the_backbone_leave_the_model(model_type: str) -> None:
 
     model.base_model.register_forward_hook(mark)
     output = model(ids(), use_cache=False, logits_to_keep=torch.empty(0, dtype=torch.int64))
-    assert output.hidden_states[0] is marker, f"{HERE} does not pass on a backbone's hidden_states"
-    assert output.logits.shape[1] == 0, f"{HERE} computes logits of positions that were not asked for"
+    assert output.hidden_states[0] is marker, f"{HERE}: a backbone's hidden_states are no longer passed on"
+    assert output.logits.shape[1] == 0, f"{HERE}: logits of positions that were not asked for are computed"
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_layers_are_in_a_list_and_have_a_checkpointing_flag_each(model_type: str) -> None:
     model = tiny_model(model_type)
     layers = _layers(model.base_model)
-    assert len(layers) == model.config.num_hidden_layers, f"{HERE} keeps decoder layers elsewhere"
+    assert len(layers) == model.config.num_hidden_layers, f"{HERE}: decoder layers are kept elsewhere"
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert all(layer.gradient_checkpointing for layer in layers), f"{HERE} has no flag on each layer"
+    assert all(layer.gradient_checkpointing for layer in layers), f"{HERE}: layers have no flag each any more"
