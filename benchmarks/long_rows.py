@@ -85,7 +85,12 @@ def main() -> int:
     AttentionMaskInterface.register(WIDE, lambda *args, **kwargs: None)
     small = make_job(options.check_shape, "lora", "none", options)
     for size in options.rows:
-        results["checks"].append(check(small, cases[size, DOCUMENT], options))
+        try:
+            results["checks"].append(check(small, cases[size, DOCUMENT], options))
+        except torch.OutOfMemoryError:
+            results["checks"].append(dict(size=size, shape=small.shape, error=OUT_OF_MEMORY, wrong=True))
+            print(json.dumps(results["checks"][-1]), flush=True)
+        free_memory()
         save(results, options)
     del small
     free_memory()
@@ -395,6 +400,8 @@ def gigabytes(record: dict[str, Any]) -> str:
 
 
 def sentence(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"{found['size']:,} tokens could not be checked: {found['error']}."
     logprobs, gradients = found["logprobs"], found["gradients"]
     controls = min(found["controls"].values()) / found["bounds"]["logprobs"]
     return (
