@@ -157,8 +157,8 @@ def table(runs: list[dict[str, Any]], options: argparse.Namespace) -> str:
     caption = (
         f"Simulated epochs of {options.pairs:,} pairs (drawn with replacement, lengths changed by up to a tenth) in "
         f"rows of {budgets} tokens; FLOPs of a Mistral-7B step. *Waiting*: by how much the costliest rank of a step "
-        "exceeds the mean, over the epoch's mean step; *at random*: the same rows, dealt at random; *stock*: random pairs, "
-        "padded; *fewest*: first-fit-decreasing without ranks. `python benchmarks/balance.py`"
+        "exceeds the mean, over the epoch's mean step; *at random*: the same rows, dealt at random; *stock*: random "
+        "pairs, padded; *fewest*: first-fit-decreasing without ranks. `python benchmarks/balance.py`"
     )
     return "\n".join([*lines, "", caption])
 
