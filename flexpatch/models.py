@@ -95,7 +95,12 @@ def tiny_model(
         seed: Of the weights.
     """
     adapter = adapters()[model_type]
-    config = AutoConfig.for_model(model_type, **{**TINY, **adapter.tiny[model_type][variant]})
+    settings = dict(adapter.tiny[model_type][variant])
+    if "text_config" in settings:
+        settings["text_config"] = TINY | settings["text_config"]
+    else:
+        settings = TINY | settings
+    config = AutoConfig.for_model(model_type, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # some vectors (gpt-oss's sinks) are drawn by the model itself
         model = AutoModelForCausalLM.from_config(config, attn_implementation=adapter.implementations[0])
