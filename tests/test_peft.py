@@ -1,4 +1,4 @@
-"""Adapters of peft beyond plain LoRA, and what else is trained: packed rows and folded batches against separate runs."""
+"""Adapters of peft beyond plain LoRA, and what else is trained: packed rows, folded batches against separate runs."""
 
 import copy
 from typing import Any
