@@ -42,7 +42,7 @@ from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, unfold
 from flexpatch.masks import bucket, mask_of
-from flexpatch.refusals import check_mode, check_rows, longrope_limit
+from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
 from flexpatch.tree import Rows
 
@@ -125,6 +125,7 @@ def apply(
             "device_map puts this model on several devices, but a block mask lives on one. Load it on one device (FSDP "
             "or DeepSpeed for several), or pass backend='dense'"
         )
+    check_quantization(inner)
     layers = _layers(inner.base_model)
     if (compile or checkpointing is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")
@@ -286,6 +287,16 @@ def eager_experts(model: AnyModel) -> AnyModel:
     inner = _pretrained(model)
     if inner._can_set_experts_implementation():
         inner.set_experts_implementation("eager")
+    return model
+
+
+def dequantize(model: AnyModel) -> AnyModel:
+    """Give the layers of ``model`` whose weights a quantizer packed (bitsandbytes) the numbers that those stand for."""
+    packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
+    if packed:
+        _pretrained(model).dequantize()
+    for name in packed:
+        model.get_parameter(name).requires_grad_(False)
     return model
 
 
