@@ -106,7 +106,8 @@ def tiny_model(
         model = AutoModelForCausalLM.from_config(config, attn_implementation=adapter.implementations[0])
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.ndim > 1:
+        # Norms start at 1, those of each head as matrices: drawn anew, they would shrink queries and keys to nothing.
+        if parameter.ndim > 1 and not (parameter == 1).all():
             nn.init.normal_(parameter, std=0.15, generator=generator)
         else:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
