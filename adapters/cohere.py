@@ -7,7 +7,7 @@ register(
         name="Cohere",
         masks="single",
         head=lambda config: Head(scale=config.logit_scale),
-        tiny={"cohere": [dict(logit_scale=0.5), dict(use_qk_norm=True)]},
+        tiny={"cohere": [dict(logit_scale=0.5), dict(logit_scale=0.5, use_qk_norm=True)]},
     )
 )
 

@@ -30,9 +30,14 @@ register(
     )
 )
 
+VISION = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
+IMAGES = dict(mm_tokens_per_image=4, image_token_index=149, boi_token_index=148, eoi_token_index=147)
+
 register(
     Adapter(
-        name="Gemma 3 (text)",
+        name="Gemma 3",
         masks="by_layer_type",
         windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
         head=lambda config: Head(softcap=config.final_logit_softcapping),
@@ -42,7 +47,9 @@ register(
                 dict(SHORT, sliding_window_pattern=2),
                 dict(SHORT, sliding_window_pattern=3, final_logit_softcapping=30.0),
             ],
+            "gemma3": [dict(text_config=dict(SHORT, sliding_window_pattern=2), vision_config=VISION, **IMAGES)],
         },
+        limits="multimodal class (`gemma3`): calls with images run as they are given",
     )
 )
 

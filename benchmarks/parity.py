@@ -2,7 +2,7 @@
 
     python benchmarks/parity.py                                # CPU, float64
     python benchmarks/parity.py --device cuda --dtype float32
-    python benchmarks/parity.py --device cuda --dtype bfloat16
+    python benchmarks/parity.py --device cuda --dtype bfloat16 --jobs 14
 
 Each row is the worst of an architecture's tiny random models (one per mask, window and rope variant). Exit code 1 if
 any fails.
@@ -10,7 +10,9 @@ any fails.
 
 import argparse
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -26,14 +28,16 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float64", choices=["float64", "float32", "bfloat16"])
     parser.add_argument("--backend", default="auto", choices=["auto", "flex", "dense"])
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, help="also write the full reports as JSON")
     options = parser.parse_args()
-    dtype = getattr(torch, options.dtype)
+    cases = [(t, v) for t in tiny_types() for v in range(len(adapters()[t].tiny[t]))]
     reports: dict[str, list[Report]] = {}
-    for model_type in tqdm(tiny_types(), disable=None):
-        for variant in range(len(adapters()[model_type].tiny[model_type])):
-            model = tiny_model(model_type, variant, dtype=dtype).to(options.device)
-            reports.setdefault(model_type, []).append(check_parity(model, name=model_type, backend=options.backend))
+    # Processes of their own: each compiles its kernels, which is what takes time on a GPU.
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        results = [pool.submit(verify, *case, options.device, options.dtype, options.backend) for case in cases]
+        for (model_type, _), result in tqdm(list(zip(cases, results, strict=True)), disable=None):
+            reports.setdefault(model_type, []).append(result.result())
     settings = next(iter(reports.values()))[0].settings
     print(" · ".join(f"{key} {value}" for key, value in settings.items()), end="\n\n")
     print("| `model_type` | variants | leaking tokens | log-probs: error (bound), nats | gradients: error (bound) | "
@@ -43,6 +47,13 @@ def main() -> int:
     if options.output:
         options.output.write_text(json.dumps([r.as_dict() for some in reports.values() for r in some], indent=1))
     return 0 if all(report.passed for some in reports.values() for report in some) else 1
+
+
+def verify(model_type: str, variant: int, device: str, dtype: str, backend: str) -> Report:
+    """One tiny model's report."""
+    torch.set_num_threads(1)
+    model = tiny_model(model_type, variant, dtype=getattr(torch, dtype)).to(device)
+    return check_parity(model, name=model_type, backend=backend)
 
 
 def row(model_type: str, variants: list[Report]) -> str:

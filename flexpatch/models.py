@@ -95,13 +95,19 @@ def tiny_model(
         seed: Of the weights.
     """
     adapter = adapters()[model_type]
-    config = AutoConfig.for_model(model_type, **{**TINY, **adapter.tiny[model_type][variant]})
+    settings = dict(adapter.tiny[model_type][variant])
+    if "text_config" in settings:
+        settings["text_config"] = TINY | settings["text_config"]
+    else:
+        settings = TINY | settings
+    config = AutoConfig.for_model(model_type, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # some vectors (gpt-oss's sinks) are drawn by the model itself
         model = AutoModelForCausalLM.from_config(config, attn_implementation=adapter.implementations[0])
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        if parameter.ndim > 1:
+        # Norms start at 1, those of each head as matrices: drawn anew, they would shrink queries and keys to nothing.
+        if parameter.ndim > 1 and not (parameter == 1).all():
             nn.init.normal_(parameter, std=0.15, generator=generator)
         else:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)

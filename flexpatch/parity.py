@@ -37,6 +37,7 @@ from flexpatch.logprobs import answer_logprobs, separate_logprobs, sum_answers
 from flexpatch.patch import (
     apply,
     backend_of,
+    dequantize,
     eager_experts,
     model_inputs,
     remove,
@@ -264,7 +265,7 @@ class _Verification:
                 f"{free / 1e9:.1f} are free: verify it with --lora, or a smaller model of the architecture"
             )
         self.report.settings["truth"] = str(dtype).removeprefix("torch.")
-        model = eager_experts(copy.deepcopy(self.model).to(dtype))
+        model = eager_experts(dequantize(copy.deepcopy(self.model)).to(dtype))
         if _checkpoints(model):
             model.gradient_checkpointing_disable()  # type: ignore[operator]  # recomputation would leave the mode below
         with _Float64():

@@ -12,7 +12,7 @@ What is relied on: ``AttentionInterface`` and ``AttentionMaskInterface`` accept 
 reaches the attention function untouched; ``position_ids`` reaches rope untouched; other arguments reach the attention
 function; a causal model calls ``base_model`` once, as a module, needs nothing but the hidden states it returns, and
 passes on ``hidden_states``; its layers are ``GradientCheckpointingLayer``s in a list, with a flag each.
-tests/test_internals.py has a test for each.
+tests/test_internals.py has a test for each, tests/test_upgrades.py for what else it relies on, by name.
 """
 
 import logging
@@ -42,8 +42,8 @@ from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, unfold
 from flexpatch.masks import bucket, mask_of
-from flexpatch.refusals import check_mode, check_rows, longrope_limit
-from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for
+from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit
+from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
 from flexpatch.tree import Rows
 
 PREFIX = "flexpatch_"
@@ -54,6 +54,12 @@ ORIGINALS = ("sdpa", "eager")
 
 # Marks calls that our hook has seen. A model made from a patched one's configuration has the name and no hook.
 SEEN = "flexpatch_seen"
+
+# Arguments of multimodal backbones that change nothing where there are no images.
+IGNORED = {"token_type_ids", "labels"}
+IMAGES = "images, whose tokens see ahead"
+# What a call's cache is named: the second from transformers 5.24 on.
+CACHES = ("past_key_values", "cache")
 
 log = logging.getLogger(__name__)
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -102,11 +108,12 @@ def apply(
     inner = _pretrained(model)
     config = text_config(inner)
     adapter = adapter_for(config)
+    decoder = _decoder(inner)
     if backend == "fa4":
         check_fa4()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         check_fa4_model(head_dim, getattr(config, "attn_logit_softcapping", None))
-    current = inner.config._attn_implementation
+    current = config._attn_implementation
     original = _parse(current)[2] if current.startswith(PREFIX) else current
     if original not in adapter.implementations:
         raise UnsupportedModelError(
@@ -118,13 +125,14 @@ def apply(
             "device_map puts this model on several devices, but a block mask lives on one. Load it on one device (FSDP "
             "or DeepSpeed for several), or pass backend='dense'"
         )
+    check_quantization(inner)
     layers = _layers(inner.base_model)
     if (compile or checkpointing is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")
     if compile:
         check_forwards(layers)
-    inner.set_attn_implementation(f"{PREFIX}{'fold' if fold else 'rows'}_{backend}_{original}")
-    if inner.config._attn_implementation == original:
+    decoder.set_attn_implementation(f"{PREFIX}{'fold' if fold else 'rows'}_{backend}_{original}")
+    if config._attn_implementation == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
     previous = _hook_of(inner)
     if previous is not None:
@@ -135,7 +143,7 @@ def apply(
     inner.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     inner.base_model.register_forward_hook(_after_hook, with_kwargs=True, prepend=True, always_call=True)
     inner.base_model.register_forward_hook(_score_hook, with_kwargs=True)
-    if current != inner.config._attn_implementation:
+    if current != config._attn_implementation:
         device = inner.get_input_embeddings().weight.device
         log.info("flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, backend_of(inner), device)
     return model
@@ -145,7 +153,7 @@ def remove(model: AnyModel) -> AnyModel:
     """Undo :func:`apply`. A model that was never patched is returned as it is."""
     inner = _pretrained(model)
     if is_applied(inner):
-        inner.set_attn_implementation(_parse(inner.config._attn_implementation)[2])
+        _decoder(inner).set_attn_implementation(_parse(_implementation(inner))[2])
     _unhook(inner)
     return model
 
@@ -158,7 +166,7 @@ def is_applied(model: nn.Module) -> bool:
 def settings_of(model: nn.Module) -> dict[str, Any] | None:
     """The options that ``model`` was patched with; ``None`` if it is not patched."""
     inner = _pretrained(model)
-    name, hook = str(inner.config._attn_implementation), _hook_of(inner)
+    name, hook = str(_implementation(inner)), _hook_of(inner)
     if not name.startswith(PREFIX):
         return None
     kind, backend, _ = _parse(name)
@@ -266,18 +274,12 @@ def head_of(model: nn.Module) -> tuple[nn.Module, Head]:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the transformers model inside ``model``.
+    """The configuration of the transformers model inside ``model``; of a multimodal one, that of its text stack.
 
     Raises:
-        UnsupportedModelError: For a multimodal model, whose vision or audio towers would be patched with it.
+        UnsupportedModelError: For a multimodal model whose type no adapter serves.
     """
-    inner = _pretrained(model)
-    if inner.config.get_text_config() is not inner.config:
-        raise UnsupportedModelError(
-            f"{type(inner).__name__} is a multimodal model; load its text model instead, for example with "
-            "AutoModelForCausalLM.from_pretrained(name, config=config.get_text_config())"
-        )
-    return inner.config
+    return decoder_config(_pretrained(model).config)
 
 
 def eager_experts(model: AnyModel) -> AnyModel:
@@ -285,6 +287,16 @@ def eager_experts(model: AnyModel) -> AnyModel:
     inner = _pretrained(model)
     if inner._can_set_experts_implementation():
         inner.set_experts_implementation("eager")
+    return model
+
+
+def dequantize(model: AnyModel) -> AnyModel:
+    """Give the layers of ``model`` whose weights a quantizer packed (bitsandbytes) the numbers that those stand for."""
+    packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
+    if packed:
+        _pretrained(model).dequantize()
+    for name in packed:
+        model.get_parameter(name).requires_grad_(False)
     return model
 
 
@@ -296,7 +308,7 @@ def weights(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     inner = _pretrained(model)
     settings = inner.config.to_dict()
-    settings["_attention"] = inner.config._attn_implementation
+    settings["_attention"] = _implementation(inner)
     settings["_device"] = inner.get_input_embeddings().weight.device.type
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     tensors = {}
@@ -356,7 +368,7 @@ class _RowHook:
         }
 
     def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
-        name = backbone.config._attn_implementation
+        name = _implementation(backbone)
         if not name.startswith(PREFIX):
             _warn_unfolded(
                 "of a model whose attention implementation was changed after flexpatch.apply (apply it again)"
@@ -412,8 +424,9 @@ class _RowHook:
         ids, given = call["input_ids"], call.get("attention_mask")
         if given is not None and given.shape != ids.shape:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
-        batch = [ids, None if given is None else given != 0, call.get("position_ids")]
-        # One copy for all three: on a GPU each would wait for everything launched before.
+        types = call.get("token_type_ids") if config is not backbone.config else None
+        batch = [ids, None if given is None else given != 0, call.get("position_ids"), types]
+        # One copy for all: on a GPU each would wait for everything launched before.
         arrays = torch.stack([x.expand_as(ids).to(ids) for x in batch if x is not None]).numpy(force=True)
         # A dispatched model moves its inputs by itself: ids on the CPU do not mean that it computes there.
         home = backbone.get_input_embeddings().weight.device
@@ -422,13 +435,14 @@ class _RowHook:
         # Trainers run a batch through the policy and then the reference: it is folded once. Not under a mode that
         # watches operations (selective checkpointing), which expects the same ones every time.
         watched = is_in_torch_dispatch_mode()
+        present = [x is not None for x in batch]
         key = (
-            [x is not None for x in batch], dtype, device, config.vocab_size, longrope_limit(config),
+            present, dtype, device, config.vocab_size, longrope_limit(config),
             torch.is_inference_mode_enabled(), watched,
         )  # fmt: skip
         last = self.last
         if watched or last is None or last.key != key or not np.array_equal(last.arrays, arrays):
-            last = self._folded(config, arrays, given is not None, dtype, device)
+            last = self._folded(config, arrays, present, dtype, device)
             self.last = last = replace(last, key=key, arrays=arrays)
         if last.obstacle is not None:
             _warn_unfolded(last.obstacle)
@@ -439,17 +453,20 @@ class _RowHook:
             masks = rows.masks if dtype is None else {}
             ids, positions = rows.input_ids.clone(), rows.position_ids.clone()
             rows = replace(rows, input_ids=ids, position_ids=positions, masks=masks)
-            call |= _inputs(backbone, rows, adapter_for(config))
+            call |= dict.fromkeys(IGNORED & call.keys()) | _inputs(backbone, rows, adapter_for(config))
             setattr(call["input_ids"], _AFTER, _After(unfold=(index, padding)))
         if last.counts is not None:
             self.counts.append(last.counts)
         return None if last.folded is None else call
 
-    def _folded(self, config: Any, arrays: Any, masked: bool, dtype: torch.dtype | None, device: Any) -> "_Fold":
-        ids, *rest = arrays
-        mask = rest.pop(0) != 0 if masked else None
+    def _folded(self, config: Any, arrays: Any, present: list[bool], dtype: torch.dtype | None, device: Any) -> "_Fold":
+        rest = iter(arrays)
+        ids: np.ndarray = next(rest)
+        mask, positions, types = (next(rest) if there else None for there in present[1:])
+        mask = None if mask is None else mask != 0
         check_ids(ids, mask, config.vocab_size)
-        positions = rest[0] if rest else None
+        if types is not None and types.any():
+            return _Fold(obstacle=f"with {IMAGES}")
         if positions is not None and not follow_columns(positions, mask):
             return _Fold(obstacle="with position_ids that do not count a sequence's columns (packed rows, for example)")
         folded = fold_batch(ids, mask, lambda counts: _gains(config, counts, ids.shape[1], dtype))
@@ -474,7 +491,7 @@ def _ordinary(call: dict[str, Any]) -> bool:
     mask, ids = call.get("attention_mask"), call.get("input_ids")
     if isinstance(mask, dict | BlockMask) or (mask is not None and mask.ndim != 2):
         return False
-    if call.get("past_key_values") is not None or call.get("use_cache"):
+    if call.get("use_cache") or any(call.get(name) is not None for name in CACHES):
         return False
     # One row with positions of its own may be several sequences, packed by the caller ("padding-free").
     packed = call.get("position_ids") is not None and call.get("use_cache") is False
@@ -508,8 +525,11 @@ def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> s
             return f"{name}=True"
     if asked("return_dict") is False:
         return "return_dict=False"
+    multimodal = config is not backbone.config
+    if multimodal and any(call.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")):
+        return IMAGES
     for name, value in call.items():
-        known = name in ("input_ids", "attention_mask", "position_ids")
+        known = name in ("input_ids", "attention_mask", "position_ids") or (multimodal and name in IGNORED)
         if isinstance(value, Tensor) and not known and value.ndim and len(value) == len(call["input_ids"]):
             return f"the argument {name}"
     return None
@@ -566,7 +586,7 @@ def _recompute(kept: list[GradientCheckpointingLayer]) -> None:
 
 def _layers(backbone: nn.Module) -> list[GradientCheckpointingLayer]:
     """The decoder layers of a backbone."""
-    lists = (child for child in backbone.children() if isinstance(child, nn.ModuleList))
+    lists = (child for child in _decoder(backbone).children() if isinstance(child, nn.ModuleList))
     return [layer for layers in lists for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
 
 
@@ -612,7 +632,7 @@ def backend_of(model: nn.Module) -> str:
 
 
 def _backend(inner: PreTrainedModel, device: torch.device) -> str:
-    _, backend, _ = _parse(inner.config._attn_implementation)
+    _, backend, _ = _parse(_implementation(inner))
     if backend == "auto":
         return "flex" if device.type in ("cuda", "xpu") else "dense"
     return backend
@@ -622,7 +642,7 @@ def _mask_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype | N
     """The kind of mask :func:`flexpatch.masks.mask_of` must build: a block mask, or what the original takes."""
     if _backend(inner, device) != "dense":
         return None
-    return torch.bool if _parse(inner.config._attn_implementation)[2] == "sdpa" else inner.dtype
+    return torch.bool if _parse(_implementation(inner))[2] == "sdpa" else inner.dtype
 
 
 def _parse(name: str) -> tuple[str, str, str]:
@@ -637,6 +657,17 @@ def _pretrained(model: nn.Module) -> PreTrainedModel:
         if isinstance(module, PreTrainedModel):
             return module
     raise FlexpatchError(f"{type(model).__name__} holds no transformers model; pass a PreTrainedModel, bare or wrapped")
+
+
+def _decoder(inner: PreTrainedModel) -> PreTrainedModel:
+    """``inner``, or the text stack of a multimodal model: the module with the text configuration."""
+    config = inner.config.get_text_config()
+    return next(m for m in inner.modules() if isinstance(m, PreTrainedModel) and m.config is config)
+
+
+def _implementation(inner: PreTrainedModel) -> str:
+    """The name of the attention implementation of ``inner``'s text layers."""
+    return inner.config.get_text_config()._attn_implementation
 
 
 def _attention(

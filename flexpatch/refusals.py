@@ -64,6 +64,23 @@ def check_mode(model: nn.Module) -> None:
         )
 
 
+def check_quantization(model: nn.Module) -> None:
+    """Refuse 8-bit layers that look at all tokens of a call.
+
+    Raises:
+        UnsupportedModelError: For LLM.int8 (arXiv 2208.07339) with its outlier decomposition, which picks the features
+            to compute in 16 bits by the largest activation of any token.
+    """
+    for name, module in model.named_modules():
+        threshold = getattr(module.__dict__.get("state"), "threshold", 0.0)
+        if type(module).__name__ == "Linear8bitLt" and threshold:
+            raise UnsupportedModelError(
+                f"'{name}' is 8-bit with llm_int8_threshold={threshold}: outliers of one answer would change how all "
+                "tokens of its row are rounded. Load the model with BitsAndBytesConfig(load_in_8bit=True, "
+                "llm_int8_threshold=0.0), or in 4 bits"
+            )
+
+
 def _name(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 

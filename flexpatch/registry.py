@@ -52,7 +52,9 @@ class Adapter:
     Attributes:
         name: The family, as people write it.
         tiny: ``config.model_type`` served -> keyword arguments of small configurations. Tests and the verifier build
-            random models from them, so every mask, window and rope variant of the family should appear.
+            random models from them, so every mask, window and rope variant of the family should appear. Multimodal
+            types too, with a ``text_config``, if their text stack takes ids, masks and positions as the text model
+            does; their calls with images run as they are given.
         masks: ``"single"`` when the decoder takes one mask for all layers, ``"by_layer_type"`` when it takes a dict
             keyed by the entries of ``config.layer_types``.
         windows: ``config`` -> window in tokens (``None``: unlimited) for each layer type. A ``"single"`` family has
@@ -103,16 +105,32 @@ def adapters() -> dict[str, Adapter]:
     return {model_type: adapter for model_type, adapter in _adapters.items() if model_type in adapter.tiny}
 
 
+def decoder_config(config: Any) -> Any:
+    """``config``, or the text configuration in that of a multimodal model.
+
+    Raises:
+        UnsupportedModelError: If no adapter serves ``config.model_type``.
+    """
+    text = config.get_text_config()
+    if text is not config and config.model_type not in adapters():
+        raise UnsupportedModelError(
+            f"model type '{config.model_type}' is a multimodal model, which no adapter serves; load its text model "
+            "instead, for example with AutoModelForCausalLM.from_pretrained(name, config=config.get_text_config())"
+        )
+    return text
+
+
 def adapter_for(config: Any) -> Adapter:
-    """The adapter of a (text) model configuration.
+    """The adapter of a model configuration.
 
     Args:
-        config: A ``transformers.PreTrainedConfig``.
+        config: A ``transformers.PreTrainedConfig``, of a text model or of a multimodal one.
 
     Raises:
         UnsupportedModelError: If no adapter serves ``config.model_type``, or its adapter refuses this configuration.
     """
     known = adapters()
+    config = decoder_config(config)
     model_type = config.model_type
     adapter = _adapters.get(model_type)
     if adapter is None:

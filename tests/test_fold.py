@@ -5,6 +5,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,11 @@ from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, p
 from flexpatch.fold import Counts, Folded, Savings, fold_batch, follow_columns
 from flexpatch.models import TINY, tiny_model
 from flexpatch.parity import _Float64
+from flexpatch.patch import CACHES
 from flexpatch.registry import adapters
 
 # Full attention, windows on all layers, on some, two ropes; Gemma 2 in float64 gives NaN for padded batches unpatched.
-KINDS = [("llama", 0), ("mistral", 1), ("qwen3", 1), ("gemma3_text", 0)]
+KINDS = [("llama", 0), ("mistral", 1), ("qwen3", 1), ("gemma3_text", 0), ("gemma3", 0)]
 BOUND = 1e-10
 # Where float64 cannot be kept throughout (checkpointing): transformers' norms and ropes round to float32, and a last
 # bit can flip that.
@@ -300,10 +302,24 @@ def test_calls_that_run_as_they_are_without_a_word() -> None:
     ran(0, input_ids=one["input_ids"], attention_mask=None)
     mask = torch.ones(9, 1, *[ran.batch["input_ids"].shape[1]] * 2, dtype=torch.bool).tril()
     ran(0, attention_mask=mask)
-    prefix = flexpatch.remove(ran.model)(input_ids=one["input_ids"][:, :5], use_cache=True).past_key_values
-    patched = flexpatch.apply(ran.model)
-    patched(input_ids=one["input_ids"][:, 5:8], past_key_values=prefix)
-    assert flexpatch.savings(patched).batches == 0
+    assert flexpatch.savings(ran.model).batches == 0
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_given_cache_is_used(name: str) -> None:
+    """Whatever the installed transformers calls it, also where no new entries are asked for."""
+    model, batch = tiny_model("llama"), padded_batch()["input_ids"]
+    if not any(name in signature(type(m).forward).parameters for m in (model, model.base_model)):
+        name = next(known for known in CACHES if known != name)
+
+    def after_prefix() -> Tensor:
+        with torch.no_grad():
+            prefix = model.base_model(batch[:, :5], use_cache=True)
+            return model(batch[:, 5:8], **{name: getattr(prefix, name)}, use_cache=False).logits
+
+    before = after_prefix()
+    flexpatch.apply(model)
+    assert torch.equal(after_prefix(), before)
 
 
 @parameterized.expand(

@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from flexpatch.masks import block_mask
 from flexpatch.models import tiny_model, tiny_types
-from flexpatch.patch import _layers
+from flexpatch.patch import _decoder, _layers, text_config
 from flexpatch.registry import FULL, SLIDING, adapters
 from flexpatch.tree import Tree, build_rows
 
@@ -54,7 +54,7 @@ def probe() -> Iterator[Probe]:
 
 def probed(model_type: str) -> transformers.PreTrainedModel:
     model = tiny_model(model_type)
-    model.set_attn_implementation(NAME)
+    _decoder(model).set_attn_implementation(NAME)
     return model
 
 
@@ -84,7 +84,7 @@ def test_the_originals_can_be_looked_up() -> None:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_eager_attention_is_a_function_of_the_models_file(model_type: str) -> None:
     model = tiny_model(model_type)
-    attention = type(model.model.layers[0].self_attn)
+    attention = type(_decoder(model.base_model).layers[0].self_attn)
     assert callable(vars(sys.modules[attention.__module__]).get("eager_attention_forward")), (
         f"{HERE}: {attention.__module__} has no eager_attention_forward; ordinary calls with 'eager' need it"
     )
@@ -93,21 +93,21 @@ def test_eager_attention_is_a_function_of_the_models_file(model_type: str) -> No
 @pytest.mark.parametrize("model_type", TYPES)
 def test_a_model_takes_a_registered_name(probe: Probe, model_type: str) -> None:
     model = probed(model_type)
-    assert model.config._attn_implementation == NAME, (
+    assert text_config(model)._attn_implementation == NAME, (
         f"{HERE}: set_attn_implementation no longer sets config._attn_implementation to a custom name"
     )
     model(input_ids=ids())
-    assert [call["module"] for call in probe.calls] == [layer.self_attn for layer in model.model.layers], (
-        f"{HERE}: {type(model).__name__} does not call the attention function registered under its name in every layer"
-    )
+    assert [call["module"] for call in probe.calls] == [
+        layer.self_attn for layer in _decoder(model.base_model).layers
+    ], f"{HERE}: {type(model).__name__} does not call the attention function registered under its name in every layer"
     model.set_attn_implementation("eager")
-    assert model.config._attn_implementation == "eager", f"{HERE}: an implementation cannot be set back"
+    assert text_config(model)._attn_implementation == "eager", f"{HERE}: an implementation cannot be set back"
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_what_the_attention_function_gets(probe: Probe, model_type: str) -> None:
     model = probed(model_type)
-    config = model.config
+    config = text_config(model)
     model(input_ids=ids())
     call = probe.calls[0]
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, call["q"].shape[-1]
@@ -144,11 +144,11 @@ def test_ready_masks_pass_through_untouched(probe: Probe, model_type: str, kind:
     make = masks()[kind]
     if adapters()[model_type].masks == "single":
         given: Any = make()
-        expected = [given] * len(model.model.layers)
+        expected = [given] * len(_decoder(model.base_model).layers)
         how = "a 4-D mask"
     else:
         given = {layer: make() for layer in (FULL, SLIDING)}
-        expected = [given[layer] for layer in model.config.layer_types]
+        expected = [given[layer] for layer in text_config(model).layer_types]
         how = "a dict of 4-D masks keyed by config.layer_types"
     for use_cache in (False, True):
         probe.calls.clear()
@@ -183,7 +183,7 @@ def test_positions_reach_rope(probe: Probe, model_type: str) -> None:
 def mask_for(model: nn.Module) -> Any:
     mask = masks()["bool"]()
     single = adapters()[model.config.model_type].masks == "single"
-    return mask if single else dict.fromkeys(model.config.layer_types, mask)
+    return mask if single else dict.fromkeys(text_config(model).layer_types, mask)
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -193,14 +193,14 @@ def test_logits_to_keep_takes_columns(model_type: str) -> None:
     with torch.no_grad():
         whole = model(input_ids=ids()).logits
         some = model(input_ids=ids(), logits_to_keep=keep).logits
-    assert some.shape == (1, 4, model.config.vocab_size) and torch.allclose(some, whole[:, keep], rtol=0, atol=1e-12), (
-        f"{HERE}: {type(model).__name__}(logits_to_keep=<1-D tensor>) no longer returns those columns of the logits"
-    )
+    assert some.shape == (1, 4, text_config(model).vocab_size) and torch.allclose(
+        some, whole[:, keep], rtol=0, atol=1e-12
+    ), f"{HERE}: {type(model).__name__}(logits_to_keep=<1-D tensor>) no longer returns those columns of the logits"
 
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_configurations_say_what_adapters_read(model_type: str) -> None:
-    config = tiny_model(model_type).config
+    config = text_config(tiny_model(model_type))
     assert config.get_text_config() is config, f"{HERE}: a text model's get_text_config() is no longer itself"
     assert isinstance(config.rope_parameters, dict), f"{HERE}: {model_type} keeps rope settings elsewhere"
     if adapters()[model_type].masks == "by_layer_type":
@@ -262,6 +262,16 @@ def test_hidden_states_of_the_backbone_leave_the_model(model_type: str) -> None:
 def test_layers_are_in_a_list_and_have_a_checkpointing_flag_each(model_type: str) -> None:
     model = tiny_model(model_type)
     layers = _layers(model.base_model)
-    assert len(layers) == model.config.num_hidden_layers, f"{HERE}: decoder layers are kept elsewhere"
+    assert len(layers) == text_config(model).num_hidden_layers, f"{HERE}: decoder layers are kept elsewhere"
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert all(layer.gradient_checkpointing for layer in layers), f"{HERE}: layers have no flag each any more"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_a_text_stack_holds_the_text_configuration_itself(model_type: str) -> None:
+    """Its attention implementation is set there, and read there by its layers."""
+    model = tiny_model(model_type)
+    layers = _decoder(model.base_model).layers
+    assert all(layer.self_attn.config is model.config.get_text_config() for layer in layers), (
+        f"{HERE}: the text layers of {type(model).__name__} no longer hold config.get_text_config()"
+    )

@@ -31,7 +31,7 @@ import flexpatch
 from flexpatch import Adapter, Rows, Tree, build_rows
 from flexpatch.masks import mask_of
 from flexpatch.models import tiny_model
-from flexpatch.patch import model_inputs
+from flexpatch.patch import model_inputs, text_config
 from flexpatch.registry import FULL, SLIDING, adapters
 
 
@@ -63,7 +63,7 @@ def check(model_type: str, variant: int, backend: str) -> None:
 
 
 def has_window(model_type: str, variant: int) -> bool:
-    config = tiny_model(model_type, variant).config
+    config = text_config(tiny_model(model_type, variant))
     windows = adapters()[model_type].windows(config)
     return any(windows[layer] for layer in getattr(config, "layer_types", None) or windows if layer in windows)
 
@@ -153,7 +153,7 @@ class TrapTest(unittest.TestCase):
             for case in MODELS
             if adapters()[case[0]].masks == "by_layer_type" and has_window(*case)
             for masks in (FULL, SLIDING)
-            if set(tiny_model(*case).config.layer_types) != {masks}
+            if set(text_config(tiny_model(*case)).layer_types) != {masks}
         ],
         name_func=name,
     )

@@ -141,16 +141,16 @@ class ApplyTest(unittest.TestCase):
 
     def test_multimodal_models_are_refused(self) -> None:
         tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-        config = transformers.Gemma3Config(
-            text_config=dict(TINY, num_hidden_layers=1),
-            vision_config=dict(tower, image_size=28, patch_size=14),
-            mm_tokens_per_image=4,
+        config = transformers.PaliGemmaConfig(
+            text_config=dict(TINY, num_hidden_layers=1, model_type="gemma"),
+            vision_config=dict(tower, image_size=28, patch_size=14, model_type="siglip_vision_model"),
         )
-        model = transformers.Gemma3ForConditionalGeneration(config)
+        model = transformers.PaliGemmaForConditionalGeneration(config)
         before = implementation(model), implementation(model.model.language_model)
-        with pytest.raises(UnsupportedModelError, match="multimodal model; load its text model"):
+        with pytest.raises(UnsupportedModelError, match="multimodal model, which no adapter serves; load its text"):
             flexpatch.apply(model)
         assert (implementation(model), implementation(model.model.language_model)) == before
+        flexpatch.remove(model)
 
 
 class OrdinaryCallsTest(unittest.TestCase):

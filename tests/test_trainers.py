@@ -383,6 +383,7 @@ SLOW: list[tuple] = [
     # float32 an adapter's small weights keep small changes that large weights round away.
     ("dpo_gemma2", dpo, dict(kind=("gemma2", 0, torch.float32), bounds=ROUNDED, **LORA_OFF)),
     ("dpo_gemma3", dpo, dict(kind=("gemma3_text", 0), bounds=ROUNDED)),
+    ("dpo_gemma3_multimodal", dpo, dict(kind=("gemma3", 0), bounds=ROUNDED)),
     ("reward_qwen3", reward, dict(kind=("qwen3", 1))),
     ("orpo", orpo, {}),
     ("cpo", cpo, {}),

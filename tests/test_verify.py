@@ -29,7 +29,7 @@ def test_every_registered_architecture_passes(model_type: str) -> None:
         assert checks["gradients of the DPO loss"].error <= 1e-6
         assert all(check.error >= 1000 * check.bound for check in report.checks if check.margin)
         names |= set(checks)
-    windowed = any(variant.get("sliding_window") for variant in variants)
+    windowed = any({**variant, **variant.get("text_config", {})}.get("sliding_window") for variant in variants)
     assert ("control, log-probs: windows dropped" in names) == windowed
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from parameterized import parameterized
 from torch import Tensor
+from torch.nn import functional as F
 
 import flexpatch
 from benchmarks.masks import mask_cost, recompiles
@@ -61,6 +62,29 @@ def test_heads(head_dim: int, heads: int, kv_heads: int) -> None:
         theirs = [truth, *torch.autograd.grad((truth * weight).sum(), (q, k, v))]
         for a, b in zip(ours, theirs, strict=True):
             assert (a - b).norm() / b.norm() < 1e-5
+
+
+@parameterized.expand(
+    [(512, 512, torch.bfloat16), (512, 512, torch.float32), (192, 128, torch.bfloat16), (256, 256, torch.bfloat16)]
+)
+def test_large_heads(size: int, value_size: int, dtype: torch.dtype) -> None:
+    """Gemma 4's full layers (512) and DeepSeek's (192, and 128 for values): as close to a float64 softmax as a dense
+    one in the same precision, times two."""
+    rows = build_rows([trees((300, 90, 41), (7, 1, 200))]).to(DEVICE)
+    length = rows.input_ids.shape[1]
+    shapes = ((8, size), (2, size), (2, value_size))
+    q, k, v = (torch.randn(1, h, length, d, device=DEVICE, dtype=dtype, requires_grad=True) for h, d in shapes)
+    weight = torch.randn(1, length, 8, value_size, device=DEVICE)
+    seen = dense_mask(rows.ends, rows.position_ids, None)
+
+    def results(out: Tensor) -> list[Tensor]:
+        return [out, *torch.autograd.grad((out * weight).sum(), (q, k, v))]
+
+    truth = results(dense_attention(q, k, v, seen))
+    stock = results(F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True).transpose(1, 2))
+    ours = results(flex(q, k, v, block_mask(rows.ends, rows.position_ids, None)))
+    for mine, theirs, true in zip(ours, stock, truth, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None = None) -> Tensor:
