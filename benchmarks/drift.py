@@ -11,11 +11,18 @@ reference log-probs and its own evaluation:
 
 shared  flexpatch: packed rows, every prompt once
 paired  the unpatched model: every answer with its own prompt, padded
+eager   the same with its eager attention, half as many pairs a pass: how far rounding alone drifts
 broken  packed rows whose answers see each other, as in ordinary packing: the negative control
 
-The seed is that of the LoRA weights and of the order of the pairs. *Noise* is twice the standard error of the
-difference of two layouts' means over seeds. Exit code 1 unless, for held-out reward accuracy and held-out loss after
-the last step, the difference of shared from paired is within it, and that of broken is not.
+The seed is that of the LoRA weights and of the order of the pairs. Exit code 1 unless
+
+- held-out reward accuracy and held-out loss after the last step: the means of shared and paired over the seeds differ
+  by at most twice the standard error of that difference;
+- step losses, where eager was run: on average shared is not much farther from paired of the same seed than eager is
+  (in bfloat16 twice as far; in float32 ten times: there distances grow from last bits, and layouts differ in how many
+  of those they touch), and broken, where it was run, is.
+
+A call cut short leaves its records. Calls may be split by layouts or seeds: --base is made by the first, and reused.
 """
 
 import argparse
@@ -26,6 +33,7 @@ import multiprocessing
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -48,15 +56,17 @@ from flexpatch.tree import Layout, lay_out
 # Architecture, and how the base is trained: blocks of tokens a step, all weights, AdamW.
 SHAPES: dict[str, dict[str, Any]] = {
     "nano": dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2, head_dim=16),
-    "tiny": dict(hidden_size=128, num_hidden_layers=4, intermediate_size=384, num_attention_heads=4, head_dim=32),
+    "tiny": dict(hidden_size=64, num_hidden_layers=4, intermediate_size=192, num_attention_heads=4, head_dim=16),
     "1b": dict(hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, head_dim=64),
 }
 BASE = {
     "nano": dict(steps=20, blocks=4, block=64, lr=3e-3),
-    "tiny": dict(steps=400, blocks=8, block=256, lr=2e-3),
+    "tiny": dict(steps=400, blocks=8, block=192, lr=4e-3),
     "1b": dict(steps=160, blocks=32, block=256, lr=3e-4),
 }
-LAYOUTS = ("shared", "paired", "broken")
+LAYOUTS = ("shared", "paired", "eager", "broken")
+STOCK = ("paired", "eager")
+NEAR = {"float32": 10, "bfloat16": 2}  # how many times as far as eager
 METRICS = ("loss", "margin", "accuracy")
 
 
@@ -83,7 +93,7 @@ def parse_args() -> argparse.Namespace:
     add("tokens", type=Path, help="a file made by prepare")
     add("--shape", choices=SHAPES, default="tiny", help="of a base that is trained first (%(default)s)")
     add("--model", help="instead of --shape: hub name, directory or GGUF file")
-    add("--layouts", nargs="+", choices=LAYOUTS, default=["shared", "paired"])
+    add("--layouts", nargs="+", choices=LAYOUTS, default=["shared", "paired", "eager"])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, default=500, help="(%(default)s)")
     add("--batch-size", type=int, default=8, help="pairs a step (%(default)s)")
@@ -97,7 +107,7 @@ def parse_args() -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], help="of frozen weights (bfloat16; on the CPU float32)")
     add("--device", help="(cuda if there is one, else cpu)")
     add("--jobs", type=int, default=1, help="runs at a time, in processes of their own (%(default)s)")
-    add("--base", type=Path, help="where to put the base model (OUTPUT/base)")
+    add("--base", type=Path, help="folder of the base model, made if it is not there (OUTPUT/base)")
     add("--output", type=Path, default=Path("runs/drift"), help="for drift.jsonl, drift.md, drift.png (%(default)s)")
     run.set_defaults(function=run_all)
 
@@ -169,12 +179,15 @@ def read_pairs(path: Path, max_length: int) -> Pairs:
 
 
 def make_base(pairs: Pairs, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a language model from random weights and save it. Returns what there is to tell of it."""
+    """Train a language model from random weights and save it, or find it. Returns what there is to tell of it."""
+    story = args.base / "base.json"
+    if story.exists():
+        return json.loads(story.read_text())
     torch.manual_seed(0)
+    shape = SHAPES[args.shape]
     config = AutoConfig.for_model(
-        "llama", **SHAPES[args.shape], vocab_size=pairs.vocabulary, tie_word_embeddings=True, max_position_embeddings=2048,
-        num_key_value_heads=max(1, SHAPES[args.shape]["num_attention_heads"] // 4), pad_token_id=0, bos_token_id=None,
-        eos_token_id=1,
+        "llama", **shape, num_key_value_heads=max(1, shape["num_attention_heads"] // 4), vocab_size=pairs.vocabulary,
+        tie_word_embeddings=True, max_position_embeddings=2048, pad_token_id=0, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa").train()
@@ -186,7 +199,8 @@ def make_base(pairs: Pairs, args: argparse.Namespace) -> dict[str, Any]:
         parameters=model.num_parameters(), seconds=round(time.perf_counter() - start, 1), first_loss=losses[0],
         last_loss=losses[-1], held_out_loss=nats, **settings,
     )  # fmt: skip
-    print("base:", json.dumps(told), flush=True)
+    story.write_text(json.dumps(told))
+    print("base:", story.read_text(), flush=True)
     return told
 
 
@@ -238,13 +252,15 @@ def evaluate_base(model: nn.Module, layouts: list[Layout], args: argparse.Namesp
 # --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def train_one(layout: str, seed: int, args: argparse.Namespace, threads: int) -> None:
+def train_one(layout: str, seed: int, args: argparse.Namespace) -> None:
     """One run; its records are appended to drift.jsonl as they come."""
-    torch.set_num_threads(threads)
-    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    quiet()
     pairs = read_pairs(args.tokens, args.max_length)
     model = load_model(args.model or str(args.base), getattr(torch, args.dtype)).to(args.device)
-    if layout != "paired":
+    if layout == "eager":
+        model.set_attn_implementation("eager")
+    if layout not in STOCK:
         flexpatch.apply(model)
     if layout == "broken":
         pairs = Pairs(*(list(map(break_layout, part)) for part in pairs[:2]), pairs.vocabulary)
@@ -258,6 +274,12 @@ def train_one(layout: str, seed: int, args: argparse.Namespace, threads: int) ->
             if "held_out" in record:
                 told = ", ".join(f"{name} {record[name]:.4f}" for name in METRICS)
                 print(f"{layout}, seed {seed}, step {record['step']}: held out {told}", flush=True)
+
+
+def quiet() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    # peft 0.21 asks newer transformers for a property under its old name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def break_layout(layout: Layout) -> Layout:
@@ -277,8 +299,8 @@ class Run:
 
     def passes(self, samples: Sequence[int]) -> list[list[int]]:
         """Samples that go through the model together."""
-        if self.layout == "paired":
-            size = self.args.batch_size
+        if self.layout in STOCK:
+            size = self.args.batch_size if self.layout == "paired" else -(-self.args.batch_size // 2)
             return [list(samples[at : at + size]) for at in range(0, len(samples), size)]
         rows = flexpatch.pack([len(self.layouts[i]) for i in samples], self.args.row_tokens)
         return [[samples[i] for i in row] for row in rows]
@@ -286,18 +308,18 @@ class Run:
     def logprobs(self, samples: Sequence[int]) -> tuple[Tensor, int]:
         """Of the answers, chosen and rejected in turn; and tokens computed for them."""
         some = [self.layouts[i] for i in samples]
-        if self.layout == "paired":
+        if self.layout in STOCK:
             longest = max(len(sequence) for layout in some for sequence in layout.answers)
             return flexpatch.separate_logprobs(self.model, some).answers, 2 * len(some) * longest
-        tokens = sum(map(len, some))
         # Kernels are compiled for every length: on a GPU all rows are filled up to one, by a tree that nobody scores.
-        if self.args.device != "cpu" and (missing := self.args.row_tokens - tokens):
+        if self.args.device != "cpu" and (missing := self.args.row_tokens - sum(map(len, some))):
             some = [*some, lay_out(flexpatch.Tree([0] * missing))]
-        return flexpatch.answer_logprobs(self.model, flexpatch.build_rows([some]).to(self.args.device)).answers, tokens
+        rows = flexpatch.build_rows([some]).to(self.args.device)
+        return flexpatch.answer_logprobs(self.model, rows).answers, rows.tokens
 
     def _reference(self) -> list[Tensor]:
         """Log-probs without the adapter, for every pair."""
-        if self.layout != "paired":
+        if self.layout not in STOCK:
             return flexpatch.reference_logprobs(self.model, self.layouts, capacity=self.args.row_tokens)
         values: list[Tensor] = []
         with torch.no_grad(), self.model.disable_adapter():
@@ -306,7 +328,7 @@ class Run:
         return values
 
     def dpo(self, samples: Sequence[int]) -> dict[str, float]:
-        """Mean loss, margin and accuracy of samples, and tokens. Adds up the gradients too, unless run under no_grad."""
+        """Mean loss, margin and accuracy of samples, and tokens. Adds up gradients too, unless run under no_grad."""
         means = dict.fromkeys((*METRICS, "tokens"), 0.0)
         for some in self.passes(samples):
             policy, tokens = self.logprobs(some)
@@ -368,6 +390,8 @@ def run_all(args: argparse.Namespace) -> int:
     if 2 * args.max_length > args.row_tokens:
         raise flexpatch.FlexpatchError(f"--row-tokens {args.row_tokens} must be at least twice --max-length")
     args.output.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1 if args.device == "cpu" else torch.get_num_threads())
+    quiet()
     pairs = read_pairs(args.tokens, args.max_length)
     gpu = torch.cuda.get_device_name() if args.device == "cuda" else "CPU, 1 thread a run"
     settings = dict(
@@ -380,10 +404,12 @@ def run_all(args: argparse.Namespace) -> int:
     records.write_text(json.dumps(settings) + "\n")
     if args.device == "cuda":
         torch.cuda.empty_cache()
-    # Seed by seed, so that a run cut short leaves whole comparisons.
+    # What is compared first of all, seed by seed: a call cut short leaves whole comparisons.
+    first = [layout for layout in ("shared", "paired") if layout in args.layouts]
+    rest = [layout for layout in args.layouts if layout not in first]
+    order = [(layout, seed) for some in (first, rest) for seed in args.seeds for layout in some]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        runs = [pool.submit(train_one, layout, seed, args, 1) for seed in args.seeds for layout in args.layouts]
-        for run in runs:
+        for run in [pool.submit(train_one, layout, seed, args) for layout, seed in order]:
             run.result()
     return report([records], args.output)
 
@@ -414,7 +440,9 @@ def report(files: Sequence[Path], output: Path) -> int:
 
 
 def read_records(files: Sequence[Path]) -> tuple[dict[str, Any], dict[tuple[str, int], Curves]]:
-    """The first file's settings, and every run of all files. A last line that was cut off is left out."""
+    """The first file's settings with the runs that were asked for, ``asked``, and every run, of all files. A last line
+    that was cut off is left out."""
+    asked: list[tuple[str, int]] = []
     settings: dict[str, Any] = {}
     runs: dict[tuple[str, int], Curves] = {}
     for path in files:
@@ -428,88 +456,98 @@ def read_records(files: Sequence[Path]) -> tuple[dict[str, Any], dict[tuple[str,
                 raise flexpatch.FlexpatchError(f"{path}, line {number}: {error}") from error
             if "settings" in record:
                 settings = settings or record
+                asked += [(one, seed) for one in record["settings"]["layouts"] for seed in record["settings"]["seeds"]]
                 continue
             curves = runs.setdefault((record["layout"], record["seed"]), Curves({}, {}))
             (curves.held_out if record.get("held_out") else curves.steps)[record["step"]] = record
     if not settings or not runs:
         raise flexpatch.FlexpatchError(f"{', '.join(map(str, files))}: no records of a run")
-    return settings, runs
+    return settings | dict(asked=asked), runs
 
 
-class Noise(NamedTuple):
-    """The difference of a layout's mean over seeds from that of paired, and what is noise."""
+class Check(NamedTuple):
+    """One comparison in words, and whether it came out as it must; ``None`` if it is told and not judged."""
 
-    difference: float
-    bound: float
+    text: str
+    passed: bool | None
 
-    @classmethod
-    def of(cls, ours: Sequence[float], theirs: Sequence[float]) -> "Noise":
-        variances = [statistics.variance(values) / len(values) for values in (ours, theirs)]
-        return cls(statistics.mean(ours) - statistics.mean(theirs), 2 * math.sqrt(sum(variances)))
-
-    @property
-    def within(self) -> bool:
-        return abs(self.difference) <= self.bound
+    def __str__(self) -> str:
+        return f"- {self.text}" + {None: "", True: " (passed)", False: " (**failed**)"}[self.passed]
 
 
 def judge(settings: dict[str, Any], runs: dict[tuple[str, int], Curves]) -> tuple[bool, str]:
-    """Whether the claim is shown, and the table with what was compared, as Markdown."""
-    last = settings["settings"]["steps"]
+    """Whether the claim is shown; and the table with what was compared, as Markdown."""
+    steps = settings["settings"]["steps"]
     seeds = {
-        layout: [seed for seed in settings["settings"]["seeds"] if last in done(runs, layout, seed)]
-        for layout in LAYOUTS
+        one: sorted(s for layout, s in runs if layout == one and steps in runs[one, s].held_out) for one in LAYOUTS
+    }
+    finals = {
+        (one, name): [runs[one, s].held_out[steps][name] for s in seeds[one]] for one in LAYOUTS for name in METRICS
     }
     lines = [
         "| layout | held-out reward accuracy | held-out loss | step loss: largest difference from paired | mean |"
         " tokens computed | s a step |",
         "|---|---|---|---|---|---|---|",
+        *[table_row(one, seeds[one], finals, runs) for one in LAYOUTS if seeds[one]],
+        "",
     ]
-    finals: dict[str, dict[str, list[float]]] = {}
-    for layout, finished in seeds.items():
-        if finished:
-            finals[layout] = {name: [runs[layout, seed].held_out[last][name] for seed in finished] for name in METRICS}
-            lines.append(table_row(layout, finished, finals[layout], runs))
-    verdicts = [
-        (name, layout, Noise.of(finals[layout][name], finals["paired"][name]))
-        for layout in ("shared", "broken")
-        for name in ("accuracy", "loss")
-        if all(len(finals.get(one, {}).get(name, [])) > 1 for one in (layout, "paired"))
-    ]
-    told = [
-        f"{layout} less paired, held-out {name}: {noise.difference:+.2g}, noise {noise.bound:.2g}: "
-        f"{'within' if noise.within else 'beyond'}"
-        for name, layout, noise in verdicts
-    ]
-    asked = settings["settings"]["layouts"]
-    complete = all(len(seeds[layout]) == len(settings["settings"]["seeds"]) for layout in asked)
-    shared = [noise.within for _, layout, noise in verdicts if layout == "shared"]
-    control = [noise.within for name, layout, noise in verdicts if layout == "broken" and name == "loss"]
-    held = complete and len(shared) == 2 and all(shared) and not any(control)
-    if not complete or len(shared) != 2:
-        told.append("**no verdict**: some runs are not complete, or there are fewer than two seeds")
-    return held, "\n".join([*lines, "", *[f"- {line}" for line in told], "", conditions(settings)])
+    checks = [*ends(finals), *curves(runs, seeds, NEAR[settings["settings"]["dtype"]])]
+    missing = [f"{one}, seed {s}" for one, s in settings["asked"] if s not in seeds[one]]
+    if missing:
+        checks.append(Check(f"not complete: {'; '.join(missing)}", False))
+    if not any(check.passed for check in checks):
+        checks.append(Check("nothing to judge: that needs two seeds of shared and paired", False))
+    held = all(check.passed is not False for check in checks)
+    return held, "\n".join([*lines, *map(str, checks), "", conditions(settings)])
 
 
-def done(runs: dict[tuple[str, int], Curves], layout: str, seed: int) -> dict[int, Any]:
-    """A run's evaluations by step; none if it never began."""
-    return runs[layout, seed].held_out if (layout, seed) in runs else {}
+def ends(finals: dict[tuple[str, str], list[float]]) -> Iterator[Check]:
+    """Where training ends: differences of means over seeds, and twice their standard errors."""
+    for name in ("accuracy", "loss"):
+        theirs = finals["paired", name]
+        for layout in ("shared", "eager", "broken"):
+            ours = finals[layout, name]
+            if min(len(ours), len(theirs)) < 2:
+                continue
+            difference = statistics.mean(ours) - statistics.mean(theirs)
+            noise = 2 * math.sqrt(sum(statistics.variance(values) / len(values) for values in (ours, theirs)))
+            within = abs(difference) <= noise
+            text = f"{layout} less paired, final held-out {name}: {difference:+.2g}, noise {noise:.2g}"
+            yield (
+                Check(text, within) if layout == "shared" else Check(f"{text}: {'' if within else 'not '}within", None)
+            )
+
+
+def curves(runs: dict[tuple[str, int], Curves], seeds: dict[str, list[int]], factor: float) -> Iterator[Check]:
+    """How it gets there: mean differences of step losses, against what rounding alone does to them."""
+    means = {}
+    for layout in ("shared", "eager", "broken"):
+        gaps = [gap for seed in seeds[layout] for gap in differences(runs, layout, seed).values()]
+        if gaps:
+            means[layout] = statistics.mean(gaps)
+    for layout in ("shared", "broken"):
+        if layout in means and "eager" in means:
+            ratio = means[layout] / means["eager"]
+            text = f"{layout} from paired, mean difference of step losses: {ratio:.2g} times that of eager"
+            if layout == "shared":
+                yield Check(f"{text}, at most {factor:g}", ratio <= factor)
+            else:
+                yield Check(f"{text}, must be over {factor:g}", ratio > factor)
 
 
 def table_row(
-    layout: str, seeds: list[int], finals: dict[str, list[float]], runs: dict[tuple[str, int], Curves]
+    layout: str, seeds: list[int], finals: dict[tuple[str, str], list[float]], runs: dict[tuple[str, int], Curves]
 ) -> str:
-    def spread(values: list[float], form: str) -> str:
-        return f"{statistics.mean(values):{form}} ± {statistics.stdev(values) if len(values) > 1 else math.nan:{form}}"
+    def spread(name: str) -> str:
+        values = finals[layout, name]
+        return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
     gaps = [gap for seed in seeds for gap in differences(runs, layout, seed).values()]
     records = [record for seed in seeds for record in runs[layout, seed].steps.values()]
     tokens = sum(record["tokens"] for record in records) / len(seeds)
     seconds = statistics.median(record["seconds"] for record in records)
     compared = f"{max(gaps):.1e} | {statistics.mean(gaps):.1e}" if gaps and layout != "paired" else " | "
-    return (
-        f"| {layout} | {spread(finals['accuracy'], '.4f')} | {spread(finals['loss'], '.4f')} | {compared} | "
-        f"{tokens:,.0f} | {seconds:.3f} |"
-    )
+    return f"| {layout} | {spread('accuracy')} | {spread('loss')} | {compared} | {tokens:,.0f} | {seconds:.3f} |"
 
 
 def differences(runs: dict[tuple[str, int], Curves], layout: str, seed: int) -> dict[int, float]:
@@ -525,17 +563,18 @@ def conditions(settings: dict[str, Any]) -> str:
     model = Path(chosen.get("model", "")).name
     if base:
         model = (
-            f"a Llama of {base['parameters'] / 1e6:,.1f}M weights, trained here from random ones ({base['steps']} steps of "
-            f"{base['blocks'] * base['block']:,} tokens of the training pairs' prompts and chosen answers; held-out "
-            f"chosen answers: {base['held_out_loss']:.2f} nats a token), not a public model"
+            f"a Llama of {base['parameters'] / 1e6:,.1f}M weights, trained here from random ones ({base['steps']} "
+            f"steps of {base['blocks'] * base['block']:,} tokens of the training pairs' prompts and chosen answers; "
+            f"held-out chosen answers: {base['held_out_loss']:.2f} nats a token), not a public model"
         )
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items() if name != "flexpatch")
     return (
-        f"LoRA DPO, {chosen['steps']} steps of {chosen['batch_size']} pairs, {len(chosen['seeds'])} seeds; "
+        f"LoRA DPO, {chosen['steps']} steps of {chosen['batch_size']} pairs; "
         f"{settings['training']:,} HH-RLHF harmless-base pairs of up to {chosen['max_length']} tokens to train on, "
         f"{settings['held_out']} held out; {model}; rank {chosen['lora_rank']}, learning rate {chosen['lr']:g}, beta "
-        f"{chosen['beta']:g}; frozen weights {chosen['dtype']}; {settings['device']}, {versions}. ±: standard deviation "
-        f"over seeds; noise: twice the standard error of the difference of two means. `python benchmarks/drift.py`"
+        f"{chosen['beta']:g}; frozen weights {chosen['dtype']}; {settings['device']}, {versions}. ±: standard "
+        f"deviation over seeds; noise: twice the standard error of the difference of two means; eager: the unpatched "
+        f"model with eager attention, half as many pairs a pass. `python benchmarks/drift.py`"
     )
 
 
@@ -547,22 +586,24 @@ def draw(settings: dict[str, Any], runs: dict[tuple[str, int], Curves], path: Pa
     from matplotlib import pyplot
 
     figure, (losses, gaps, accuracy) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    colors = {"paired": "tab:orange", "shared": "tab:blue", "broken": "tab:red"}
+    colors = {"paired": "tab:orange", "shared": "tab:blue", "eager": "tab:gray", "broken": "tab:red"}
     # Paired is broad and lies below, so that a shared curve on top of it shows both.
-    widths, seen = {"paired": 3.5, "shared": 1.2, "broken": 1.2}, set()
-    for layout in ("paired", "shared", "broken"):
+    widths, seen = {"paired": 3.5}, set()
+    for layout in ("broken", "eager", "paired", "shared"):
         for (_, seed), curves in sorted((key, value) for key, value in runs.items() if key[0] == layout):
             label = None if layout in seen else layout
             seen.add(layout)
             style: dict[str, Any] = dict(color=colors[layout], label=label)
             xs, ys = list(curves.steps), [record["loss"] for record in curves.steps.values()]
             losses.plot(xs, ys, color=colors[layout], linewidth=0.3, alpha=0.25)
-            losses.plot(xs, smooth(ys), **style, linewidth=widths[layout], alpha=0.6 if layout == "paired" else 1)
+            losses.plot(
+                xs, smooth(ys), **style, linewidth=widths.get(layout, 1.2), alpha=0.6 if layout == "paired" else 1
+            )
             if layout != "paired" and (gap := differences(runs, layout, seed)):
                 gaps.plot(list(gap), [max(value, 1e-9) for value in gap.values()], **style, linewidth=0.6)
             points = [record["accuracy"] for record in curves.held_out.values()]
             accuracy.plot(
-                list(curves.held_out), points, "o-", **style, linewidth=widths[layout], markersize=3, alpha=0.7
+                list(curves.held_out), points, "o-", **style, linewidth=widths.get(layout, 1.2), markersize=3, alpha=0.7
             )
     losses.set(title="DPO loss, mean of 25 steps (thin: each)", xlabel="step", ylabel="nats")
     gaps.set(title="step loss less that of paired, same seed", xlabel="step", ylabel="nats (absolute)", yscale="log")
