@@ -128,22 +128,24 @@ def prepare_tokens(args: argparse.Namespace) -> int:
         raise flexpatch.FlexpatchError(f"--held-out {args.held_out} leaves nothing of {len(rows)} rows")
     split = len(rows) - args.held_out
     tokenizer = load_tokenizer(args.model) if args.model else train_tokenizer(rows[:split], args.vocabulary)
-    collator, skipped, lines = flexpatch.Collator(tokenizer), 0, []
+    collator, skipped, lines = flexpatch.Collator(tokenizer), [], []
     for number, row in enumerate(rows):
         try:
             tree = collator.tree(row, number)
             lay_out(tree, number)
             chosen, rejected = (list(child.ids) for child in tree.children)
-        except (flexpatch.FlexpatchError, ValueError):
-            skipped += 1
+        except (flexpatch.FlexpatchError, ValueError) as error:
+            skipped.append(str(error))
             continue
         if chosen != rejected:
             ids = dict(prompt_ids=list(tree.ids), chosen_ids=chosen, rejected_ids=rejected)
             lines.append(json.dumps(ids | dict(held_out=number >= split)))
+    if not lines:
+        raise flexpatch.FlexpatchError(f"{args.data} holds no pair that can be used: {'; '.join(skipped[:1])}")
     args.tokens.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(args.tokens, "wt") as file:
         file.write("\n".join(lines) + "\n")
-    print(f"{len(lines)} pairs ({skipped} skipped), {len(tokenizer)} kinds of tokens: wrote {args.tokens}")
+    print(f"{len(lines)} pairs ({len(skipped)} skipped), {len(tokenizer)} kinds of tokens: wrote {args.tokens}")
     return 0
 
 

@@ -123,6 +123,6 @@ def test_sums_of_a_shared_token(dtype: torch.dtype, count: int) -> None:
             (("lookup", ours), ("embedding", stock), ("index_add", atomics))]  # fmt: skip
     print(f"{dtype}, {count} indices: {'; '.join(told)}")
     assert distinct(ours) == 1
-    assert error(ours) < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    assert error(ours) < {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}[dtype]
     if count == 20_000:
         assert distinct(atomics) > 1, "the control: sums in any order would have been seen"
