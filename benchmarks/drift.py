@@ -597,7 +597,8 @@ def draw(settings: dict[str, Any], runs: dict[tuple[str, int], Curves], path: Pa
             seen.add(layout)
             style: dict[str, Any] = dict(color=colors[layout], label=label)
             xs, ys = list(curves.steps), [record["loss"] for record in curves.steps.values()]
-            losses.plot(xs, ys, color=colors[layout], linewidth=0.3, alpha=0.25)
+            if layout in ("paired", "shared"):
+                losses.plot(xs, ys, color=colors[layout], linewidth=0.3, alpha=0.25)
             losses.plot(
                 xs, smooth(ys), **style, linewidth=widths.get(layout, 1.2), alpha=0.6 if layout == "paired" else 1
             )
@@ -608,7 +609,7 @@ def draw(settings: dict[str, Any], runs: dict[tuple[str, int], Curves], path: Pa
                 list(curves.held_out), points, "o-", **style, linewidth=widths.get(layout, 1.2), markersize=3, alpha=0.7
             )
     losses.set(title="DPO loss, mean of 25 steps (thin: each)", xlabel="step", ylabel="nats")
-    gaps.set(title="step loss less that of paired, same seed", xlabel="step", ylabel="nats (absolute)", yscale="log")
+    gaps.set(title="step loss: distance from paired, same seed", xlabel="step", ylabel="nats", yscale="log")
     accuracy.set(title="held-out reward accuracy", xlabel="step")
     for panel in (losses, gaps, accuracy):
         panel.grid(alpha=0.3)
