@@ -572,7 +572,7 @@ def conditions(settings: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items() if name != "flexpatch")
     return (
         f"LoRA DPO, {chosen['steps']} steps of {chosen['batch_size']} pairs; "
-        f"{settings['training']:,} HH-RLHF harmless-base pairs of up to {chosen['max_length']} tokens to train on, "
+        f"{settings['training']:,} pairs of up to {chosen['max_length']} tokens to train on, "
         f"{settings['held_out']} held out; {model}; rank {chosen['lora_rank']}, learning rate {chosen['lr']:g}, beta "
         f"{chosen['beta']:g}; frozen weights {chosen['dtype']}; {settings['device']}, {versions}. ±: standard "
         f"deviation over seeds; noise: twice the standard error of the difference of two means; eager: the unpatched "
