@@ -23,6 +23,8 @@ from flexpatch.tree import Layout, Rows, build_rows, merge_prefixes
 WORTH = 0.9
 # Positions are merged with ids, as the high half of an int64, where a mask has holes.
 _ID_BITS = 32
+# From so many indices on, the backward of a CUDA embedding is the kernel that sorts.
+SORTED = 3073
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +119,7 @@ def fold_batch(
 def unfold(hidden_1LD: Tensor, index: Tensor, padding: int | None) -> Tensor:
     """Hidden states of the row, as the batch the caller gave.
 
-    An embedding lookup: its backward sums the gradients of a shared token in a fixed order, and in float32 where there
-    are many, for which indexing would use atomics. Padding gets the hidden state of a token that sees only itself, and
-    passes no gradient on.
+    Padding gets the hidden state of a token that sees only itself, and passes no gradient on.
 
     Args:
         hidden_1LD: (1, L, D).
@@ -130,7 +130,34 @@ def unfold(hidden_1LD: Tensor, index: Tensor, padding: int | None) -> Tensor:
         (N, S, D).
     """
     assert len(hidden_1LD) == 1, "a folded batch is one row"
-    return F.embedding(index.to(hidden_1LD.device), hidden_1LD[0], padding_idx=padding)
+    return lookup(hidden_1LD[0], index.to(hidden_1LD.device), padding)
+
+
+def lookup(hidden_LD: Tensor, index: Tensor, padding: int | None = None) -> Tensor:
+    """Hidden states of tokens, any of them several times.
+
+    An embedding lookup: on CUDA its backward sorts the index and sums the gradients of a token in a fixed order and in
+    float32, for which indexing would use atomics. Below ``SORTED`` indices torch takes another kernel, which has a race
+    from 1,025 indices on (seldom a wrong gradient, up to torch 2.14 at least) and rounds sums to the dtype of the
+    gradients at every 32nd: a short index is filled up.
+
+    Args:
+        hidden_LD: (L, D).
+        index: int64, of any shape.
+        padding: The token whose gradient is dropped.
+
+    Returns:
+        ``index.shape`` + (D,).
+    """
+    if hidden_LD.device.type == "cuda" and hidden_LD.requires_grad and index.numel() < SORTED:
+        return _filled_lookup(hidden_LD, index, padding)
+    return F.embedding(index, hidden_LD, padding_idx=padding)
+
+
+def _filled_lookup(hidden_LD: Tensor, index: Tensor, padding: int | None) -> Tensor:
+    """:func:`lookup` with ``SORTED`` indices. What is looked up for nothing passes on a gradient of zero."""
+    filled = F.pad(index.flatten(), (0, SORTED - index.numel()))
+    return F.embedding(filled, hidden_LD, padding_idx=padding)[: index.numel()].unflatten(0, index.shape)
 
 
 @dataclass(frozen=True)

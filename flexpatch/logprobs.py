@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flexpatch.attention import many_recompiles
 from flexpatch.errors import FlexpatchError
+from flexpatch.fold import lookup
 from flexpatch.patch import head_of, model_inputs, run_rows, settings_of
 from flexpatch.registry import PLAIN, Adapter, Head
 from flexpatch.tree import Layout, Rows, Tree, lay_out
@@ -58,7 +58,7 @@ def answer_logprobs(
     compiled = bool((settings_of(model) or {}).get("compile"))
 
     def score(hidden_BLD: Tensor) -> Tensor:
-        hidden_TD = F.embedding(rows.sources, hidden_BLD.flatten(0, 1))  # its backward adds in a fixed order
+        hidden_TD = lookup(hidden_BLD.flatten(0, 1), rows.sources)  # its backward adds in a fixed order
         fused = compiled and hidden_TD.device.type != "cpu"
         return token_logprobs(head, hidden_TD, rows.targets, form=form, chunk_tokens=chunk_tokens, compiled=fused)
 

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 import flexpatch
 from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, patch
-from flexpatch.fold import Counts, Folded, Savings, fold_batch, follow_columns
+from flexpatch.fold import Counts, Folded, Savings, _filled_lookup, fold_batch, follow_columns, lookup
 from flexpatch.models import TINY, tiny_model
 from flexpatch.parity import _Float64
 from flexpatch.patch import CACHES
@@ -707,3 +707,19 @@ def test_last_batches() -> None:
     model = flexpatch.apply(tiny_model("llama"))
     with pytest.raises(FlexpatchError, match="last=0; expected at least 1"):
         flexpatch.savings(model, 0)
+
+
+@parameterized.expand([(None,), (3,)])
+def test_a_filled_lookup_is_a_lookup(padding: int | None) -> None:
+    """What CUDA runs instead of a short embedding: the same states and gradients, to the bit on a CPU."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    index = torch.randint(7, (4, 6), generator=generator)
+    weight = torch.randn(4, 6, 5, dtype=torch.float64, generator=generator)
+    results = []
+    for looked_up in (lookup(hidden, index, padding), _filled_lookup(hidden, index, padding)):
+        results.append((looked_up, torch.autograd.grad((looked_up * weight).sum(), hidden)[0]))
+    (states, gradient), (filled_states, filled_gradient) = results
+    assert torch.equal(states, filled_states) and torch.equal(gradient, filled_gradient)
+    assert padding is None or not gradient[padding].any()
+    assert gradient.any(1).sum() == (7 if padding is None else 6)
