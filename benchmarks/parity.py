@@ -28,10 +28,11 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float64", choices=["float64", "float32", "bfloat16"])
     parser.add_argument("--backend", default="auto", choices=["auto", "flex", "dense"])
+    parser.add_argument("--types", nargs="+", choices=tiny_types(), default=tiny_types(), metavar="TYPE")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--output", type=Path, help="also write the full reports as JSON")
     options = parser.parse_args()
-    cases = [(t, v) for t in tiny_types() for v in range(len(adapters()[t].tiny[t]))]
+    cases = [(t, v) for t in options.types for v in range(len(adapters()[t].tiny[t]))]
     reports: dict[str, list[Report]] = {}
     # Processes of their own: each compiles its kernels, which is what takes time on a GPU.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
