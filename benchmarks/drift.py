@@ -488,8 +488,8 @@ def judge(settings: dict[str, Any], runs: dict[tuple[str, int], Curves]) -> tupl
     }
     lines = [
         "| layout | held-out reward accuracy | held-out loss | step loss: largest difference from paired | mean |"
-        " tokens computed | s a step |",
-        "|---|---|---|---|---|---|---|",
+        " tokens computed |",
+        "|---|---|---|---|---|---|",
         *[table_row(one, seeds[one], finals, runs) for one in LAYOUTS if seeds[one]],
         "",
     ]
@@ -547,9 +547,8 @@ def table_row(
     gaps = [gap for seed in seeds for gap in differences(runs, layout, seed).values()]
     records = [record for seed in seeds for record in runs[layout, seed].steps.values()]
     tokens = sum(record["tokens"] for record in records) / len(seeds)
-    seconds = statistics.median(record["seconds"] for record in records)
     compared = f"{max(gaps):.1e} | {statistics.mean(gaps):.1e}" if gaps and layout != "paired" else " | "
-    return f"| {layout} | {spread('accuracy')} | {spread('loss')} | {compared} | {tokens:,.0f} | {seconds:.3f} |"
+    return f"| {layout} | {spread('accuracy')} | {spread('loss')} | {compared} | {tokens:,.0f} |"
 
 
 def differences(runs: dict[tuple[str, int], Curves], layout: str, seed: int) -> dict[int, float]:
@@ -616,7 +615,7 @@ def draw(settings: dict[str, Any], runs: dict[tuple[str, int], Curves], path: Pa
         panel.legend() if panel.get_legend_handles_labels()[0] else None
     seeds = len({seed for _, seed in runs})
     figure.suptitle(f"{settings['device']}, {settings['settings']['dtype']}, {seeds} seeds", fontsize=10)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
 
 
 def smooth(values: Sequence[float], width: int = 25) -> list[float]:
