@@ -3,6 +3,7 @@
 Run by test_engines.py: accelerate launch --config_file FILE tests/engine_ranks.py ENGINE FOLDER CASE ...
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,21 +16,24 @@ from unittest import mock
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from oracle import float64_norm, float64_rope, see_siblings
 from peft import LoraConfig, get_peft_model
 from test_trl import Packed, Stock, rows
 from tokenizers_offline import make_tokenizer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from trl import DPOConfig
 
 import flexpatch
 from flexpatch import Tree, patch
-from flexpatch.checkpointing import Memory, Recomputation
+from flexpatch.checkpointing import GATHERS, Memory, Recomputation
 from flexpatch.fold import Folded, fold_batch
 from flexpatch.models import TINY, tiny_model
 
+# Of the launcher; without one this process is alone.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 PAIRS = 16
 STEPS = 4
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -62,27 +66,43 @@ class Case:
         """The same training of the unpatched model by stock code."""
         return Case("epochs" if self.kind == "packed" else self.kind, self.lora, patched=False)
 
+    def yardstick(self) -> str:
+        """The unpatched case whose batches are split among ranks and micro-batches in the same way, or as often."""
+        return YARDSTICKS["accumulation" if self.settings == ACCUMULATION else self.kind] + ", lora" * self.lora
+
 
 AUTO = dict(options=dict(checkpointing="auto"), settings=dict(gradient_checkpointing=True))
-REENTRANT = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True))
+# DDP's search for unused parameters and LoRA do not go together with it, in stock training either.
+REENTRANT = dict(
+    gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True),
+    ddp_find_unused_parameters=False,
+)  # fmt: skip
+ACCUMULATION = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4)
 CASES = {
     "stock": Case(patched=False),
     "stock, lora": Case(lora=True, patched=False),
+    "stock, accumulation": Case(patched=False, settings=ACCUMULATION),
+    "stock, accumulation, lora": Case(lora=True, patched=False, settings=ACCUMULATION),
+    "padded loop": Case("loop", patched=False),
+    "padded loop, lora": Case("loop", lora=True, patched=False),
     "one line": Case(),
     "one line, lora": Case(lora=True),
     "packed": Case("packed"),
     "packed, lora": Case("packed", lora=True),
     "own rows": Case("loop"),
     "own rows, lora": Case("loop", lora=True),
-    "auto checkpointing": Case(**AUTO),
-    "auto checkpointing, lora": Case(lora=True, **AUTO),
-    "packed, auto checkpointing": Case("packed", **AUTO),
-    "reentrant checkpointing": Case(settings=REENTRANT),
-    "reentrant checkpointing, lora": Case(lora=True, settings=REENTRANT),
-    "accumulation": Case(settings=dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)),
+    "checkpointing=auto": Case(**AUTO),
+    "checkpointing=auto, lora": Case(lora=True, **AUTO),
+    "packed, checkpointing=auto": Case("packed", **AUTO),
+    "checkpointing=2": Case(options=dict(checkpointing=2), settings=dict(gradient_checkpointing=True)),
+    "reentrant": Case(settings=REENTRANT),
+    "reentrant, lora": Case(lora=True, settings=REENTRANT),
+    "accumulation": Case(settings=ACCUMULATION),
+    "accumulation, lora": Case(lora=True, settings=ACCUMULATION),
     "answers see each other": Case(broken="siblings"),
     "a rank's pairs are lost": Case(broken="pairs"),
 }
+YARDSTICKS = dict(stock="stock", accumulation="stock, accumulation", packed="stock, accumulation", loop="padded loop")
 
 
 def save_model(folder: Path, dtype: torch.dtype) -> None:
@@ -94,19 +114,19 @@ def load(folder: Path, dtype: torch.dtype) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def train(case: Case, folder: Path, dtype: torch.dtype, ranks: int) -> tuple[Weights, Weights]:
+def train(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights, Weights]:
     """The weights before and after, whole. Under ZeRO-3 on the first rank alone, and those before in shards."""
     set_seed(0)
     with broken(case):
-        return (with_loop if case.kind == "loop" else with_trainer)(case, folder, dtype, ranks)
+        return (with_loop if case.kind == "loop" else with_trainer)(case, folder, dtype)
 
 
-def with_trainer(case: Case, folder: Path, dtype: torch.dtype, ranks: int) -> tuple[Weights, Weights]:
+def with_trainer(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights, Weights]:
     epochs = case.kind in ("packed", "epochs")  # an epoch is a step
     settings = dict(
         output_dir=str(folder / "out"), report_to="none", max_length=None, save_strategy="no", disable_tqdm=True,
         bf16=False, gradient_checkpointing=False, lr_scheduler_type="constant", learning_rate=3e-3, adam_epsilon=1e-3,
-        num_train_epochs=STEPS if epochs else STEPS // 2, per_device_train_batch_size=PAIRS // (2 - epochs) // ranks,
+        num_train_epochs=STEPS if epochs else STEPS // 2, per_device_train_batch_size=PAIRS // (2 - epochs) // RANKS,
         gradient_accumulation_steps=100 if case.kind == "packed" else 1, dataloader_pin_memory=False,
     )  # fmt: skip
     args = DPOConfig(**settings | case.settings)
@@ -116,7 +136,7 @@ def with_trainer(case: Case, folder: Path, dtype: torch.dtype, ranks: int) -> tu
         if reference is not None:
             flexpatch.apply(reference)
     kind, budget = (Packed, dict(token_budget=200)) if case.kind == "packed" else (Stock, {})
-    lost = case.broken == "pairs" and Accelerator().is_last_process
+    lost = case.broken == "pairs" and RANK == RANKS - 1
     data = rows(PAIRS).select([0] * PAIRS) if lost else rows(PAIRS)
     trainer = kind(
         policy, reference, args=args, train_dataset=data, processing_class=make_tokenizer(),
@@ -125,19 +145,20 @@ def with_trainer(case: Case, folder: Path, dtype: torch.dtype, ranks: int) -> tu
     before = whole(trainer.model.state_dict())
     trainer.train()
     assert trainer.state.global_step == STEPS, trainer.state.global_step
-    assert trainer.accelerator.num_processes == ranks, trainer.accelerator.num_processes
+    assert trainer.accelerator.num_processes == RANKS, trainer.accelerator.num_processes
     if case.kind == "packed":
-        assert len(trainer.bins) > 2 * ranks, "a bin a step would need no weights"
+        assert len(trainer.bins) > 2 * RANKS, "a bin a step would need no weights"
     if case.patched:
         saved = flexpatch.savings(policy)
         assert saved.folded == saved.batches > 0, saved
     return before, whole(trainer.accelerator.get_state_dict(trainer.model_wrapped))
 
 
-def with_loop(case: Case, folder: Path, dtype: torch.dtype, ranks: int) -> tuple[Weights, Weights]:
+def with_loop(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights, Weights]:
     """A plain loop; explicit rows where patched, else padded sequences."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a trainer's arguments do
     accelerator = Accelerator()
-    plugin = accelerator.state.deepspeed_plugin if ranks > 1 else None
+    plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:  # accelerate reads it from a data loader otherwise
         plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=1, zero_allow_untested_optimizer=True)
     model = load(folder, dtype).train()
@@ -148,10 +169,10 @@ def with_loop(case: Case, folder: Path, dtype: torch.dtype, ranks: int) -> tuple
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-3)
     before = whole(model.state_dict())
     model, optimizer = accelerator.prepare(model, optimizer)
-    size = PAIRS // STEPS // ranks
+    size = PAIRS // STEPS // RANKS
     trees = [Tree.of(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows(PAIRS)]
     for step in range(STEPS):
-        at = (step * ranks + accelerator.process_index) * size
+        at = (step * RANKS + accelerator.process_index) * size
         some = trees[at : at + size]
         if case.patched:
             packed = flexpatch.build_rows([some]).to(accelerator.device)
@@ -159,6 +180,7 @@ def with_loop(case: Case, folder: Path, dtype: torch.dtype, ranks: int) -> tuple
         else:
             logps = flexpatch.separate_logprobs(model, some).answers
         accelerator.backward(flexpatch.dpo_loss(logps, torch.zeros_like(logps), beta=0.01).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)  # ZeRO-3 does so by itself
         optimizer.step()
         optimizer.zero_grad()
     return before, whole(accelerator.get_state_dict(model))
@@ -173,7 +195,7 @@ def whole(state: Weights | None) -> Weights:
 @contextmanager
 def broken(case: Case) -> Iterator[None]:
     """The negative controls, and a stand-in for CUDA's memory."""
-    last = Accelerator().is_last_process
+    last = RANK == RANKS - 1
     functions: dict[str, Callable[..., Any]] = {}
     if case.broken == "siblings" and last:
         functions["fold_batch"] = _see_siblings
@@ -195,16 +217,17 @@ def _memory(limit: float, device: torch.device) -> Memory:
 
 def main(engine: str, folder: Path, names: list[str]) -> None:
     warnings.simplefilter("error", flexpatch.FlexpatchWarning)
+    if engine == "zero3":
+        warnings.filterwarnings("ignore", GATHERS[:60], flexpatch.FlexpatchWarning)
     LlamaRotaryEmbedding.forward, LlamaRMSNorm.forward = float64_rope, float64_norm
     dtype = torch.float32 if engine == "zero3" else torch.float64
-    ranks = Accelerator().num_processes
     for name in names:
-        _, state = train(CASES[name], folder, dtype, ranks)
-        if Accelerator().is_main_process:
+        _, state = train(CASES[name], folder, dtype)
+        if RANK == 0:
             torch.save(state, folder / f"{name}.pt")
             print(f"{name}: trained", flush=True)
-    Accelerator().wait_for_everyone()
-    Accelerator().end_training()
+    distributed.barrier()  # gloo aborts a rank whose peers have gone while it still holds their connections
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
