@@ -19,8 +19,8 @@ from flexpatch.errors import FlexpatchError, FlexpatchWarning
 USABLE = 0.9
 
 GATHERS = (
-    "flexpatch: under ZeRO-3 checkpointing='auto' computes all layers again: ranks gather weights together, so none may "
-    "decide by its own memory; apply(model, checkpointing=8), say, is the same on all"
+    "flexpatch: under ZeRO-3 checkpointing='auto' computes all layers again: ranks gather weights together, so none "
+    "may decide by its own memory; a number, apply(model, checkpointing=8), is the same on all"
 )
 
 log = logging.getLogger(__name__)

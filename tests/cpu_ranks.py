@@ -1,6 +1,6 @@
 """Runs a program under FSDP2 or ZeRO-3 on CPU ranks, which accelerate has for GPUs alone.
 
-    ACCELERATE_TORCH_DEVICE=cpu accelerate launch --config_file FILE --num_processes 2 tests/cpu_ranks.py PROGRAM ARGUMENTS
+    ACCELERATE_TORCH_DEVICE=cpu accelerate launch --config_file FILE --num_processes 2 tests/cpu_ranks.py PROGRAM ...
 
 All that is told to accelerate is that gloo is the backend; what it does with engines is the same code on every device.
 """

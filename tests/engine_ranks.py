@@ -30,7 +30,7 @@ import flexpatch
 from flexpatch import Tree, patch
 from flexpatch.checkpointing import GATHERS, Memory, Recomputation
 from flexpatch.fold import Folded, fold_batch
-from flexpatch.models import TINY, tiny_model
+from flexpatch.models import tiny_model
 
 # Of the launcher; without one this process is alone.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
