@@ -1,22 +1,24 @@
 """Training under an engine, on as many ranks as a launcher starts; rank 0 saves the trained weights of each case.
 
-Run by test_engines.py: accelerate launch --config_file FILE tests/engine_ranks.py ENGINE FOLDER CASE ...
+Run by test_engines.py: accelerate launch --config_file FILE tests/engine_ranks.py DTYPE MODEL FOLDER CASE ...
 """
 
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import let_flex_train_on_cpu
 from oracle import float64_norm, float64_rope, see_siblings
 from peft import LoraConfig, get_peft_model
 from test_trl import Packed, Stock, rows
@@ -45,8 +47,9 @@ class Case:
     """One training.
 
     Attributes:
-        kind: ``"stock"``: TRL's DPOTrainer, half of the pairs a step; ``"packed"``: PackedDPOTrainer, all pairs a step,
-            in several bins; ``"loop"``: accelerate's plain loop over rows of our own, a quarter of the pairs a step.
+        kind: ``"stock"``: TRL's DPOTrainer, half of the pairs a step; ``"epochs"``: all of them; ``"packed"``:
+            PackedDPOTrainer, all of them in several bins; ``"loop"``: accelerate's plain loop over rows of our own, a
+            quarter of the pairs a step.
         lora: Instead of all weights.
         patched: Whether ``flexpatch.apply`` was called.
         options: Of ``flexpatch.apply``.
@@ -62,9 +65,9 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     broken: str | None = None
 
-    def truth(self) -> "Case":
-        """The same training of the unpatched model by stock code."""
-        return Case("epochs" if self.kind == "packed" else self.kind, self.lora, patched=False)
+    def truth_name(self) -> str:
+        """The same training of the unpatched model by stock code, to be run on one rank."""
+        return TRUTHS[self.kind] + ", lora" * self.lora
 
     def yardstick(self) -> str:
         """The unpatched case whose batches are split among ranks and micro-batches in the same way, or as often."""
@@ -77,12 +80,15 @@ REENTRANT = dict(
     gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True),
     ddp_find_unused_parameters=False,
 )  # fmt: skip
+COMPILE = dict(backend="flex", compile=True)
 ACCUMULATION = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4)
 CASES = {
     "stock": Case(patched=False),
     "stock, lora": Case(lora=True, patched=False),
     "stock, accumulation": Case(patched=False, settings=ACCUMULATION),
     "stock, accumulation, lora": Case(lora=True, patched=False, settings=ACCUMULATION),
+    "stock, epochs": Case("epochs", patched=False),
+    "stock, epochs, lora": Case("epochs", lora=True, patched=False),
     "padded loop": Case("loop", patched=False),
     "padded loop, lora": Case("loop", lora=True, patched=False),
     "one line": Case(),
@@ -95,6 +101,9 @@ CASES = {
     "checkpointing=auto, lora": Case(lora=True, **AUTO),
     "packed, checkpointing=auto": Case("packed", **AUTO),
     "checkpointing=2": Case(options=dict(checkpointing=2), settings=dict(gradient_checkpointing=True)),
+    "compile": Case(options=COMPILE),
+    "compile, lora": Case(lora=True, options=COMPILE),
+    "packed, compile, checkpointing=auto": Case("packed", options=COMPILE | AUTO["options"], settings=AUTO["settings"]),
     "reentrant": Case(settings=REENTRANT),
     "reentrant, lora": Case(lora=True, settings=REENTRANT),
     "accumulation": Case(settings=ACCUMULATION),
@@ -102,7 +111,12 @@ CASES = {
     "answers see each other": Case(broken="siblings"),
     "a rank's pairs are lost": Case(broken="pairs"),
 }
+TRUTHS = dict(stock="stock", epochs="stock, epochs", packed="stock, epochs", loop="padded loop")
 YARDSTICKS = dict(stock="stock", accumulation="stock, accumulation", packed="stock, accumulation", loop="padded loop")
+
+
+def vector(weights: Weights, names: list[str]) -> Tensor:
+    return torch.cat([weights[name].double().flatten() for name in names])
 
 
 def save_model(folder: Path, dtype: torch.dtype) -> None:
@@ -125,7 +139,8 @@ def with_trainer(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights,
     epochs = case.kind in ("packed", "epochs")  # an epoch is a step
     settings = dict(
         output_dir=str(folder / "out"), report_to="none", max_length=None, save_strategy="no", disable_tqdm=True,
-        bf16=False, gradient_checkpointing=False, lr_scheduler_type="constant", learning_rate=3e-3, adam_epsilon=1e-3,
+        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16", gradient_checkpointing=False,
+        lr_scheduler_type="constant", learning_rate=3e-3, adam_epsilon=1e-3,
         num_train_epochs=STEPS if epochs else STEPS // 2, per_device_train_batch_size=PAIRS // (2 - epochs) // RANKS,
         gradient_accumulation_steps=100 if case.kind == "packed" else 1, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -199,9 +214,14 @@ def broken(case: Case) -> Iterator[None]:
     functions: dict[str, Callable[..., Any]] = {}
     if case.broken == "siblings" and last:
         functions["fold_batch"] = _see_siblings
-    if case.options and not torch.cuda.is_available():
+    if "checkpointing" in case.options and not torch.cuda.is_available():
         functions["Recomputation"] = partial(Recomputation, memory=partial(_memory, 1e12 if last else 0))
-    with mock.patch.multiple(patch, **functions) if functions else mock.patch.object(patch, "WORTH", patch.WORTH):
+    with ExitStack() as stack:
+        for name, function in functions.items():
+            stack.enter_context(mock.patch.object(patch, name, function))
+        if "compile" in case.options and not torch.cuda.is_available():
+            monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
+            let_flex_train_on_cpu(monkeypatch)
         yield
 
 
@@ -215,24 +235,25 @@ def _memory(limit: float, device: torch.device) -> Memory:
     return Memory(100, 100, int(limit))
 
 
-def main(engine: str, folder: Path, names: list[str]) -> None:
+def main(dtype: torch.dtype, model: Path, folder: Path, names: list[str]) -> None:
     warnings.simplefilter("error", flexpatch.FlexpatchWarning)
-    if engine == "zero3":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         warnings.filterwarnings("ignore", GATHERS[:60], flexpatch.FlexpatchWarning)
-    LlamaRotaryEmbedding.forward, LlamaRMSNorm.forward = float64_rope, float64_norm
-    dtype = torch.float32 if engine == "zero3" else torch.float64
+    if dtype == torch.float64:
+        LlamaRotaryEmbedding.forward, LlamaRMSNorm.forward = float64_rope, float64_norm
     for name in names:
-        _, state = train(CASES[name], folder, dtype)
+        before, after = train(CASES[name], model, dtype)
         if RANK == 0:
-            torch.save(state, folder / f"{name}.pt")
+            torch.save((before, after), folder / f"{name}.pt")
             print(f"{name}: trained", flush=True)
-    distributed.barrier()  # gloo aborts a rank whose peers have gone while it still holds their connections
-    distributed.destroy_process_group()
+    if RANKS > 1:
+        distributed.barrier()  # gloo aborts a rank whose peers have gone while it still holds their connections
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    if sys.argv[1] != "ddp" and not torch.cuda.is_available():
+    if "ACCELERATE_TORCH_DEVICE" in os.environ:
         from cpu_ranks import pretend
 
         pretend()
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(getattr(torch, sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -144,8 +144,9 @@ def main(folder: Path, ranks: int, kinds: list[str]) -> None:
         must_die(ranks, None, kind, out, resume=str(out / "checkpoint-5"), at=11)
         shutil.copytree(out, copy)
         run(ranks, folder / f"{kind}, resumed.pt", kind, out, resume=True)
-        # The control: a run that goes on with other pairs.
-        run(ranks, folder / f"{kind}, other pairs.pt", kind, copy, resume=True, ignore_data_skip=True)
+        # The control: a run that begins the interrupted epoch anew.
+        begin = str(copy / "checkpoint-5")
+        run(ranks, folder / f"{kind}, other pairs.pt", kind, copy, resume=begin, ignore_data_skip=True)
 
 
 if __name__ == "__main__":
