@@ -20,8 +20,8 @@ from transformers import training_args
 def pretend() -> None:
     """Let accelerate take the ranks for GPUs whose backend is gloo; their device is in ACCELERATE_TORCH_DEVICE."""
 
-    def backend(*_: Any) -> tuple[str, DistributedType]:
-        return "gloo", DistributedType.MULTI_GPU
+    def backend(*_: Any) -> tuple[str | None, DistributedType]:
+        return ("gloo", DistributedType.MULTI_GPU) if "LOCAL_RANK" in os.environ else (None, DistributedType.NO)
 
     assert os.environ["ACCELERATE_TORCH_DEVICE"] == "cpu"
     PartialState._prepare_backend = backend

@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "examples" / "accelerate"
 DATA = ROOT / "examples" / "data" / "direct_answers.jsonl"
 TITLES = {
-    "ddp": ("DDP", "float64: 1e-10, or twice the stock trainer's distance"),
-    "fsdp2": ("FSDP2", "float64: 1e-10, or twice the stock trainer's distance"),
-    "zero3": ("DeepSpeed ZeRO-3", "float32: twice the stock trainer's distance"),
+    "ddp": ("DDP", "float64: within 1e-10, or twice the stock trainer's error"),
+    "fsdp2": ("FSDP2", "float64: within 1e-10, or twice the stock trainer's error"),
+    "zero3": ("DeepSpeed ZeRO-3", "float32: within twice the stock trainer's error"),
 }
 ENGINES = list(TITLES)
 TORCHRUN = ["torchrun_fsdp2.json", "torchrun_zero3.json"]
@@ -74,17 +74,16 @@ def tested(engine: str) -> list[str]:
 
 
 def table() -> str:
-    """README's: what is tested under each engine, and how closely one rank is matched."""
+    """README's: what is tested under each engine, and how near its weights are to one rank's."""
     kinds = {"one line": "`DPOTrainer`", "packed": "`PackedDPOTrainer`", "own rows": "rows of your own"}
     options = {
-        "compile": "compile=True",
-        "checkpointing=auto": 'checkpointing="auto"',
+        "accumulation": "gradient accumulation",
+        "checkpointing=2": "`checkpointing=2`",
+        "checkpointing=auto": '`checkpointing="auto"`',
         "reentrant": "reentrant checkpointing",
+        "compile": "`compile=True`",
     }
-    lines = [
-        "| engine | trainers, each with all weights and LoRA | with | weights after 4 steps |",
-        "|---|---|---|---|",
-    ]
+    lines = ["| engine | all weights, and LoRA | with | weights, against one rank's |", "|---|---|---|---|"]
     for engine, (title, bound) in TITLES.items():
         names = tested(engine)
         trainers = ", ".join(kind for name, kind in kinds.items() if {name, f"{name}, lora"} <= set(names))
