@@ -49,7 +49,7 @@ register(
             ],
             "gemma3": [dict(text_config=dict(SHORT, sliding_window_pattern=2), vision_config=VISION, **IMAGES)],
         },
-        limits="multimodal class (`gemma3`): calls with images run as they are given",
+        limits="multimodal class: calls with images run as they are given",
     )
 )
 

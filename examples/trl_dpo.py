@@ -6,12 +6,20 @@ python examples/trl_dpo.py                    # prompts once
 python examples/trl_dpo.py --off              # without the line: the same losses, slower
 python examples/trl_dpo.py --packed 1024      # as many pairs as fit 1,024 tokens, instead of --batch-size
 
+On several GPUs, with DDP, FSDP2 or DeepSpeed ZeRO-3 (the batch size is each GPU's):
+
+accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 examples/trl_dpo.py
+torchrun --nproc_per_node 2 examples/trl_dpo.py --settings examples/accelerate/torchrun_fsdp2.json
+
 TRL itself reports its use to Hugging Face; HF_HUB_DISABLE_TELEMETRY=1 in the environment stops that.
 """
 
 import argparse
+import json
+import os
 import sys
 import warnings
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -35,12 +43,25 @@ def parse_args():
     add("--steps", type=int, default=3, help="(%(default)s)")
     add("--batch-size", type=int, default=4, help="pairs a step (%(default)s)")
     add("--lr", type=float, default=3e-4, help="(%(default)s)")
+    add("--settings", type=Path, metavar="JSON", help="a file of more settings of DPOConfig, such as an engine's")
     return parser.parse_args()
+
+
+def arguments(args):
+    """The trainer's settings. Made before the model: engines shard weights while they are read."""
+    settings = dict(
+        output_dir="runs/trl_dpo", max_steps=args.steps, per_device_train_batch_size=args.batch_size,
+        learning_rate=args.lr, lr_scheduler_type="constant", gradient_checkpointing=False,
+        logging_steps=1, save_strategy="no", report_to="none",
+        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # what accelerate's file says
+    )  # fmt: skip
+    return DPOConfig(**settings | (json.loads(args.settings.read_text()) if args.settings else {}))
 
 
 def run(args):
     # peft 0.21 and TRL 1.16 ask transformers 5.23 for something under its old name.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+    config = arguments(args)
     tokenizer, model = load(args.model, torch.float32)
 
     if not args.off:
@@ -52,11 +73,6 @@ def run(args):
     rows = flexpatch.read_jsonl(args.data)
     if not all({"chosen", "rejected"} <= row.keys() for row in rows):
         raise flexpatch.FlexpatchError(f"{args.data}: rows need chosen and rejected")
-    config = DPOConfig(
-        output_dir="runs/trl_dpo", max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-        learning_rate=args.lr, lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False,
-        logging_steps=1, save_strategy="no", report_to="none",
-    )  # fmt: skip
     # No dropout: the answers of a pair would share one draw on their prompt. flexpatch refuses it.
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     kind, budget = (PackedDPOTrainer, dict(token_budget=args.packed)) if args.packed else (DPOTrainer, {})
@@ -70,6 +86,9 @@ def run(args):
         **budget,
     )
     seconds = trainer.train().metrics["train_runtime"]
+    trainer.accelerator.end_training()
+    if not trainer.is_world_process_zero():
+        return
 
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     print(f"{seconds / len(losses):.2f} seconds a step")

@@ -4,6 +4,7 @@ Sizes are in bytes.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flexpatch.errors import FlexpatchError
+from flexpatch.errors import FlexpatchError, FlexpatchWarning
 
 # Of the memory that the process could have: allocators lose some to fragments, kernels take workspaces.
 USABLE = 0.9
 
+GATHERS = (
+    "flexpatch: under ZeRO-3 checkpointing='auto' computes all layers again: ranks gather weights together, so none "
+    "may decide by its own memory; a number, apply(model, checkpointing=8), is the same on all"
+)
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +82,9 @@ class Recomputation:
         """How many layers of this call to compute again, and what to do after its forward, complete or not."""
         if isinstance(self.setting, int):
             return self.setting, None
+        if _gathers(layers):
+            warnings.warn(GATHERS, FlexpatchWarning, 2)
+            return len(layers), None
         device = next(model.parameters()).device
         memory, tokens = self.memory(device), ids.numel()
         if not self.stepped:
@@ -113,6 +121,11 @@ class Recomputation:
         pending = max(0, memory.allocated - self.idle)  # forwards whose backward is still to come
         room = USABLE * memory.limit - self.held - longer - pending
         return min(layers, max(0, int(room / (self.layer_bytes * tokens))))
+
+
+def _gathers(layers: Sequence[nn.Module]) -> bool:
+    """Whether DeepSpeed's ZeRO-3 gathers a layer's weights at each call, those of recomputation too."""
+    return any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters())
 
 
 def _some_weights(model: nn.Module) -> Tensor:

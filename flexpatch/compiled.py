@@ -52,7 +52,8 @@ def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise UnsupportedModelError(
             f"a {type(layer).__name__} of this model does not compile; apply with compile=False. Known causes: experts "
             "run by a loop (set_experts_implementation('grouped_mm'), in 16 bits), and hooks of modules in the layer: "
-            "transformers sets some when output_hidden_states or output_attentions is first asked for. Torch says: "
+            "DeepSpeed's ZeRO-3 gathers weights in them (FSDP2 does not), and transformers sets some when "
+            "output_hidden_states or output_attentions is first asked for. Torch says: "
             + next((line for line in str(error).splitlines() if line), type(error).__name__)
         ) from None
 

@@ -93,7 +93,7 @@ def apply(
             for full rows of one budget, such as packed batches.
         checkpointing: Where the model's gradient checkpointing is on: how many layers, from the first, to compute
             again in backward. ``"auto"``: as few as memory allows, measured over the first optimizer step (CUDA; all,
-            under engines that keep a layer's weights elsewhere, such as ZeRO-3); ``None``: all, as the model would.
+            with a warning, under ZeRO-3, whose ranks have to do the same); ``None``: all, as the model would.
 
     Returns:
         ``model``.

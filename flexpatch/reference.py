@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import safe_open
@@ -73,7 +74,7 @@ def reference_logprobs(
             module.training = training
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = path.with_suffix(f".{uuid4().hex}.partial")  # of this process alone: ranks may share a cache
         save_file({"logprobs": torch.cat([torch.empty(0), *values])}, partial, metadata={"samples": str(len(layouts))})
         partial.replace(path)  # a killed run leaves no half-written cache
     return values

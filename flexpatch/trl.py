@@ -57,7 +57,7 @@ class PackedDPOTrainer(DPOTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = DataLoader(
-            _Bins(self.train_dataset),
+            _Bins(self.train_dataset, self.bins),
             batch_size=1,
             sampler=self.bins,
             collate_fn=partial(_collate_bin, self.data_collator),
@@ -146,8 +146,14 @@ class BinSampler(Sampler[list[int]]):
 class _Bins(Dataset):
     """A dataset of bins, each indexed by its samples."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, bins: BinSampler) -> None:
         self.dataset = dataset
+        self.bins = bins
+
+    def set_epoch(self, epoch: int) -> None:
+        """For accelerate, which after a resumed epoch's first batches were skipped does not find the sampler when it
+        has also split batches among ranks."""
+        self.bins.set_epoch(epoch)
 
     def __getitem__(self, items: list[int]) -> list[Any]:
         return [self.dataset[item] for item in items]

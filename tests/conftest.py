@@ -24,6 +24,10 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Graphs are kept from test to test; one that counts them starts with ``torch._dynamo.reset()``.
     """
+    let_flex_train_on_cpu(monkeypatch)
+
+
+def let_flex_train_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     monkeypatch.setattr(attention, "_check_device", lambda *tensors: None)
     monkeypatch.setattr(attention, "_compiled", _compiled)

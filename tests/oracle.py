@@ -4,10 +4,12 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from parameterized import param
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import flexpatch
 from flexpatch import Adapter, AnswerLogprobs, Rows, Tree
@@ -166,3 +168,14 @@ def packed_positions(rows: Rows) -> Rows:
     """Positions are row indices."""
     index = torch.arange(rows.input_ids.shape[1]).expand_as(rows.input_ids)
     return replace(rows, position_ids=index, depth=rows.input_ids.shape[1], masks={})
+
+
+def float64_norm(self: Any, hidden: Tensor) -> Tensor:
+    """transformers' own takes its mean in float32."""
+    return F.rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
+
+
+def float64_rope(self: Any, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """transformers' own takes its angles in float32, which left padding shifts."""
+    angles = (position_ids[..., None].double() * self.inv_freq).repeat(1, 1, 2)
+    return angles.cos().to(hidden), angles.sin().to(hidden)

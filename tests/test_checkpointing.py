@@ -106,6 +106,17 @@ def test_auto_needs_a_device_that_can_be_measured() -> None:
         model(**batch(), use_cache=False)
 
 
+def test_ranks_that_gather_weights_together_decide_nothing_by_themselves() -> None:
+    """ZeRO-3: unequal numbers of layers would have ranks wait for each other forever."""
+    policy, device, model = stepped_policy(limit=10_000)
+    assert forward(policy, device, model, 10) == 0
+    model[0].weight = nn.Parameter(torch.zeros(1))
+    model[0].weight.ds_id = 0  # as DeepSpeed marks them
+    with pytest.warns(flexpatch.FlexpatchWarning, match="under ZeRO-3 checkpointing='auto' computes all layers again"):
+        assert forward(policy, device, model, 10) == LAYERS
+    assert forward(Recomputation(2), device, model, 10) == 2
+
+
 def batch() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 150, (2, 40), generator=torch.Generator().manual_seed(0))
     ids[1, :30] = ids[0, :30]

@@ -1,5 +1,5 @@
 """Same seed, same bits: twice in a process, and in processes that hash strings differently. On a GPU:
-gpu/test_determinism.py."""
+gpu/test_bits.py."""
 
 import json
 import os

@@ -1,7 +1,12 @@
 """Reference log-probs: the base model's own, in the samples' order, cached for exactly what they depend on."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -219,3 +224,53 @@ def test_samples_are_named_by_their_place_in_the_data() -> None:
 
 def test_no_samples(tmp_path: Path) -> None:
     assert reference_logprobs(model(), [], capacity=60, cache_dir=tmp_path) == []
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from safetensors.torch import save
+from test_reference import LAYOUTS, model
+from flexpatch import reference, reference_logprobs
+
+def killed(tensors, path, metadata):
+    whole = save(tensors, metadata)
+    Path(path).write_bytes(whole[: len(whole) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+reference.save_file = killed
+reference_logprobs(model(), LAYOUTS, capacity=60, cache_dir=".")
+"""
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[1]
+    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED], env=environment, cwd=tmp_path, capture_output=True, timeout=300
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (left,) = tmp_path.iterdir()
+    assert left.suffix == ".partial" and left.stat().st_size > 0
+    expected = reference_logprobs(model(), LAYOUTS, capacity=60)
+    for _ in range(2):  # computed, then read
+        values = reference_logprobs(model(), LAYOUTS, capacity=60, cache_dir=tmp_path)
+        assert [value.tolist() for value in values] == [value.tolist() for value in expected]
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_two_ranks_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file, writers = reference.save_file, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        save_file(*args, **kwargs)
+        if not writers:  # another rank begins and ends before this one is done
+            writers.append(1)
+            reference_logprobs(model(), LAYOUTS, capacity=60, cache_dir=tmp_path)
+
+    monkeypatch.setattr(reference, "save_file", interrupted)
+    first = reference_logprobs(model(), LAYOUTS, capacity=60, cache_dir=tmp_path)
+    again = reference_logprobs(model(), LAYOUTS, capacity=60, cache_dir=tmp_path)
+    assert writers and [value.tolist() for value in first] == [value.tolist() for value in again]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]

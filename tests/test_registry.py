@@ -26,7 +26,18 @@ def config(model_type: str, **settings: Any) -> Any:
 def test_all_families_are_found() -> None:
     assert sorted(adapters()) == [
         *("cohere", "cohere2", "deepseek_v2", "deepseek_v3"),
-        *("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe", "gpt_oss"),
+        *(
+            "gemma",
+            "gemma2",
+            "gemma3",
+            "gemma3_text",
+            "gemma3n_text",
+            "gemma4_text",
+            "glm",
+            "glm4",
+            "glm4_moe",
+            "gpt_oss",
+        ),
         *("granite", "granitemoe", "granitemoeshared", "llama", "ministral", "ministral3", "mistral", "mixtral"),
         *("olmo", "olmo2", "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"),
         *("smollm3", "starcoder2"),

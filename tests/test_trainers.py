@@ -16,7 +16,7 @@ from unittest import mock
 import datasets
 import pytest
 import torch
-from oracle import packed_positions, see_siblings
+from oracle import float64_norm, float64_rope, packed_positions, see_siblings
 from parameterized import param, parameterized
 from peft import LoraConfig, get_peft_model
 from tokenizers_offline import make_tokenizer
@@ -328,17 +328,6 @@ def plain(patch: Patch, *, side: str = "right", **settings: Any) -> Trainer:
     ref_model.config.use_cache = False
     args = arguments(TrainingArguments, remove_unused_columns=False, **settings)
     return HandWritten(patch(tiny()), args, collate, pairs())
-
-
-def float64_norm(self: Any, hidden: Tensor) -> Tensor:
-    """transformers' own takes its mean in float32."""
-    return F.rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
-
-
-def float64_rope(self: Any, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """transformers' own takes its angles in float32, which left padding shifts."""
-    angles = (position_ids[..., None].double() * self.inv_freq).repeat(1, 1, 2)
-    return angles.cos().to(hidden), angles.sin().to(hidden)
 
 
 @pytest.fixture(autouse=True)

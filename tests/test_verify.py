@@ -121,7 +121,9 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], words
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert run.returncode == 2, run.stderr
     assert words in run.stderr and "Traceback" not in run.stderr
-    assert len(run.stderr.strip().splitlines()) == 1
+    # bitsandbytes, which peft imports, says at once on some CPUs what else could be installed.
+    lines = [line for line in run.stderr.strip().splitlines() if "kernels-community" not in line]
+    assert len(lines) == 1
 
 
 def test_a_saved_model_directory(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

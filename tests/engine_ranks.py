@@ -1,0 +1,259 @@
+"""Training under an engine, on as many ranks as a launcher starts; rank 0 saves the trained weights of each case.
+
+Run by test_engines.py: accelerate launch --config_file FILE tests/engine_ranks.py DTYPE MODEL FOLDER CASE ...
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import let_flex_train_on_cpu
+from oracle import float64_norm, float64_rope, see_siblings
+from peft import LoraConfig, get_peft_model
+from test_trl import Packed, Stock, rows
+from tokenizers_offline import make_tokenizer
+from torch import Tensor, distributed, nn
+from transformers import AutoModelForCausalLM, set_seed
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from trl import DPOConfig
+
+import flexpatch
+from flexpatch import Tree, patch
+from flexpatch.checkpointing import GATHERS, Memory, Recomputation
+from flexpatch.fold import Folded, fold_batch
+from flexpatch.models import tiny_model
+
+# Of the launcher; without one this process is alone.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+PAIRS = 16
+STEPS = 4
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training.
+
+    Attributes:
+        kind: ``"stock"``: TRL's DPOTrainer, half of the pairs a step; ``"epochs"``: all of them; ``"packed"``:
+            PackedDPOTrainer, all of them in several bins; ``"loop"``: accelerate's plain loop over rows of our own, a
+            quarter of the pairs a step.
+        lora: Instead of all weights.
+        patched: Whether ``flexpatch.apply`` was called.
+        options: Of ``flexpatch.apply``.
+        settings: Of the trainer.
+        broken: What is wrong on the last rank: ``"siblings"``: answers see each other; ``"pairs"``: one pair stands for
+            all of its own.
+    """
+
+    kind: str = "stock"
+    lora: bool = False
+    patched: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    broken: str | None = None
+
+    def truth_name(self) -> str:
+        """The same training of the unpatched model by stock code, to be run on one rank."""
+        return TRUTHS[self.kind] + ", lora" * self.lora
+
+    def yardstick(self) -> str:
+        """The unpatched case whose batches are split among ranks and micro-batches in the same way, or as often."""
+        return YARDSTICKS["accumulation" if self.settings == ACCUMULATION else self.kind] + ", lora" * self.lora
+
+
+AUTO = dict(options=dict(checkpointing="auto"), settings=dict(gradient_checkpointing=True))
+# DDP's search for unused parameters and LoRA do not go together with it, in stock training either.
+REENTRANT = dict(
+    gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True),
+    ddp_find_unused_parameters=False,
+)  # fmt: skip
+COMPILE = dict(backend="flex", compile=True)
+ACCUMULATION = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4)
+CASES = {
+    "stock": Case(patched=False),
+    "stock, lora": Case(lora=True, patched=False),
+    "stock, accumulation": Case(patched=False, settings=ACCUMULATION),
+    "stock, accumulation, lora": Case(lora=True, patched=False, settings=ACCUMULATION),
+    "stock, epochs": Case("epochs", patched=False),
+    "stock, epochs, lora": Case("epochs", lora=True, patched=False),
+    "padded loop": Case("loop", patched=False),
+    "padded loop, lora": Case("loop", lora=True, patched=False),
+    "one line": Case(),
+    "one line, lora": Case(lora=True),
+    "packed": Case("packed"),
+    "packed, lora": Case("packed", lora=True),
+    "own rows": Case("loop"),
+    "own rows, lora": Case("loop", lora=True),
+    "checkpointing=auto": Case(**AUTO),
+    "checkpointing=auto, lora": Case(lora=True, **AUTO),
+    "packed, checkpointing=auto": Case("packed", **AUTO),
+    "checkpointing=2": Case(options=dict(checkpointing=2), settings=dict(gradient_checkpointing=True)),
+    "compile": Case(options=COMPILE),
+    "compile, lora": Case(lora=True, options=COMPILE),
+    "packed, compile, checkpointing=auto": Case("packed", options=COMPILE | AUTO["options"], settings=AUTO["settings"]),
+    "reentrant": Case(settings=REENTRANT),
+    "reentrant, lora": Case(lora=True, settings=REENTRANT),
+    "accumulation": Case(settings=ACCUMULATION),
+    "accumulation, lora": Case(lora=True, settings=ACCUMULATION),
+    "answers see each other": Case(broken="siblings"),
+    "a rank's pairs are lost": Case(broken="pairs"),
+}
+TRUTHS = dict(stock="stock", epochs="stock, epochs", packed="stock, epochs", loop="padded loop")
+YARDSTICKS = dict(stock="stock", accumulation="stock, accumulation", packed="stock, accumulation", loop="padded loop")
+
+
+def vector(weights: Weights, names: list[str]) -> Tensor:
+    return torch.cat([weights[name].double().flatten() for name in names])
+
+
+def save_model(folder: Path, dtype: torch.dtype) -> None:
+    tiny_model("llama", dtype=dtype).save_pretrained(folder)
+
+
+def load(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """As users do, after the trainer's arguments: an engine may shard weights while they are read."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def train(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights, Weights]:
+    """The weights before and after, whole. Under ZeRO-3 on the first rank alone, and those before in shards."""
+    set_seed(0)
+    with broken(case):
+        return (with_loop if case.kind == "loop" else with_trainer)(case, folder, dtype)
+
+
+def with_trainer(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights, Weights]:
+    epochs = case.kind in ("packed", "epochs")  # an epoch is a step
+    settings = dict(
+        output_dir=str(folder / "out"), report_to="none", max_length=None, save_strategy="no", disable_tqdm=True,
+        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16", gradient_checkpointing=False,
+        lr_scheduler_type="constant", learning_rate=3e-3, adam_epsilon=1e-3,
+        num_train_epochs=STEPS if epochs else STEPS // 2, per_device_train_batch_size=PAIRS // (2 - epochs) // RANKS,
+        gradient_accumulation_steps=100 if case.kind == "packed" else 1, dataloader_pin_memory=False,
+    )  # fmt: skip
+    args = DPOConfig(**settings | case.settings)
+    policy, reference = load(folder, dtype), None if case.lora else load(folder, dtype)
+    if case.patched:
+        flexpatch.apply(policy, **case.options)
+        if reference is not None:
+            flexpatch.apply(reference)
+    kind, budget = (Packed, dict(token_budget=200)) if case.kind == "packed" else (Stock, {})
+    lost = case.broken == "pairs" and RANK == RANKS - 1
+    data = rows(PAIRS).select([0] * PAIRS) if lost else rows(PAIRS)
+    trainer = kind(
+        policy, reference, args=args, train_dataset=data, processing_class=make_tokenizer(),
+        peft_config=LORA if case.lora else None, **budget,
+    )  # fmt: skip
+    before = whole(trainer.model.state_dict())
+    trainer.train()
+    assert trainer.state.global_step == STEPS, trainer.state.global_step
+    assert trainer.accelerator.num_processes == RANKS, trainer.accelerator.num_processes
+    if case.kind == "packed":
+        assert len(trainer.bins) > 2 * RANKS, "a bin a step would need no weights"
+    if case.patched:
+        saved = flexpatch.savings(policy)
+        assert saved.folded == saved.batches > 0, saved
+    return before, whole(trainer.accelerator.get_state_dict(trainer.model_wrapped))
+
+
+def with_loop(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights, Weights]:
+    """A plain loop; explicit rows where patched, else padded sequences."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a trainer's arguments do
+    accelerator = Accelerator()
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:  # accelerate reads it from a data loader otherwise
+        plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=1, zero_allow_untested_optimizer=True)
+    model = load(folder, dtype).train()
+    if case.lora:
+        model = get_peft_model(model, LORA)
+    if case.patched:
+        flexpatch.apply(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-3)
+    before = whole(model.state_dict())
+    model, optimizer = accelerator.prepare(model, optimizer)
+    size = PAIRS // STEPS // RANKS
+    trees = [Tree.of(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows(PAIRS)]
+    for step in range(STEPS):
+        at = (step * RANKS + accelerator.process_index) * size
+        some = trees[at : at + size]
+        if case.patched:
+            packed = flexpatch.build_rows([some]).to(accelerator.device)
+            logps = flexpatch.answer_logprobs(model, packed).answers
+        else:
+            logps = flexpatch.separate_logprobs(model, some).answers
+        accelerator.backward(flexpatch.dpo_loss(logps, torch.zeros_like(logps), beta=0.01).loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)  # ZeRO-3 does so by itself
+        optimizer.step()
+        optimizer.zero_grad()
+    return before, whole(accelerator.get_state_dict(model))
+
+
+def whole(state: Weights | None) -> Weights:
+    """A copy of the trained weights on the CPU. ZeRO-3 gives none but to the first rank."""
+    lora = any("lora_" in name for name in state or {})
+    return {name: value.detach().cpu().clone() for name, value in (state or {}).items() if "lora_" in name or not lora}
+
+
+@contextmanager
+def broken(case: Case) -> Iterator[None]:
+    """The negative controls, and a stand-in for CUDA's memory."""
+    last = RANK == RANKS - 1
+    functions: dict[str, Callable[..., Any]] = {}
+    if case.broken == "siblings" and last:
+        functions["fold_batch"] = _see_siblings
+    if "checkpointing" in case.options and not torch.cuda.is_available():
+        functions["Recomputation"] = partial(Recomputation, memory=partial(_memory, 1e12 if last else 0))
+    with ExitStack() as stack:
+        for name, function in functions.items():
+            stack.enter_context(mock.patch.object(patch, name, function))
+        if "compile" in case.options and not torch.cuda.is_available():
+            monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
+            let_flex_train_on_cpu(monkeypatch)
+        yield
+
+
+def _see_siblings(*batch: Any) -> Folded | None:
+    folded = fold_batch(*batch)
+    return folded and replace(folded, rows=see_siblings(folded.rows))
+
+
+def _memory(limit: float, device: torch.device) -> Memory:
+    """Of a device on which nothing costs memory; ranks may have unequal room."""
+    return Memory(100, 100, int(limit))
+
+
+def main(dtype: torch.dtype, model: Path, folder: Path, names: list[str]) -> None:
+    warnings.simplefilter("error", flexpatch.FlexpatchWarning)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        warnings.filterwarnings("ignore", GATHERS[:60], flexpatch.FlexpatchWarning)
+    if dtype == torch.float64:
+        LlamaRotaryEmbedding.forward, LlamaRMSNorm.forward = float64_rope, float64_norm
+    for name in names:
+        before, after = train(CASES[name], model, dtype)
+        if RANK == 0:
+            torch.save((before, after), folder / f"{name}.pt")
+            print(f"{name}: trained", flush=True)
+    if RANKS > 1:
+        distributed.barrier()  # gloo aborts a rank whose peers have gone while it still holds their connections
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    if "ACCELERATE_TORCH_DEVICE" in os.environ:
+        from cpu_ranks import pretend
+
+        pretend()
+    main(getattr(torch, sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -1,0 +1,153 @@
+"""Training that is killed, in a step and while it saves, and resumed; and the same never killed. Saves the weights.
+
+Run by test_resuming.py: python tests/killed_runs.py FOLDER RANKS KIND ...
+"""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from test_trl import Packed, Stock, rows
+from tokenizers_offline import make_tokenizer
+from torch import Tensor, distributed
+from transformers import set_seed
+from trl import DPOConfig
+
+import flexpatch
+from flexpatch.models import tiny_model
+
+STEPS, SAVE_STEPS = 12, 5
+
+
+class Killed(Exception):
+    """A run ended by SIGKILL."""
+
+
+def kill() -> NoReturn:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def mortal(kind: Any, at: int | None, saving: int | None) -> Any:
+    """A trainer that dies in step ``at``, between micro-batches if it has several; or while it saves that checkpoint,
+    which then has weights, but no state of the optimizer or the trainer."""
+
+    class Mortal(kind):
+        in_step = False
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            if self.state.global_step == at:
+                if self.in_step or self.accelerator.sync_gradients:
+                    kill()
+                self.in_step = True
+            return super().training_step(*args, **kwargs)
+
+        def _save_optimizer_and_scheduler(self, *args: Any) -> None:
+            if self.state.global_step == saving:
+                kill()
+            super()._save_optimizer_and_scheduler(*args)
+
+    return Mortal
+
+
+def train(
+    kind: str,
+    folder: Path,
+    resume: bool | str = False,
+    at: int | None = None,
+    saving: int | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Weights, and what was logged. Steps accumulate three micro-batches, epochs end with fewer; ``kind``: ``"stock"``,
+    ``"one line"``, ``"packed"``."""
+    set_seed(0)
+    args = DPOConfig(
+        output_dir=str(folder), report_to="none", max_length=None, logging_steps=1, save_strategy="steps",
+        save_steps=SAVE_STEPS, max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=3,
+        learning_rate=1e-2, use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, **settings,
+    )  # fmt: skip
+    model, reference = (tiny_model("llama", dtype=torch.float32) for _ in range(2))
+    if kind != "stock":
+        flexpatch.apply(model)
+        flexpatch.apply(reference)
+    trainer_class, budget = (Packed, dict(token_budget=130)) if kind == "packed" else (Stock, {})
+    trainer = mortal(trainer_class, at, saving)(
+        model, reference, args=args, train_dataset=rows(16), processing_class=make_tokenizer(), **budget
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    logs = [(log["epoch"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    return dict(weights=weights, logs=logs)
+
+
+def run(ranks: int, file: Path | None, *args: Any, **kwargs: Any) -> None:
+    """:func:`train` in processes of its own.
+
+    Raises:
+        Killed: If they were.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [os.fork() or child(rank, ranks, port, file, args, kwargs) for rank in range(ranks)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    if codes == [-signal.SIGKILL] * ranks:
+        raise Killed
+    assert codes == [0] * ranks, codes
+
+
+def child(rank: int, ranks: int, port: int, file: Path | None, args: Any, kwargs: Any) -> NoReturn:
+    status = 1
+    try:
+        if ranks > 1:
+            os.environ |= dict(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            )  # fmt: skip
+        result = train(*args, **kwargs)
+        if rank == 0 and file is not None:
+            torch.save(result, file)
+        if ranks > 1:
+            distributed.barrier()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def must_die(*args: Any, **kwargs: Any) -> None:
+    try:
+        run(*args, **kwargs)
+    except Killed:
+        return
+    raise AssertionError(f"this run was to be killed: {args} {kwargs}")
+
+
+def main(folder: Path, ranks: int, kinds: list[str]) -> None:
+    for kind in kinds:
+        run(ranks, folder / f"{kind}, whole.pt", kind, folder / f"{kind}, whole")
+        out, copy = folder / kind, folder / f"{kind}, copy"
+        must_die(ranks, None, kind, out, at=7)
+        must_die(ranks, None, kind, out, resume=True, saving=10)
+        try:
+            run(ranks, None, kind, out, resume=True)
+        except AssertionError:
+            print(f"{kind}: half a checkpoint was noticed", flush=True)
+        must_die(ranks, None, kind, out, resume=str(out / "checkpoint-5"), at=11)
+        shutil.copytree(out, copy)
+        run(ranks, folder / f"{kind}, resumed.pt", kind, out, resume=True)
+        # The control: a run that begins the interrupted epoch anew.
+        begin = str(copy / "checkpoint-5")
+        run(ranks, folder / f"{kind}, other pairs.pt", kind, copy, resume=begin, ignore_data_skip=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,211 @@
+"""Under accelerate's engines on two CPU ranks: the weights that one rank of the unpatched model trains."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from engine_ranks import CASES, Weights, save_model, train, vector
+from oracle import float64_norm, float64_rope
+from tokenizers_offline import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+
+import flexpatch
+from flexpatch.models import TINY
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "examples" / "accelerate"
+DATA = ROOT / "examples" / "data" / "direct_answers.jsonl"
+TITLES = {
+    "ddp": ("DDP", "float64: within 1e-10, or twice the stock trainer's error"),
+    "fsdp2": ("FSDP2", "float64: within 1e-10, or twice the stock trainer's error"),
+    "zero3": ("DeepSpeed ZeRO-3", "float32: within twice the stock trainer's error"),
+}
+ENGINES = list(TITLES)
+TORCHRUN = ["torchrun_fsdp2.json", "torchrun_zero3.json"]
+FAST = [
+    "one line", "one line, lora", "packed", "own rows", "checkpointing=auto", "answers see each other"
+]  # fmt: skip
+EXACT = 1e-10
+# A broken case must be at least this many bounds off.
+CONTROL = 1000
+
+
+@pytest.fixture(autouse=True)
+def float64_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", float64_rope)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", float64_norm)
+
+
+def accelerate(config: str, ranks: int = 2) -> list[str]:
+    """Python's arguments that start a program on CPU ranks with one of the example's files."""
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / config)]
+    return [*command, "--main_process_port", "0", "--num_processes", str(ranks)]
+
+
+def start_python(arguments: list[str], environment: dict[str, str], folder: Path, fails: bool = False) -> str:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    more = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **more, **environment}, cwd=folder,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert (done.returncode != 0) == fails, done.stderr[-8000:]
+    return done.stderr if fails else done.stdout
+
+
+def launch(engine: str, script: Path, *arguments: object, fails: bool = False) -> str:
+    """What a script prints (or its errors) under an engine, in the precision of its model."""
+    device = dict(ACCELERATE_USE_CPU="true") if engine == "ddp" else dict(ACCELERATE_TORCH_DEVICE="cpu")
+    command = [*accelerate(f"{engine}.yaml"), "--mixed_precision", "no", str(script), *map(str, arguments)]
+    return start_python(command, device, script.parent, fails)
+
+
+def tested(engine: str) -> list[str]:
+    """The cases of an engine; compiled layers are refused under ZeRO-3."""
+    return [
+        name for name, case in CASES.items() if case.patched and not (engine == "zero3" and "compile" in case.options)
+    ]
+
+
+def table() -> str:
+    """README's: what is tested under each engine, and how near its weights are to one rank's."""
+    kinds = {"one line": "`DPOTrainer`", "packed": "`PackedDPOTrainer`", "own rows": "rows of your own"}
+    options = {
+        "accumulation": "gradient accumulation",
+        "checkpointing=2": "`checkpointing=2`",
+        "checkpointing=auto": '`checkpointing="auto"`',
+        "reentrant": "reentrant checkpointing",
+        "compile": "`compile=True`",
+    }
+    lines = ["| engine | all weights, and LoRA | with | weights, against one rank's |", "|---|---|---|---|"]
+    for engine, (title, bound) in TITLES.items():
+        names = tested(engine)
+        trainers = ", ".join(kind for name, kind in kinds.items() if {name, f"{name}, lora"} <= set(names))
+        more = ", ".join(option for name, option in options.items() if name in names)
+        lines.append(f"| {title} | {trainers} | {more} | {bound} |")
+    return "\n".join(lines) + "\n"
+
+
+def small_run(folder: Path) -> list[str]:
+    """A model and rows for the example, as in test_examples_trl.py."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=128, num_hidden_layers=2, max_position_embeddings=2048, initializer_range=0.1)
+    config = AutoConfig.for_model("llama", **{**TINY, **sizes, "vocab_size": len(tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    rows = [row for row in flexpatch.read_jsonl(DATA) if len(row["prompt"][0]["content"]) > 120][:8]
+    for n, row in enumerate(rows):
+        for key, length in dict(prompt=100 + 3 * n, chosen=20 + 3 * n, rejected=46 - 3 * n).items():
+            row[key][0]["content"] = row[key][0]["content"][:length]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return ["--model", str(folder), "--data", str(folder / "rows.jsonl")]
+
+
+def example(start: str, folder: Path, *arguments: str) -> str:
+    """What examples/trl_dpo.py prints: alone, or on two ranks that accelerate or torchrun started."""
+    program = [str(ROOT / "tests" / "cpu_ranks.py"), str(ROOT / "examples" / "trl_dpo.py"), *arguments]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    device = dict(ACCELERATE_TORCH_DEVICE="cpu")
+    if start == "alone":
+        return start_python(program[1:], dict(ACCELERATE_USE_CPU="true"), folder)
+    if start in ("ddp.yaml", "torchrun"):  # accelerate has these on CPUs by itself
+        program, device = program[1:], dict(ACCELERATE_USE_CPU="true")
+        (folder / "cpu.json").write_text('{"use_cpu": true}')
+        program += ["--settings", str(folder / "cpu.json")]
+    if start.endswith(".yaml"):
+        return start_python([*accelerate(start), *program], device, folder)
+    settings = ["--settings", str(CONFIGS / start)] if start in TORCHRUN else []
+    return start_python([*torchrun, *program, *settings], device, folder)
+
+
+def losses(output: str) -> list[float]:
+    (line,) = re.findall(r"^losses: (.*)$", output, re.MULTILINE)  # of the first rank alone
+    return [float(loss) for loss in line.split(", ")]
+
+
+def compare(engine: str, tmp_path: Path, names: list[str]) -> dict[str, float]:
+    """How far each case's weights are from one rank's, over what training changed there in float64."""
+    truth, folder = tmp_path / "float64", tmp_path / engine
+    save_model(truth, torch.float64)
+    dtype = "float32" if engine == "zero3" else "float64"
+    save_model(folder, getattr(torch, dtype))
+    launch(engine, ROOT / "tests" / "engine_ranks.py", dtype, folder, folder, *names)
+    trained: dict[str, tuple[Weights, Weights]] = {}
+    errors = {}
+    for name in names:
+        key = CASES[name].truth_name()
+        if key not in trained:
+            trained[key] = train(CASES[key], truth, torch.float64)
+        before, true = trained[key]
+        _, ours = torch.load(folder / f"{name}.pt")
+        assert ours.keys() == true.keys(), ours.keys() ^ true.keys()
+        weights = list(true)
+        change = vector(true, weights) - vector(before, weights)
+        errors[name] = float((vector(ours, weights) - vector(true, weights)).norm() / change.norm())
+    print("ERRORS", engine, {name: f"{error:.1e}" for name, error in errors.items()})
+    return errors
+
+
+def check(engine: str, tmp_path: Path, names: list[str]) -> None:
+    """In float64 within 1e-10; where a stock trainer itself, under the same engine, is further from one rank (TRL takes
+    log-probs in float32, which other micro-batches round otherwise; ZeRO-3 is float32 throughout), twice as far."""
+    yardsticks = [CASES[name].yardstick() for name in names]
+    errors = compare(engine, tmp_path, list(dict.fromkeys(yardsticks + names)))
+    for name, yardstick in zip(names, yardsticks, strict=True):
+        bound = max(EXACT, 2 * errors[yardstick])
+        assert errors[yardstick] < 1e-4, f"{yardstick} is {errors[yardstick]} off by itself"
+        if CASES[name].broken:
+            assert errors[name] > CONTROL * bound, f"{name}, yet the weights are only {errors[name]} off"
+        else:
+            assert errors[name] <= bound, f"{name}: {errors[name]} off; {yardstick}: {errors[yardstick]}"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_ranks_train_what_one_rank_trains(engine: str, tmp_path: Path) -> None:
+    check(engine, tmp_path, FAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_other_cases(engine: str, tmp_path: Path) -> None:
+    check(engine, tmp_path, [name for name in tested(engine) if name not in FAST])
+
+
+@pytest.mark.slow
+def test_compiled_layers_under_zero3_are_refused(tmp_path: Path) -> None:
+    save_model(tmp_path, torch.float32)
+    script = ROOT / "tests" / "engine_ranks.py"
+    error = launch("zero3", script, "float32", tmp_path, tmp_path, "compile", fails=True)
+    assert "UnsupportedModelError" in error and "DeepSpeed's ZeRO-3 gathers weights in them" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["ddp.yaml", "fsdp2.yaml", "zero3.yaml", "torchrun", *TORCHRUN])
+def test_the_example(start: str, tmp_path: Path) -> None:
+    """In bfloat16, as the files say, with LoRA: three steps, whose losses are those of one rank but for rounding."""
+    arguments = [*small_run(tmp_path), "--lr", "0.01", "--steps", "3"]
+    ours = losses(example(start, tmp_path, *arguments, "--batch-size", "2"))
+    stock = losses(example("alone", tmp_path, *arguments, "--batch-size", "4", "--off"))
+    assert len(ours) == 3 and abs(stock[0] - stock[-1]) > 0.3
+    assert ours == pytest.approx(stock, abs=0.03)
+
+
+def test_readme() -> None:
+    """The table of engines lists what is tested here, and the commands name files that exist."""
+    text = (ROOT / "README.md").read_text()
+    assert re.search(r"<!-- engines table -->\n(.*?)<!-- end engines table -->", text, re.DOTALL)[1] == table()
+    section = text.split("## Across GPUs")[1].split("\n## ")[0]
+    named = set(re.findall(r"examples/[\w/.]+", section))
+    assert {f"examples/accelerate/{path.name}" for path in CONFIGS.iterdir()} <= named
+    assert all((ROOT / name).exists() for name in named)
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,42 @@
+"""Killed with SIGKILL and resumed: the weights of a run that was never killed, bit for bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from killed_runs import STEPS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def killed(tmp_path: Path, ranks: int, kinds: list[str]) -> None:
+    script = Path(__file__).with_name("killed_runs.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(ranks), *kinds],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-8000:]
+    for kind in kinds:
+        assert f"{kind}: half a checkpoint was noticed" in done.stdout
+        missing = tmp_path / kind / "checkpoint-10" / "trainer_state.json"
+        assert f"No such file or directory: '{missing}'" in done.stderr, "transformers' own error says which checkpoint"
+        whole, resumed, other = (torch.load(tmp_path / f"{kind}, {x}.pt") for x in ("whole", "resumed", "other pairs"))
+        assert torch.equal(resumed["weights"], whole["weights"]), kind
+        assert resumed["logs"] == whole["logs"] and len(whole["logs"]) == STEPS, kind
+        assert not torch.equal(other["weights"], whole["weights"]), "resuming anywhere would pass"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed(tmp_path: Path, ranks: int) -> None:
+    """Through the middle of several epochs, each with bins of its own, and of their last, shorter steps."""
+    killed(tmp_path, ranks, ["packed"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stock_trainers(tmp_path: Path, ranks: int) -> None:
+    killed(tmp_path, ranks, ["stock", "one line"])
