@@ -99,14 +99,19 @@ def distinct(gradients: list[Tensor]) -> int:
     return len({g.view(torch.uint8).cpu().numpy().tobytes() for g in gradients})
 
 
+@pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [100, 1024, 1025, 2048, 3072, 3073, 20_000])
-def test_sums_of_a_shared_token(dtype: torch.dtype, count: int) -> None:
-    """The gradient of hidden states that are looked up many times: the same bits, and right to a rounding of the sum.
+def test_sums_of_a_shared_token(dtype: torch.dtype, count: int, ordered: bool, request: pytest.FixtureRequest) -> None:
+    """The gradient of hidden states that are looked up many times: right to a rounding of the sum, and the same bits
+    under deterministic algorithms. Without them torch may add with atomics where few tokens stand for many positions
+    (from 2.11 on; here 400 for 20,000, in float32).
 
     Printed: how many different results and how large an error torch's own embedding gives, whose kernel for 1,025 to
     3,072 indices has a race, and the same of an index_add, which uses atomics.
     """
+    if ordered:
+        request.getfixturevalue("_deterministic")
     hidden, index, gradient = table(dtype, count)
     truth = torch.zeros(400, 256, dtype=torch.float64, device=DEVICE).index_add(0, index, gradient.double())
 
@@ -121,8 +126,9 @@ def test_sums_of_a_shared_token(dtype: torch.dtype, count: int) -> None:
     atomics = [torch.zeros_like(hidden).detach().index_add(0, index, gradient) for _ in range(20)]
     told = [f"{name} {distinct(g)} of {len(g)}, error {error(g):.1e}" for name, g in
             (("lookup", ours), ("embedding", stock), ("index_add", atomics))]  # fmt: skip
-    print(f"{dtype}, {count} indices: {'; '.join(told)}")
-    assert distinct(ours) == 1
+    print(f"{dtype}, {count} indices, deterministic {ordered}: {'; '.join(told)}")
     assert error(ours) < {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}[dtype]
-    if count == 20_000:
+    if ordered:
+        assert distinct(ours) == 1
+    elif count == 20_000:
         assert distinct(atomics) > 1, "the control: sums in any order would have been seen"
