@@ -136,10 +136,11 @@ def unfold(hidden_1LD: Tensor, index: Tensor, padding: int | None) -> Tensor:
 def lookup(hidden_LD: Tensor, index: Tensor, padding: int | None = None) -> Tensor:
     """Hidden states of tokens, any of them several times.
 
-    An embedding lookup: on CUDA its backward sorts the index and sums the gradients of a token in a fixed order and in
-    float32, for which indexing would use atomics. Below ``SORTED`` indices torch takes another kernel, which has a race
-    from 1,025 indices on (seldom a wrong gradient, up to torch 2.14 at least) and rounds sums to the dtype of the
-    gradients at every 32nd: a short index is filled up.
+    An embedding lookup: on CUDA its backward sorts the index and sums the gradients of a token in float32, for which
+    indexing would use atomics; and in a fixed order, always under deterministic algorithms, without them unless few
+    tokens are looked up very often (from torch 2.11 on). Below ``SORTED`` indices torch takes another kernel, which is
+    reported to have a race from 1,025 indices on (pytorch PR 187687) and rounds sums to the dtype of the gradients at
+    every 32nd: a short index is filled up.
 
     Args:
         hidden_LD: (L, D).
