@@ -21,9 +21,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         Item indices of each bin, in order of opening; deterministic.
 
     Raises:
-        FlexpatchError: For an item longer than ``capacity``, naming it.
+        FlexpatchError: For an item longer than ``capacity``, or of no length, naming it.
     """
-    _check(lengths, capacity)
+    lengths, capacity = _checked(lengths, capacity), int(capacity)
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
     room = [capacity] * (2 * leaves)  # room[1] is the root; node i has children 2i and 2i + 1
     bins: list[list[int]] = []
@@ -43,10 +43,16 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _check(lengths: Sequence[int], capacity: int) -> None:
+def _checked(lengths: Sequence[int], capacity: int) -> list[int]:
+    """``lengths`` as Python's integers, which cannot overflow, or the reason why not."""
+    if not isinstance(capacity, int | np.integer):
+        raise FlexpatchError(f"capacity={capacity!r}; expected a number of tokens")
     for item, length in enumerate(lengths):
+        if not isinstance(length, int | np.integer):
+            raise FlexpatchError(f"sample {item} has the length {length!r:.40}; expected a number of tokens")
         if not 0 < length <= capacity:
             raise FlexpatchError(f"sample {item} has {length} tokens, outside 1 to {capacity} (the budget of one row)")
+    return list(map(int, lengths))
 
 
 def epoch_bins(
@@ -71,11 +77,13 @@ def epoch_bins(
         of them are repeated, as in stock samplers.
 
     Raises:
-        FlexpatchError: As in :func:`pack`.
+        FlexpatchError: As in :func:`pack`; for ``ranks < 1``, or a negative seed or epoch.
     """
+    if not (ranks >= 1 and seed >= 0 and epoch >= 0):
+        raise FlexpatchError(f"ranks={ranks} must be at least 1, seed={seed} and epoch={epoch} at least 0")
+    lengths = _checked(lengths, capacity)  # pack would name a shuffled item
     rng = np.random.default_rng([seed, epoch])
     step = max(1, capacity // 512)
-    _check(lengths, capacity)  # pack would name a shuffled item
     rounded = [min(-(-length // step) * step, capacity) for length in lengths]
     # Longest first, random among equals: what follows depends on rounded lengths alone, so epochs differ in items only.
     items = sorted(rng.permutation(len(lengths)).tolist(), key=lambda item: -rounded[item])
