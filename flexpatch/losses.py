@@ -36,8 +36,8 @@ def dpo_loss(
     Raises:
         FlexpatchError: For an odd number of answers, shapes that differ, what is no log-prob, or settings out of range.
     """
-    for name, values in (("policy", policy), ("reference", reference)):
-        if values is not None and not (isinstance(values, Tensor) and values.is_floating_point()):
+    for name, values in dict(policy=policy, reference=policy if reference is None else reference).items():
+        if not isinstance(values, Tensor) or not values.is_floating_point():
             kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
             raise FlexpatchError(f"{name} log-probs are {kind}; expected a tensor of floats")
     if policy.ndim != 1 or policy.numel() == 0 or policy.numel() % 2:

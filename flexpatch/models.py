@@ -49,7 +49,7 @@ def load_model(
 
     Raises:
         UnsupportedModelError: If the architecture is not supported; found out before any weight is read.
-        FlexpatchError: If there is no such model, it cannot be read, or its weights are pickles.
+        FlexpatchError: If there is no such model, it cannot be read, lacks weights, or has them in pickles.
     """
     source = _source(name)
     adapter = adapter_for(load_config(name, trust_remote_code=trust_remote_code))
@@ -60,12 +60,15 @@ def load_model(
         _check_weights(name)
         source["use_safetensors"] = True
     with _loading(name):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             **source,
             dtype=dtype,
             attn_implementation=adapter.implementations[0],
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and logs it
+        raise FlexpatchError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} for one")
     model = model.eval()
     return eager_experts(model) if dtype == torch.float64 else model
 

@@ -1,6 +1,7 @@
 """First-fit-decreasing bin packing, and the bins of an epoch."""
 
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 
@@ -45,14 +46,16 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def _checked(lengths: Sequence[int], capacity: int) -> list[int]:
     """``lengths`` as Python's integers, which cannot overflow, or the reason why not."""
-    if not isinstance(capacity, int | np.integer):
-        raise FlexpatchError(f"capacity={capacity!r}; expected a number of tokens")
-    for item, length in enumerate(lengths):
-        if not isinstance(length, int | np.integer):
-            raise FlexpatchError(f"sample {item} has the length {length!r:.40}; expected a number of tokens")
-        if not 0 < length <= capacity:
+    whole = []
+    for item, length in [("capacity", capacity), *enumerate(lengths)]:
+        try:
+            whole.append(index(length))
+        except TypeError as error:
+            name = item if item == "capacity" else f"sample {item}'s length"
+            raise FlexpatchError(f"{name} is {length!r:.40}; expected a number of tokens") from error
+        if item != "capacity" and not 0 < whole[-1] <= whole[0]:
             raise FlexpatchError(f"sample {item} has {length} tokens, outside 1 to {capacity} (the budget of one row)")
-    return list(map(int, lengths))
+    return whole[1:]
 
 
 def epoch_bins(

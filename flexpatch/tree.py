@@ -155,6 +155,7 @@ def _branches(tree: Tree, sample: int | str) -> tuple[list[np.ndarray], list[tup
 
 
 def _called(name: str) -> str:
+    name = name if len(name) <= 60 else f"{name[:40]}...{name[-20:]}"
     return f"answer {name}" if name else "the prompt"
 
 
@@ -301,10 +302,10 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
     Raises:
         FlexpatchError: For an empty bin, or a malformed tree (the message names the sample).
     """
-    if not all(isinstance(row, Sequence) for row in bins):
+    if not isinstance(bins, Sequence) or not all(isinstance(row, Sequence) for row in bins):
         raise FlexpatchError("expected a list of rows, each a list of trees; for a single row pass [trees]")
     if not isinstance(pad_id, int | np.integer) or not 0 <= pad_id <= LARGEST_ID:
-        raise FlexpatchError(f"pad_id={pad_id!r}; expected a token id")
+        raise FlexpatchError(f"pad_id={pad_id!r:.40}; expected a token id")
     if not bins or not all(bins):
         raise FlexpatchError("every row needs at least one tree")
     firsts = np.cumsum([0, *map(len, bins)])
