@@ -415,7 +415,7 @@ VERIFY = {
 }  # fmt: skip
 
 
-@fuzz(100, given=arguments(st.sampled_from(["llama", "MODEL"]), VERIFY))
+@fuzz(100, long=1000, given=arguments(st.sampled_from(["llama", "MODEL"]), VERIFY))
 def test_command_line_of_verify(given: list[str]) -> bool:
     """Up to the checks themselves, which have tests of their own, and for one model a line."""
     honest = verify._models
@@ -439,7 +439,7 @@ EXAMPLE = {
 }  # fmt: skip
 
 
-@fuzz(100, given=arguments(st.sampled_from(["--shared", "--skip-bad-rows"]), EXAMPLE))
+@fuzz(100, long=1000, given=arguments(st.sampled_from(["--shared", "--skip-bad-rows"]), EXAMPLE))
 def test_command_line_of_the_example(given: list[str]) -> bool:
     """Up to training, which has tests of its own: reading the model and the data is run."""
     lora_dpo = example("lora_dpo")
