@@ -1,8 +1,8 @@
 """Prints what the installed flexpatch requires, extras for tests included: NAME==VERSION, a line each.
 
-    python .ci/floors.py                                 # the lowest version that is allowed
-    python .ci/floors.py --installed                     # the one that is installed
-    python .ci/floors.py --table lowest.log newest.log   # README's table, of what .ci/lowest and .ci/newest printed
+python .ci/floors.py                                 # the lowest version that is allowed
+python .ci/floors.py --installed                     # the one that is installed
+python .ci/floors.py --table lowest.log newest.log   # README's table, of what .ci/lowest and .ci/newest printed
 """
 
 import re

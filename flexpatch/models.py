@@ -128,7 +128,8 @@ def _check_weights(name: str) -> None:
         FlexpatchError: Naming the file.
     """
     names = {str(_json(name, "config.json").get("transformers_weights") or SAFE)}
-    names |= set(map(str, _json(name, f"{SAFE}.index.json").get("weight_map", {}).values()))
+    with _loading(name):
+        names |= set(map(str, _json(name, f"{SAFE}.index.json").get("weight_map", {}).values()))
     if _json(name, "adapter_config.json") and _file(name, "adapter_model.safetensors") is None:
         names.add("adapter_model.bin")
     if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers_offline import CHAT_TEMPLATE, make_tokenizer
@@ -305,3 +307,23 @@ def test_rows_are_json_alone(tmp_path: Path, marker: Path) -> None:
     path.write_text(f"__import__('pathlib').Path({str(marker)!r}).touch()\n")
     assert estimate.main([str(path), "--no-plot"]) == 2
     assert not marker.exists()
+
+
+# Releases -----------------------------------------------------------------------------------------------------------
+
+
+def test_readme_names_the_lowest_releases() -> None:
+    """As tested: the lower bounds of today's pyproject.toml, all of them."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    floors: dict[str, Version] = {}
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
+    for requirement in map(Requirement, project["dependencies"] + extras):
+        if requirement.name != "flexpatch":
+            (floor,) = (Version(s.version) for s in requirement.specifier if s.operator == ">=")
+            floors[requirement.name] = min(floor, floors.get(requirement.name, floor))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- environments table -->")[1].split("<!-- end environments table -->")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.strip().splitlines()]
+    shown = {row[0]: Version(Version(row[1]).public) for row in rows if row[0] in floors}
+    assert shown == floors
