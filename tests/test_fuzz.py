@@ -327,19 +327,17 @@ def test_dpo_losses(given: tuple[Any, Any], beta: float, label_smoothing: float)
 
 @fuzz(
     100,
+    both=False,
     policy=pairs,
     at=st.integers(0, 7),
     bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]),
 )
-def test_losses_of_log_probs_that_are_none(policy: list[float], at: int, bad: float) -> bool:
-    """What is not finite is never hidden: the loss is not finite either, or the pair's exact limit."""
+def test_losses_of_log_probs_that_are_not_finite(policy: list[float], at: int, bad: float) -> bool:
+    """They are not hidden: the loss is not finite either."""
     values = list(policy)
     values[at % len(values)] = bad
-    loss = dpo_loss(torch.tensor(values, dtype=torch.float64)).loss
-    if not torch.isnan(torch.tensor(bad)):
-        return bool(not loss.isnan())
-    assert loss.isnan()
-    return False
+    assert not dpo_loss(torch.tensor(values, dtype=torch.float64)).loss.isfinite()
+    return True
 
 
 chunks = st.sampled_from([None, None, 1, 3, 9])
