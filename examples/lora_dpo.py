@@ -24,12 +24,13 @@ import transformers
 from tqdm import tqdm
 
 import flexpatch
+from flexpatch.errors import first_line
 from flexpatch.models import load_model, load_tokenizer
 
 DATA = Path(__file__).resolve().parent / "data" / "direct_answers.jsonl"
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     layout = parser.add_mutually_exclusive_group()
@@ -55,14 +56,23 @@ def parse_args():
     add("--device", default="auto", help="auto: cuda if there is one, else cpu")
     add("--seed", type=int, default=0, help="of the LoRA weights and the order of the data (%(default)s)")
     add("--output", type=Path, default=Path("runs/lora_dpo"), help="(%(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.cache_dir and args.paired:
         parser.error("--cache-dir needs --shared")
     for name in ("limit", "held_out", "max_length", "row_tokens", "epochs", "steps", "batch_size", "lora_rank"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} {value} must be at least 1")
+    for name in ("lr", "beta"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} {getattr(args, name)} must be more than 0")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed} must be in 0 to 2^63 - 1")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=args.device)
+    except Exception as error:  # unknown names, drivers that are missing, builds without them, ...
+        parser.error(f"--device {args.device} cannot be used: {first_line(error)}")
     # Without FlexAttention, as on the CPU, the work of attention grows with the square of a row's length.
     args.row_tokens = args.row_tokens or (512 if args.device == "cpu" else 8192)
     return args
@@ -82,10 +92,7 @@ def packaged_model():
 def load(name, dtype):
     """Tokenizer and model of a hub name, directory or GGUF file; ``None`` for the packaged one."""
     name = name or packaged_model()
-    try:
-        return load_tokenizer(name), load_model(name, dtype)
-    except (OSError, ValueError, ImportError) as error:
-        raise flexpatch.FlexpatchError(f"cannot load {name}: {error}") from error
+    return load_tokenizer(name), load_model(name, dtype)
 
 
 def read_pairs(args, tokenizer):
@@ -267,12 +274,12 @@ def run(args):
     print(f"wrote losses.json, losses.png and the adapter to {args.output}")
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     try:
         run(args)
     except (flexpatch.FlexpatchError, OSError) as error:
-        print(f"lora_dpo.py: error: {error}", file=sys.stderr)
+        print(f"lora_dpo.py: error: {first_line(error)}", file=sys.stderr)
         return 2
 
 

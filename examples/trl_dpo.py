@@ -25,6 +25,7 @@ import torch
 from datasets import Dataset
 from lora_dpo import DATA, load
 from peft import LoraConfig
+from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 import flexpatch
@@ -63,6 +64,7 @@ def run(args):
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     config = arguments(args)
     tokenizer, model = load(args.model, torch.float32)
+    set_seed(0)  # of the LoRA weights, which older releases of TRL draw before they set their own
 
     if not args.off:
         # ┌───────────────────────────────────┐

@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from lora_dpo import DATA, load
 from peft import LoraConfig
+from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 import flexpatch
@@ -47,6 +48,7 @@ def run(args):
     # peft 0.21 and TRL 1.16 ask transformers 5.23 for something under its old name.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     tokenizer, model = load(args.model, torch.float32)
+    set_seed(0)  # of the LoRA weights, which older releases of TRL draw before they set their own
 
     if not args.off:
         # ┌───────────────────────────────────┐

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from flexpatch.errors import FlexpatchError
+from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.tree import Layout, Rows, Tree, build_rows, lay_out
 
 # Ends the prompt of HH-RLHF rows, which are whole dialogues as plain text.
@@ -55,6 +55,8 @@ class Collator:
     def __init__(
         self, tokenizer: Any = None, *, max_length: int | None = None, on_long: Literal["error", "truncate"] = "error"
     ) -> None:
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+            raise FlexpatchError(f"max_length={max_length!r}; expected at least 1, or None")
         if on_long not in ("error", "truncate"):
             raise FlexpatchError(f"on_long={on_long!r}; expected 'error' or 'truncate'")
         self.tokenizer = tokenizer
@@ -86,8 +88,11 @@ class Collator:
             prompt_ids = _column(example, "prompt_ids", IDS, sample)
             answer_ids = _answers(example, "_ids", sample)
         else:
-            prompt_ids, answer_ids = self._tokenise(example, sample)
-        if self.max_length is not None:
+            try:
+                prompt_ids, answer_ids = self._tokenise(example, sample)
+            except RecursionError as error:
+                raise FlexpatchError(f"sample {sample}: its columns are nested too deeply") from error
+        if self.max_length is not None and all(map(_sized, (prompt_ids, *answer_ids))):
             answer_ids = [self._fit(prompt_ids, answer, sample) for answer in answer_ids]
         return Tree.of(prompt_ids, *answer_ids)
 
@@ -111,7 +116,9 @@ class Collator:
             prompt_ids = self._encode(prompt, prompt=True, **template)
             whole = [self._encode(prompt + answer, prompt=False, **template) for answer in answers]
         except Exception as error:  # tokenizers and chat templates raise whatever they like
-            raise FlexpatchError(f"sample {sample}: the tokenizer failed: {type(error).__name__}: {error}") from error
+            raise FlexpatchError(
+                f"sample {sample}: the tokenizer failed: {type(error).__name__}: {first_line(error)}"
+            ) from error
         stop = min(_shared(prompt_ids, ids) for ids in whole)
         if stop < len(prompt_ids) and not self._warned:
             self._warned = True
@@ -127,6 +134,8 @@ class Collator:
             ended = prompt or text.endswith(eos)
             return self.tokenizer(text if ended else text + eos)["input_ids"]
         ids = self.tokenizer.apply_chat_template(text, add_generation_prompt=prompt, return_dict=True, **template)
+        if not isinstance(ids["input_ids"], list) or not all(isinstance(i, int) for i in ids["input_ids"]):
+            raise ValueError("the chat template's arguments ask for other than a list of token ids")
         return ids["input_ids"]
 
     def _fit(self, prompt: Sequence[int], answer: Sequence[int], sample: int | str) -> Sequence[int]:
@@ -152,17 +161,20 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
-    number = 0
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
-        try:
+    number = 1
+    try:
+        # Bytes, decoded line by line: a text file would be decoded ahead, and name another line.
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
             for line in lines:
-                number += 1
-                if line.strip():
-                    rows.append(json.loads(line))
+                if text := line.decode("utf-8").strip():
+                    rows.append(json.loads(text))
                     if not isinstance(rows[-1], dict):
                         raise ValueError(f"expected a JSON object, got {type(rows[-1]).__name__}")
-        except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise FlexpatchError(f"{path}, line {max(number, 1)}: {error}") from error
+                number += 1
+    except RecursionError as error:
+        raise FlexpatchError(f"{path}, line {number}: nested too deeply") from error
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise FlexpatchError(f"{path}, line {number}: {error}") from error
     if not rows:
         raise FlexpatchError(f"{path} holds no rows")
     return rows
@@ -182,9 +194,16 @@ def _template_arguments(example: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _sized(ids: Any) -> bool:
+    """Arrays without a dimension are not: the tree says so."""
+    return getattr(ids, "ndim", 1) > 0
+
+
 def _column(example: Mapping[str, Any], name: str, kind: Any, sample: int | str) -> Any:
     if name not in example:
-        raise FlexpatchError(f"sample {sample}: no column '{name}'; it has {', '.join(map(repr, example)) or 'none'}")
+        has = ", ".join(f"{column!r:.40}" for column in list(example)[:20]) or "none"
+        has += " ..." if len(example) > 20 else ""
+        raise FlexpatchError(f"sample {sample}: no column '{name}'; it has {has}")
     if not isinstance(example[name], kind):
         raise FlexpatchError(f"sample {sample}: column '{name}' holds {type(example[name]).__name__}")
     return example[name]

@@ -1,4 +1,4 @@
-"""The two errors flexpatch raises for what a user can put right, and its warning."""
+"""The two errors flexpatch raises for what a user can put right, its warning, and how errors are shown."""
 
 
 class FlexpatchError(ValueError):
@@ -11,3 +11,9 @@ class UnsupportedModelError(FlexpatchError):
 
 class FlexpatchWarning(UserWarning):
     """A batch runs as it was given, without sharing; the message says why. Results are those of the unpatched model."""
+
+
+def first_line(error: BaseException, most: int = 500) -> str:
+    """What an error says, for one line of a terminal: other libraries' messages may be empty, or have many lines."""
+    line = (str(error).strip() or "no message").splitlines()[0]
+    return line if len(line) <= most else f"{line[:most]} ..."

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flexpatch.collator import Collator, read_jsonl
-from flexpatch.errors import FlexpatchError
+from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.fold import WORTH
 from flexpatch.models import load_config, load_tokenizer
 from flexpatch.packing import pack
@@ -219,7 +219,8 @@ def read_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
         FlexpatchError: For the first unusable row, unless they are to be skipped; if none is usable.
     """
     rows = read_jsonl(options.data)[: options.limit]
-    tokenizer = _loaded(load_tokenizer, options.tokenizer) if options.tokenizer else None
+    trusted = options.trust_remote_code
+    tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trusted) if options.tokenizer else None
     collator = Collator(tokenizer, max_length=options.max_length, on_long="truncate")
     samples, skipped = [], []
     for number, row in enumerate(tqdm(rows, desc="tokenising", unit="row", disable=None)):
@@ -236,32 +237,41 @@ def read_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     return samples, skipped
 
 
-def model_of(name: str) -> Model:
-    """A preset's sizes, or those in a model's configuration; no weights are read."""
+def model_of(name: str, *, trust_remote_code: bool = False) -> Model:
+    """A preset's sizes, or those in a model's configuration; no weights are read.
+
+    Raises:
+        FlexpatchError: If the configuration cannot be read, or lacks a size.
+    """
     if name in PRESETS:
         return PRESETS[name]
-    config = _loaded(load_config, name).get_text_config().to_dict()
+    config = load_config(name, trust_remote_code=trust_remote_code).get_text_config().to_dict()
     try:
         hidden, layers, heads = (config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
         ffn, vocabulary = config["intermediate_size"], config["vocab_size"]
+        if experts := config.get("num_experts_per_tok"):
+            ffn = experts * config.get("moe_intermediate_size", ffn) + config.get("shared_expert_intermediate_size", 0)
+        head_size = config.get("head_dim") or hidden // heads
     except KeyError as error:
         raise FlexpatchError(f"the configuration of {name} has no {error}; try {', '.join(PRESETS)}") from error
-    if experts := config.get("num_experts_per_tok"):
-        ffn = experts * config.get("moe_intermediate_size", ffn) + config.get("shared_expert_intermediate_size", 0)
-    head_size = config.get("head_dim") or hidden // heads
-    return Model(hidden, layers, ffn, heads, config.get("num_key_value_heads") or heads, head_size, vocabulary)
-
-
-def _loaded(load: Callable[[str], Any], name: str) -> Any:
-    try:
-        return load(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise FlexpatchError(f"cannot load {name}: {error}") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise FlexpatchError(f"the configuration of {name} has sizes that are no numbers: {error}") from error
+    sizes = Model(hidden, layers, ffn, heads, config.get("num_key_value_heads") or heads, head_size, vocabulary)
+    for size, value in sizes._asdict().items():
+        if not isinstance(value, int) or value < 1:
+            raise FlexpatchError(
+                f"the configuration of {name} gives {size} = {value!r:.40}; expected a positive integer"
+            )
+    return sizes
 
 
 def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return _natural(text, 1)
+
+
+def _natural(text: str, least: int = 0) -> int:
+    if (value := int(text)) < least:
+        raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
     return value
 
 
@@ -287,7 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=_positive, metavar="N", help="tokens of prompt + answer; answers are cut (no limit)")
     add("--limit", type=_positive, metavar="N", help="use the first N rows only")
     add("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, instead of stopping")
-    add("--seed", type=int, default=0, metavar="N", help="of the order of padded batches (%(default)s)")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a tokenizer or configuration")
+    add("--seed", type=_natural, default=0, metavar="N", help="of the order of padded batches (%(default)s)")
     add("--json", action="store_true", help="print JSON")
     add("--plot", default="estimate.png", metavar="PNG", help="where histograms go (%(default)s)")
     add("--no-plot", dest="plot", action="store_const", const=None, help="draw none")
@@ -300,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.plot and find_spec("matplotlib") is None:
             raise FlexpatchError("histograms need matplotlib: pip install matplotlib, or pass --no-plot")
-        model = model_of(options.model)
+        model = model_of(options.model, trust_remote_code=options.trust_remote_code)
         samples, skipped = read_samples(options)
         result = estimate(samples, model, batch_size=options.batch_size, seed=options.seed)
         result |= dict(data=options.data, skipped=skipped, model=dict(name=options.model, **model._asdict()))
@@ -310,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("flexpatch.estimate: interrupted", file=sys.stderr)
         return 2
     except (FlexpatchError, OSError) as error:
-        print(f"flexpatch.estimate: error: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        print(f"flexpatch.estimate: error: {first_line(error)}", file=sys.stderr)
         return 2
     print(json.dumps(dict(**result, plot=options.plot), indent=1) if options.json else report(result))
     return 0

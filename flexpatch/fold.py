@@ -208,10 +208,26 @@ class Savings:
 def follow_columns(positions: np.ndarray, mask: np.ndarray | None) -> bool:
     """Whether given (N, S) position ids count columns, from wherever in each sequence: then folding keeps distances."""
     shift = positions - np.arange(positions.shape[1])
+    if not shift.size:
+        return True
     if mask is not None:
         first = np.take_along_axis(shift, mask.argmax(1)[:, None], 1)
         shift = np.where(mask, shift, first)
     return bool((shift == shift[:, :1]).all())
+
+
+def moved(positions: np.ndarray | None, mask: np.ndarray | None) -> bool:
+    """Whether folding gives any token of a batch another position, the same for all tokens of its sequence.
+
+    Args:
+        positions: (N, S), as given; ``None``: columns.
+        mask: (N, S) bool; ``None``: no padding.
+    """
+    if mask is None:
+        return positions is not None and bool(positions[:, 0].any())
+    firsts = mask.argmax(1)
+    starts = firsts if positions is None else np.take_along_axis(positions, firsts[:, None], 1)[:, 0]
+    return bool(starts[mask.any(1)].any())
 
 
 def check_ids(ids: np.ndarray, mask: np.ndarray | None, vocabulary: int) -> None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from flexpatch.attention import many_recompiles
 from flexpatch.errors import FlexpatchError
 from flexpatch.fold import lookup
-from flexpatch.patch import head_of, model_inputs, run_rows, settings_of
+from flexpatch.patch import head_of, model_inputs, run_rows, settings_of, text_config
 from flexpatch.registry import PLAIN, Adapter, Head
 from flexpatch.tree import Layout, Rows, Tree, lay_out
 
@@ -97,7 +97,7 @@ def token_logprobs(
         FlexpatchError: For ``chunk_tokens < 1``.
     """
     parameters = list(head.parameters())
-    if chunk_tokens is not None and chunk_tokens < 1:
+    if chunk_tokens is not None and (not isinstance(chunk_tokens, int) or chunk_tokens < 1):
         raise FlexpatchError(f"chunk_tokens={chunk_tokens}; expected at least 1, or None")
     # Sharded heads (flat or empty parameters, DTensors, or none) are gathered by hooks at every call: ranks must call
     # equally often, and the hooks' bookkeeping expects one backward.
@@ -211,14 +211,21 @@ def separate_logprobs(
             transformers' eager attention gives NaN there.
 
     Raises:
-        FlexpatchError: For a malformed tree (the message names the sample).
+        FlexpatchError: For a malformed tree (the message names the sample), an id or ``pad_id`` outside the vocabulary,
+            or ``batch_size < 1``.
     """
+    if batch_size is not None and batch_size < 1:
+        raise FlexpatchError(f"batch_size={batch_size}; expected at least 1, or None")
     device = next(model.parameters()).device
     layouts = [tree if isinstance(tree, Layout) else lay_out(tree, i) for i, tree in enumerate(trees)]
+    vocabulary = text_config(model).vocab_size
+    for what, largest in [(f"sample {x.sample}: id", int(x.ids.max())) for x in layouts] + [("pad_id", pad_id)]:
+        if not 0 <= largest < vocabulary:
+            raise FlexpatchError(f"{what} {largest} is outside the vocabulary of {vocabulary} tokens")
     sequences = [torch.from_numpy(layout.ids[path]) for layout in layouts for path in layout.answers]
     scored = [length for layout in layouts for length in layout.answer_lengths]
     tokens: list[Tensor] = []
-    size = batch_size or len(sequences)
+    size = batch_size or max(len(sequences), 1)
     for at in range(0, len(sequences), size):
         some = sequences[at : at + size]
         ids = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=pad_id).to(device)
@@ -228,7 +235,8 @@ def separate_logprobs(
             stop = len(sequence)
             sources = torch.arange(stop - count - 1, stop - 1, device=device)
             tokens.append(_pick(logits_SV[sources], sequence[stop - count :].to(device)))
-    return AnswerLogprobs(torch.stack([t.sum() for t in tokens]), torch.cat(tokens))
+    none = torch.zeros(1, device=device)[:0]
+    return AnswerLogprobs(torch.stack([t.sum() for t in tokens]) if tokens else none, torch.cat(tokens or [none]))
 
 
 def sum_answers(tokens: Tensor, rows: Rows) -> Tensor:

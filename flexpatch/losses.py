@@ -1,5 +1,6 @@
 """Preference losses: pure functions of answer log-probabilities."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,8 +34,12 @@ def dpo_loss(
         label_smoothing: Probability that a label is flipped, in [0, 0.5).
 
     Raises:
-        FlexpatchError: For an odd number of answers, shapes that differ, or settings out of range.
+        FlexpatchError: For an odd number of answers, shapes that differ, what is no log-prob, or settings out of range.
     """
+    for name, values in dict(policy=policy, reference=policy if reference is None else reference).items():
+        if not isinstance(values, Tensor) or not values.is_floating_point():
+            kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+            raise FlexpatchError(f"{name} log-probs are {kind}; expected a tensor of floats")
     if policy.ndim != 1 or policy.numel() == 0 or policy.numel() % 2:
         raise FlexpatchError(
             f"DPO needs chosen and rejected log-probs in turn, a vector of even length; got {tuple(policy.shape)}"
@@ -43,8 +48,8 @@ def dpo_loss(
         reference = torch.zeros_like(policy)
     if reference.shape != policy.shape:
         raise FlexpatchError(f"policy log-probs have shape {tuple(policy.shape)}, reference {tuple(reference.shape)}")
-    if not beta > 0 or not 0 <= label_smoothing < 0.5:
-        raise FlexpatchError(f"beta={beta} must be > 0 and label_smoothing={label_smoothing} in [0, 0.5)")
+    if not 0 < beta < math.inf or not 0 <= label_smoothing < 0.5:
+        raise FlexpatchError(f"beta={beta} must be > 0 and finite, label_smoothing={label_smoothing} in [0, 0.5)")
     rewards = beta * (policy - reference.to(policy.device))
     chosen, rejected = rewards.view(-1, 2).unbind(-1)
     margin = chosen - rejected

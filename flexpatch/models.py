@@ -1,5 +1,8 @@
 """Models to verify and to try: from a hub, a directory, a GGUF file, or a registered architecture's name."""
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,14 @@ import transformers
 from packaging.version import Version
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
-from flexpatch.errors import FlexpatchError
+from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.patch import eager_experts
 from flexpatch.registry import adapter_for, adapters
+
+SAFE = "model.safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What tiny models of every architecture have in common; an adapter's ``tiny`` entries override it.
 TINY = dict(
@@ -29,41 +36,64 @@ TINY = dict(
 )
 
 
-def load_model(name: str, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, allow_pickle: bool = False
+) -> PreTrainedModel:
     """A causal language model in eval mode, on the CPU, with the attention its adapter prefers.
 
     Args:
         name: A hub name, a local directory, or a GGUF file (its weights are dequantized to ``dtype``).
         dtype: Of the weights.
         trust_remote_code: Run model code that comes with the weights.
+        allow_pickle: Read weights that are pickles, which may run code, where there are no safetensors.
 
     Raises:
         UnsupportedModelError: If the architecture is not supported; found out before any weight is read.
-        OSError, ValueError, ImportError: From transformers, if there is no such model or it cannot be read.
+        FlexpatchError: If there is no such model, it cannot be read, lacks weights, or has them in pickles.
     """
     source = _source(name)
     adapter = adapter_for(load_config(name, trust_remote_code=trust_remote_code))
     if "gguf_file" in source and Version(transformers.__version__) >= Version("5.17"):
         # From then on weights may stay packed, and even dense ones count as quantized, which trainers refuse.
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source,
-        dtype=dtype,
-        attn_implementation=adapter.implementations[0],
-        trust_remote_code=trust_remote_code,
-    )
+    if "gguf_file" not in source and not allow_pickle:
+        _check_weights(name)
+        source["use_safetensors"] = True
+    with _loading(name):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            **source,
+            dtype=dtype,
+            attn_implementation=adapter.implementations[0],
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and logs it
+        raise FlexpatchError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} for one")
     model = model.eval()
     return eager_experts(model) if dtype == torch.float64 else model
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of :func:`load_model`'s ``name``; no weights are read."""
-    return AutoConfig.from_pretrained(**_source(name), trust_remote_code=trust_remote_code)
+    """The configuration of :func:`load_model`'s ``name``; no weights are read.
+
+    Raises:
+        FlexpatchError: If there is none, or it cannot be read.
+    """
+    source = _source(name)
+    with _loading(name):
+        return AutoConfig.from_pretrained(**source, trust_remote_code=trust_remote_code)
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer that belongs to :func:`load_model`'s ``name``."""
-    return AutoTokenizer.from_pretrained(**_source(name))
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer that belongs to :func:`load_model`'s ``name``.
+
+    Raises:
+        FlexpatchError: If there is none, or it cannot be read.
+    """
+    source = _source(name)
+    with _loading(name):
+        # Never None: transformers would ask on the terminal whether to run the code.
+        return AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
 
 
 def _source(name: str) -> dict[str, Any]:
@@ -72,7 +102,64 @@ def _source(name: str) -> dict[str, Any]:
         if not path.is_file():
             raise FlexpatchError(f"there is no GGUF file {name}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if not name.strip() or path.is_file():
+        raise FlexpatchError(f"{name!r} is no model; expected a hub name, a directory or a GGUF file")
     return {"pretrained_model_name_or_path": name}
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Whatever transformers raises for a model it cannot load, as one line that names the model."""
+    try:
+        yield
+    except FlexpatchError:
+        raise
+    except Exception as error:
+        raise FlexpatchError(f"cannot load {name}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _check_weights(name: str) -> None:
+    """Refuse weights that are pickles, or that name some.
+
+    ``use_safetensors=True`` alone does not: transformers reads the files that an index or the configuration names, and
+    the weights of an adapter that lies with the model, whatever they are.
+
+    Raises:
+        FlexpatchError: Naming the file.
+    """
+    names = {str(_json(name, "config.json").get("transformers_weights") or SAFE)}
+    with _loading(name):
+        names |= set(map(str, _json(name, f"{SAFE}.index.json").get("weight_map", {}).values()))
+    if _json(name, "adapter_config.json") and _file(name, "adapter_model.safetensors") is None:
+        names.add("adapter_model.bin")
+    if Path(name).is_dir() and not any(Path(name).glob("*.safetensors")):
+        names |= {path.name for path in Path(name).iterdir() if path.suffix in PICKLED}
+    for file in sorted(names):
+        if not file.endswith((".safetensors", ".safetensors.index.json")):
+            raise FlexpatchError(
+                f"{name} has weights in {file}: pickles may run code when they are read. Convert it to safetensors, or "
+                "allow it with allow_pickle=True (--allow-pickle)"
+            )
+
+
+def _json(name: str, file: str) -> dict[str, Any]:
+    """A JSON file of a model; empty if there is none."""
+    path = _file(name, file)
+    if path is None:
+        return {}
+    with _loading(name):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} holds no JSON object")
+    return content
+
+
+def _file(name: str, file: str) -> str | None:
+    """The path of a model's file, fetched from the hub if need be; ``None`` if there is none."""
+    try:
+        return cached_file(name, file)
+    except OSError:
+        return None
 
 
 def tiny_types() -> list[str]:

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Sequence
+from operator import index
 
 import numpy as np
 
@@ -25,9 +26,9 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         Item indices of each bin, in order of opening; deterministic.
 
     Raises:
-        FlexpatchError: For an item longer than ``capacity``, naming it.
+        FlexpatchError: For an item longer than ``capacity``, or of no length, naming it.
     """
-    _check(lengths, capacity)
+    lengths, capacity = _checked(lengths, capacity), int(capacity)
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
     room = [capacity] * (2 * leaves)  # room[1] is the root; node i has children 2i and 2i + 1
     bins: list[list[int]] = []
@@ -47,10 +48,18 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _check(lengths: Sequence[int], capacity: int) -> None:
-    for item, length in enumerate(lengths):
-        if not 0 < length <= capacity:
+def _checked(lengths: Sequence[int], capacity: int) -> list[int]:
+    """``lengths`` as Python's integers, which cannot overflow, or the reason why not."""
+    whole = []
+    for item, length in [("capacity", capacity), *enumerate(lengths)]:
+        try:
+            whole.append(index(length))
+        except TypeError as error:
+            name = item if item == "capacity" else f"sample {item}'s length"
+            raise FlexpatchError(f"{name} is {length!r:.40}; expected a number of tokens") from error
+        if item != "capacity" and not 0 < whole[-1] <= whole[0]:
             raise FlexpatchError(f"sample {item} has {length} tokens, outside 1 to {capacity} (the budget of one row)")
+    return whole[1:]
 
 
 def epoch_bins(
@@ -76,11 +85,13 @@ def epoch_bins(
         of them are repeated, as in stock samplers.
 
     Raises:
-        FlexpatchError: As in :func:`pack`.
+        FlexpatchError: As in :func:`pack`; for ``ranks < 1``, or a negative seed or epoch.
     """
-    if len(lengths) == 0:
+    if not (ranks >= 1 and seed >= 0 and epoch >= 0):
+        raise FlexpatchError(f"ranks={ranks} must be at least 1, seed={seed} and epoch={epoch} at least 0")
+    lengths = _checked(lengths, capacity)  # pack would name a shuffled item
+    if not lengths:
         return []
-    _check(lengths, capacity)  # pack would name a shuffled item
     rng = np.random.default_rng([seed, epoch])
     sizes = np.array(lengths)
     step = max(1, min(capacity // 512, int(sizes.mean()) // 64))

@@ -40,9 +40,9 @@ from flexpatch.attention import check_fa4, check_fa4_call, check_fa4_model, flex
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
-from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, unfold
+from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, moved, unfold
 from flexpatch.masks import bucket, mask_of
-from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit
+from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
 from flexpatch.tree import Rows
 
@@ -424,10 +424,13 @@ class _RowHook:
         ids, given = call["input_ids"], call.get("attention_mask")
         if given is not None and given.shape != ids.shape:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
+        if ids.dtype not in (torch.int64, torch.int32):  # rounded to integers they would give some model's numbers
+            raise FlexpatchError(f"input_ids are {ids.dtype}; token ids are torch.int64 or torch.int32")
         types = call.get("token_type_ids") if config is not backbone.config else None
         batch = [ids, None if given is None else given != 0, call.get("position_ids"), types]
         # One copy for all: on a GPU each would wait for everything launched before.
-        arrays = torch.stack([x.expand_as(ids).to(ids) for x in batch if x is not None]).numpy(force=True)
+        each = [x.expand_as(ids).to(ids.device, torch.int64) for x in batch if x is not None]
+        arrays = torch.stack(each).numpy(force=True)
         # A dispatched model moves its inputs by itself: ids on the CPU do not mean that it computes there.
         home = backbone.get_input_embeddings().weight.device
         device = ids.device if ids.device.type != "cpu" or home.type == "meta" else home
@@ -437,7 +440,7 @@ class _RowHook:
         watched = is_in_torch_dispatch_mode()
         present = [x is not None for x in batch]
         key = (
-            present, dtype, device, config.vocab_size, longrope_limit(config),
+            present, dtype, device, config.vocab_size, longrope_limit(config), scaling_limit(config),
             torch.is_inference_mode_enabled(), watched,
         )  # fmt: skip
         last = self.last
@@ -477,6 +480,9 @@ class _RowHook:
             return _Fold(
                 obstacle="with padding or position_ids beyond the length at which longrope switches its frequencies"
             )
+        if (limit := scaling_limit(config)) is not None and reach > limit and moved(positions, mask):
+            return _Fold(obstacle=f"of sequences that do not begin at position 0 and go beyond {limit}, from where on "
+                "this model scales queries by their position,")  # fmt: skip
         return _Fold(folded.counts, (folded.rows.to(device), folded.index.to(device), folded.padding))
 
 
@@ -520,6 +526,9 @@ def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> s
         return "inputs_embeds, which do not tell which tokens are equal"
     if asked("use_cache") and not (backbone.training and torch.is_grad_enabled()):
         return "use_cache not given, whose cache may be wanted (pass False, or set model.config.use_cache = False)"
+    positions, ids = call.get("position_ids"), call["input_ids"]
+    if positions is not None and (positions.is_floating_point() or positions.shape not in (ids.shape, ids[:1].shape)):
+        return "position_ids that are not integers, one for each token"
     for name in ("output_attentions", "output_router_logits"):
         if asked(name):
             return f"{name}=True"
@@ -530,7 +539,7 @@ def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> s
         return IMAGES
     for name, value in call.items():
         known = name in ("input_ids", "attention_mask", "position_ids") or (multimodal and name in IGNORED)
-        if isinstance(value, Tensor) and not known and value.ndim and len(value) == len(call["input_ids"]):
+        if isinstance(value, Tensor) and not known and value.ndim and len(value) == len(ids):
             return f"the argument {name}"
     return None
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flexpatch.errors import FlexpatchError
+from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.logprobs import answer_logprobs
 from flexpatch.packing import pack
 from flexpatch.patch import weights
@@ -75,7 +75,8 @@ def reference_logprobs(
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{uuid4().hex}.partial")  # of this process alone: ranks may share a cache
-        save_file({"logprobs": torch.cat([torch.empty(0), *values])}, partial, metadata={"samples": str(len(layouts))})
+        logprobs = torch.cat([torch.empty(0), *values])
+        save_file({"logprobs": logprobs}, partial, metadata={"blake2b": _digest(logprobs)})
         partial.replace(path)  # a killed run leaves no half-written cache
     return values
 
@@ -83,17 +84,24 @@ def reference_logprobs(
 def _load(path: Path, answers: int) -> Tensor:
     try:
         with safe_open(path, framework="pt") as file:
-            logprobs = file.get_tensor("logprobs")
+            logprobs, digest = file.get_tensor("logprobs"), (file.metadata() or {}).get("blake2b")
+        if logprobs.dtype != torch.float32 or _digest(logprobs) != digest:
+            raise ValueError("its values are not those that were written")
         if logprobs.shape != (answers,):
             raise ValueError(f"it holds {tuple(logprobs.shape)} values, not {answers}")
     except Exception as error:
-        raise FlexpatchError(f"the reference cache {path} cannot be used ({error}); delete it") from error
+        raise FlexpatchError(f"the reference cache {path} cannot be used ({first_line(error)}); delete it") from error
     return logprobs
+
+
+def _digest(values: Tensor) -> str:
+    """Files rot: a value that changed on a disk looks like any other."""
+    return hashlib.blake2b(values.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _key(model: nn.Module, layouts: Sequence[Layout]) -> str:
     """Hash of everything the log-probs depend on."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(b"2", digest_size=16)  # of the file's form
     settings, tensors = weights(model)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items()):

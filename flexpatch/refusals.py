@@ -104,6 +104,8 @@ def check_rows(config: Any, rows: Rows) -> None:
             raise FlexpatchError(
                 f"sample {sample}: id {largest} is outside the vocabulary of {config.vocab_size} tokens"
             )
+    if rows.pad_id >= config.vocab_size:
+        raise FlexpatchError(f"pad_id={rows.pad_id} is outside the vocabulary of {config.vocab_size} tokens")
     if getattr(config, "output_router_logits", False):
         raise UnsupportedModelError(
             "output_router_logits=True: the router's auxiliary loss would weigh a shared prompt once instead of once "
@@ -116,6 +118,12 @@ def check_rows(config: Any, rows: Rows) -> None:
                 f"longrope switches its frequencies at {limit} tokens for the whole call, but these sequences have "
                 f"{shortest} to {rows.depth}: put shorter and longer ones in separate rows"
             )
+
+
+def scaling_limit(config: Any) -> int | None:
+    """Position from which on queries are scaled by where they are (Ministral 3); ``None``: nowhere."""
+    limits = (r["original_max_position_embeddings"] for r in ropes(config).values() if r.get("llama_4_scaling_beta"))
+    return min(limits, default=None)
 
 
 def longrope_limit(config: Any) -> int | None:

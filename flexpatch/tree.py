@@ -24,6 +24,8 @@ from torch import Tensor
 
 from flexpatch.errors import FlexpatchError
 
+LARGEST_ID = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -88,7 +90,8 @@ def lay_out(tree: Tree, sample: int | str = 0) -> Layout:
         sample: How error messages name it.
 
     Raises:
-        FlexpatchError: For an empty run, or ids that are not integers >= 0. The message names the sample and the run.
+        FlexpatchError: For an empty run, ids that are not integers in 0 to 2^31 - 1, what is no tree, or a tree that
+            continues itself. The message names the sample and the run.
     """
     branches, spans = _branches(tree, sample)
     lengths = np.array([len(branch) for branch in branches])
@@ -122,9 +125,18 @@ def _branches(tree: Tree, sample: int | str) -> tuple[list[np.ndarray], list[tup
     """Root-to-leaf sequences, and (branch, start, stop) of every scored run, in depth-first order of the runs."""
     branches: list[np.ndarray] = []
     spans: list[tuple[int, int, int]] = []
-    stack: list[tuple[Tree, np.ndarray, str]] = [(tree, np.empty(0, np.int64), "")]
+    path: list[Tree] = []  # from the root to the node in hand
+    on_path: set[int] = set()
+    stack: list[tuple[Tree, int, np.ndarray, str]] = [(tree, 0, np.empty(0, np.int64), "")]
     while stack:
-        node, before, name = stack.pop()
+        node, depth, before, name = stack.pop()
+        _check_node(node, sample, name)
+        while len(path) > depth:
+            on_path.remove(id(path.pop()))
+        if id(node) in on_path:
+            raise FlexpatchError(f"sample {sample}: {_called(name)} is a tree that it continues: it would never end")
+        path.append(node)
+        on_path.add(id(node))
         run = _checked(node.ids, sample, name)
         sequence = np.concatenate([before, run])
         answer = (not node.children and bool(name)) if node.answer is None else node.answer
@@ -134,28 +146,49 @@ def _branches(tree: Tree, sample: int | str) -> tuple[list[np.ndarray], list[tup
                 raise FlexpatchError(f"sample {sample}: a sequence of one token has no token to score")
             spans.append((len(branches), start, len(sequence)))  # the next branch to be finished runs through here
         if node.children:
-            children = [(child, sequence, f"{name}.{i}" if name else str(i)) for i, child in enumerate(node.children)]
+            names = (f"{name}.{i}" if name else str(i) for i in range(len(node.children)))
+            children = [(c, depth + 1, sequence, n) for c, n in zip(node.children, names, strict=True)]
             stack.extend(reversed(children))
         else:
             branches.append(sequence)
     return branches, spans
 
 
+def _called(name: str) -> str:
+    name = name if len(name) <= 60 else f"{name[:40]}...{name[-20:]}"
+    return f"answer {name}" if name else "the prompt"
+
+
+def _check_node(node: Any, sample: int | str, name: str) -> None:
+    """Refuse what is no tree, before it is taken for one."""
+    where = f"sample {sample}: {_called(name)}"
+    if not isinstance(node, Tree):
+        raise FlexpatchError(f"{where} is {type(node).__name__}; expected a flexpatch.Tree")
+    if not isinstance(node.children, list | tuple):
+        raise FlexpatchError(f"{where} has {type(node.children).__name__} as children; expected a list of trees")
+    if node.answer is not None and not isinstance(node.answer, bool | np.bool_):
+        raise FlexpatchError(f"{where} has answer={node.answer!r:.40}; expected True, False or None")
+
+
 def _checked(ids: Sequence[int], sample: int | str, name: str) -> np.ndarray:
     """``ids`` as an int64 array, or the reason why not."""
-    where = f"sample {sample}: {f'answer {name}' if name else 'the prompt'}"
+    where = f"sample {sample}: {_called(name)}"
     try:
         run = np.asarray(ids)
-    except ValueError as error:  # lists of unequal lengths
-        raise FlexpatchError(f"{where} must be a flat list of token ids: {error}") from error
+    except Exception as error:  # lists of unequal lengths, tensors that want gradients or are elsewhere, ...
+        raise FlexpatchError(f"{where} must be a flat list of token ids: {error!s:.200}") from error
     if run.ndim != 1:
         raise FlexpatchError(f"{where} must be a flat list of token ids, but has shape {run.shape}")
     if len(run) == 0:
         raise FlexpatchError(f"{where} is empty; every run needs at least one token")
-    if not np.issubdtype(run.dtype, np.integer):
+    if run.dtype.kind not in "iu":  # np.integer would include durations
         raise FlexpatchError(f"{where} holds {run.dtype} values; token ids are integers")
+    if isinstance(ids, list | tuple) and bool in set(map(type, ids)):  # which NumPy takes for 0 and 1
+        raise FlexpatchError(f"{where} holds bool values; token ids are integers")
     if run.min() < 0:
         raise FlexpatchError(f"{where} holds the id {run.min()}; token ids are >= 0")
+    if run.max() > LARGEST_ID:
+        raise FlexpatchError(f"{where} holds the id {run.max()}; token ids are at most {LARGEST_ID}")
     return run.astype(np.int64)
 
 
@@ -221,6 +254,7 @@ class Rows:
         sequence_lengths: Length of every answer's separate sequence, in tokens.
         largest_ids: Largest id of each tree.
         samples: How error messages name each tree.
+        pad_id: Id of padding tokens.
     """
 
     input_ids: Tensor
@@ -236,6 +270,7 @@ class Rows:
     sequence_lengths: list[int]
     largest_ids: list[int]
     samples: list[int | str]
+    pad_id: int = 0
     # Masks already built from these rows, so that policy and reference share them.
     masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -267,8 +302,10 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
     Raises:
         FlexpatchError: For an empty bin, or a malformed tree (the message names the sample).
     """
-    if any(isinstance(row, Tree | Layout) for row in bins):
+    if not isinstance(bins, Sequence) or not all(isinstance(row, Sequence) for row in bins):
         raise FlexpatchError("expected a list of rows, each a list of trees; for a single row pass [trees]")
+    if not isinstance(pad_id, int | np.integer) or not 0 <= pad_id <= LARGEST_ID:
+        raise FlexpatchError(f"pad_id={pad_id!r:.40}; expected a token id")
     if not bins or not all(bins):
         raise FlexpatchError("every row needs at least one tree")
     firsts = np.cumsum([0, *map(len, bins)])
@@ -316,4 +353,5 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
         sequence_lengths=[len(answer) for layout in layouts for answer in layout.answers],
         largest_ids=[int(layout.ids.max()) for layout in layouts],
         samples=[layout.sample for layout in layouts],
+        pad_id=int(pad_id),
     )

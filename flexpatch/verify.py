@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from flexpatch.errors import first_line
 from flexpatch.models import load_model, tiny_model, tiny_types
 from flexpatch.parity import Report, check_parity
 from flexpatch.registry import adapters
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 parity holds, 1 it fails, 2 it could not be run."""
     options = _parser().parse_args(argv)
     reports = []
+    adapters()  # here, where a package whose adapter does not load is still heard of
     with _quiet():
         try:
             for name, model in _models(options):
@@ -40,10 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("flexpatch.verify: interrupted", file=sys.stderr)
             return 2
         except Exception as error:  # whatever transformers, peft or a driver raises is a report here, not a crash
-            first = (str(error).strip() or "no message").splitlines()[0]
-            print(
-                f"flexpatch.verify: could not verify {options.model}: {type(error).__name__}: {first}", file=sys.stderr
-            )
+            said = f"{type(error).__name__}: {first_line(error)}"
+            print(f"flexpatch.verify: could not verify {options.model}: {said}", file=sys.stderr)
             return 2
     if options.json:
         print(json.dumps([report.as_dict() for report in reports], indent=1))
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     kinds = ["non-reentrant", "reentrant"]
     add("--gradient-checkpointing", nargs="?", const=kinds[0], choices=kinds, help="train under checkpointing")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
+    add("--allow-pickle", action="store_true", help="read weights that are pickles, which may run code")
     add("--seed", type=int, default=0, help="of token ids and random weights")
     add("--json", action="store_true", help="print the reports as JSON")
     return parser
@@ -94,8 +95,8 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
     default = torch.bfloat16 if options.backend == "fa4" else default
     dtype = default if options.dtype == "auto" else getattr(torch, options.dtype)
     if not tiny:
-        model = load_model(options.model, dtype, trust_remote_code=options.trust_remote_code).to(device)
-        yield options.model, model
+        trusted = dict(trust_remote_code=options.trust_remote_code, allow_pickle=options.allow_pickle)
+        yield options.model, load_model(options.model, dtype, **trusted).to(device)
         return
     for model_type in types:
         count = len(adapters()[model_type].tiny[model_type])

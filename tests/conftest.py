@@ -1,7 +1,10 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,3 +45,33 @@ def _compiled() -> Any:
 @cache
 def _compiled_forward() -> Any:
     return torch.compile(compiled._plain, backend="aot_eager", fullgraph=True, dynamic=False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-table", type=Path, help="write the table of fuzzed inputs to this file too")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """What became of a fuzz test's inputs travels with its report, from other processes too."""
+    try:
+        return (yield)
+    finally:
+        fuzzing = sys.modules.get("fuzzing")  # imported by fuzz tests alone: others must run without hypothesis
+        if fuzzing is not None and item.name in fuzzing.outcomes:
+            item.user_properties.append(("inputs", dict(fuzzing.outcomes[item.name])))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind) if r.when == "call"]
+    reports = [report for report in reports if "inputs" in dict(report.user_properties)]
+    if not reports:
+        return
+    import fuzzing
+
+    table = fuzzing.table(reports)
+    terminalreporter.section("fuzzed inputs")
+    terminalreporter.write_line(table)
+    if path := config.getoption("--fuzz-table"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(table + "\n", encoding="utf-8")

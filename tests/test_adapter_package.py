@@ -60,6 +60,8 @@ def test_a_broken_package_is_named_and_harms_no_other(installed: Path) -> None:
     assert "the adapter 'nanochat' of the package flexpatch-nanochat" in run.stderr
     assert "No module named 'a_module_that_is_missing'" in run.stderr
     assert verify(installed, "olmo2").returncode == 0
+    asked_for = verify(installed, "nanochat")
+    assert asked_for.returncode == 2 and "the package flexpatch-nanochat" in asked_for.stderr, asked_for.stderr
 
 
 def test_readme_shows_the_package() -> None:

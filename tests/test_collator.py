@@ -206,6 +206,12 @@ def test_a_batch_is_one_packed_row() -> None:
             "the tokenizer failed: .*: unknown role",
         ),
         ("prompt too long", dict(PAIR, prompt="The cat" * 60), "the prompt alone has 120 tokens, max_length is 100"),
+        ("ids that are one", {"prompt_ids": np.array(5), "answer_ids": [[1]]}, "the prompt must be a flat list"),
+        (
+            "many columns",
+            {"a" * 99: 1} | {str(i): 1 for i in range(99)},
+            "no column 'chosen'; it has 'a{39}, .* [.]{3}$",
+        ),
         ("answer too long", dict(PAIR, chosen=" cat" * 120), r"have 3 \+ 121 tokens, max_length is 100; raise it"),
     ]
 )
@@ -221,6 +227,9 @@ def test_refuses_settings() -> None:
         Collator().tree(PAIR)
     with pytest.raises(FlexpatchError, match="on_long='drop'; expected 'error' or 'truncate'"):
         Collator(on_long="drop")  # type: ignore[arg-type]
+    for length in (0, 2.5, "9"):
+        with pytest.raises(FlexpatchError, match=f"max_length={length!r}; expected at least 1, or None"):
+            Collator(max_length=length)  # type: ignore[arg-type]
     # Cutting answers does not help a prompt that fills the row.
     with pytest.raises(FlexpatchError, match="sample 0: the prompt alone has 2 tokens, max_length is 2"):
         Collator(max_length=2, on_long="truncate").tree({"prompt_ids": [1, 2], "answer_ids": [[3]]})
@@ -249,6 +258,9 @@ MANY = "".join(json.dumps({"prompt": str(i**9)}) + "\n" for i in range(2000))
         ("bad.jsonl", b'{"a": 1}\n\n{"a": }\n', ", line 3: Expecting value"),
         ("list.jsonl", b'{"a": 1}\n[1]\n', ", line 2: expected a JSON object, got list"),
         ("latin.jsonl", '{"a": "ä"}'.encode("latin-1"), ", line 1: 'utf-8' codec"),
+        ("latin.jsonl", b'{"a": 1}\n{"a": 2}\n' + '{"a": "ä"}\n'.encode("latin-1"), ", line 3: 'utf-8' codec"),
+        ("deep.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 10**5, ", line 2: nested too deeply"),
+        ("bom.jsonl", b"\xef\xbb\xbf{}", ", line 1: Unexpected UTF-8 BOM"),
         ("empty.jsonl", b"", " holds no rows"),
         ("blank.jsonl", b"\n \n", " holds no rows"),
         ("empty.jsonl.gz", gzipped(""), " holds no rows"),

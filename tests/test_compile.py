@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from functools import partial
 
 import peft
@@ -20,6 +21,7 @@ from oracle import (
     separate,
     trees,
 )
+from packaging.version import Version
 from parameterized import parameterized
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -127,8 +129,12 @@ def test_folded_batches() -> None:
     flexpatch.remove(model)(**batch, output_hidden_states=True)  # leaves hooks in the model, which do not compile
     flexpatch.apply(model, backend="flex", compile=True)
     torch._dynamo.reset()
-    with pytest.raises(flexpatch.UnsupportedModelError, match=r"output_hidden_states.*Torch says"):
-        model(**batch)
+    try:
+        logits = model(**batch).logits
+    except flexpatch.UnsupportedModelError as error:
+        assert re.search("output_hidden_states.*Torch says", str(error))
+    else:  # torch 2.14 compiles them
+        assert Version(torch.__version__) >= Version("2.14") and (logits - expected).abs().max() < 1e-10
     flexpatch.apply(model, backend="flex")
     assert (model(**batch).logits - expected).abs().max() < 1e-10
 

@@ -4,6 +4,7 @@ import gzip
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -261,7 +262,7 @@ GOOD = '{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}'
         ([], [], "holds no rows"),
         (["[1]"], [], "line 1: expected a JSON object"),
         ([GOOD, '{"prompt": "a", "chosen": "b", "rejected": "c"}'], ["--skip-bad-rows"], "sample 1: a row without"),
-        ([GOOD], ["--tokenizer", "missing.gguf"], "cannot load missing.gguf"),
+        ([GOOD], ["--tokenizer", "missing.gguf"], "there is no GGUF file missing.gguf"),
         ([GOOD], ["--model", "./no-such-model"], "cannot load ./no-such-model"),
         ([GOOD], ["--plot", "no/such/folder/x.png"], "no/such/folder/x.png"),
         ([GOOD], ["--max-length", "2"], "sample 0: the prompt alone has 2 tokens"),
@@ -278,11 +279,21 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert len(error) == 1 and error[0].startswith("flexpatch.estimate: error: ") and words in error[0]
 
 
-@parameterized.expand([([],), (["x", "--batch-size", "0"],), (["x", "--limit", "many"],)])
+@parameterized.expand([([],), (["x", "--batch-size", "0"],), (["x", "--limit", "many"],), (["x", "--seed", "-1"],)])
 def test_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         estimate.main(arguments)
     assert stopped.value.code == 2
+
+
+@parameterized.expand([("x",), (0,), (-3,), (None,), ([4],)])
+def test_sizes_that_are_none(size: Any) -> None:
+    with TemporaryDirectory() as folder:
+        tiny_model("llama", dtype=torch.float32).config.save_pretrained(folder)
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": size, "head_dim": None}))
+        with pytest.raises(flexpatch.FlexpatchError, match=r"cannot load|sizes|expected a positive integer"):
+            estimate.model_of(folder)
 
 
 def test_help_states_the_rule(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,15 @@ def test_plain_peft_reloads_the_trained_adapter(outputs: dict[str, Path], model_
         assert abs(after - 0.6931472) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "options", [("--device", "nowhere"), ("--device", "cuda:99"), ("--lr", "nan"), ("--beta", "-1"), ("--seed", "-1")]
+)
+def test_settings_that_cannot_be_used(options: tuple[str, str]) -> None:
+    stopped = example(*options)
+    assert stopped.returncode == 2 and "Traceback" not in stopped.stderr
+    assert f"lora_dpo.py: error: argument {options[0]}" in stopped.stderr or f"error: {options[0]} " in stopped.stderr
+
+
 def test_bad_rows(model_dir: Path, tmp_path: Path) -> None:
     lines = DATA.read_text(encoding="utf-8").splitlines()[:6]
     lines[2] = json.dumps({**json.loads(lines[2]), "rejected": []})

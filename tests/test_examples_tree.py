@@ -125,6 +125,17 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(example: Any) -> None
         example.tree_of(TURN, tokenizer)
 
 
+@pytest.mark.parametrize("dialogue", [{"replies": []}, {"user": "a", "replies": [{}]}, {"user": "a"}, [], None, "a"])
+def test_a_dialogue_of_another_form_is_named(dialogue: Any, example: Any, tmp_path: Path) -> None:
+    path = tmp_path / "dialogues.json"
+    path.write_text(json.dumps([TURN, dialogue]))
+    with pytest.raises(flexpatch.FlexpatchError, match="dialogue 1 cannot be used"):
+        example.read_trees(path, make_tokenizer())
+    path.write_text(json.dumps({"user": "a"}))
+    with pytest.raises(flexpatch.FlexpatchError, match="expected a list of dialogues"):
+        example.read_trees(path, make_tokenizer())
+
+
 def test_the_default_model_may_be_missing(
     example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

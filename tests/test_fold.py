@@ -723,3 +723,43 @@ def test_a_filled_lookup_is_a_lookup(padding: int | None) -> None:
     assert torch.equal(states, filled_states) and torch.equal(gradient, filled_gradient)
     assert padding is None or not gradient[padding].any()
     assert gradient.any(1).sum() == (7 if padding is None else 6)
+
+
+def test_ids_that_are_no_integers_are_refused() -> None:
+    model, batch = flexpatch.apply(tiny_model("llama")), padded_batch()
+    for dtype in (torch.float32, torch.float64, torch.int16):
+        with pytest.raises(FlexpatchError, match=f"input_ids are {dtype}; token ids are torch.int64 or torch.int32"):
+            model(**batch | {"input_ids": batch["input_ids"].to(dtype)})
+    expected = hidden(model, batch)
+    assert torch.equal(hidden(model, batch | {"input_ids": batch["input_ids"].int()}), expected)
+
+
+def test_positions_between_integers_run_as_they_are() -> None:
+    """Rounded down they would count columns."""
+    ran = Ran()
+    columns = torch.arange(ran.batch["input_ids"].shape[1]) * 1.04
+    with pytest.warns(FlexpatchWarning, match="position_ids that are not integers"):
+        ran(0, position_ids=columns.expand(9, -1))
+
+
+def test_queries_scaled_by_their_position() -> None:
+    """Ministral 3: a sequence that folding would move to another position runs as it was given, beyond the length at
+    which scaling starts."""
+    model = tiny_model("ministral3")
+    model.config.rope_parameters |= {"original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1}
+    ids = torch.randint(3, 151, (1, 12), generator=torch.Generator().manual_seed(0)).expand(3, 12)
+    patched = flexpatch.apply(copy.deepcopy(model))
+    for before, after, warned in ((0, 20, False), (3, 0, False), (20, 0, True)):
+        pads = [torch.zeros(3, n, dtype=torch.int64) for n in (before, after)]
+        whole = torch.cat([pads[0], ids, pads[1]], 1)
+        mask = (whole > 0).long()
+        batch = dict(input_ids=whole, attention_mask=mask, use_cache=False)
+        expected = hidden(model, batch)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always", FlexpatchWarning)
+            assert (hidden(patched, batch) - expected).abs().max() < BOUND
+        assert bool(said) == warned
+        with pytest.MonkeyPatch.context() as control:
+            control.setattr(patch, "scaling_limit", lambda config: None)
+            error = (hidden(flexpatch.apply(copy.deepcopy(model)), batch) - expected).abs().max()
+            assert (error > 1e-3) == warned

@@ -198,3 +198,22 @@ def test_two_ranks_that_shard_the_model(tmp_path: Path) -> None:
         assert (tokens - true.tokens).abs().max() < BOUNDS[0], kind
         whole = torch.load(tmp_path / f"{kind} whole.pt")
         assert abs(squares - whole) < 1e-9 * whole, kind
+
+
+def test_separate_log_probs_of_nothing_and_of_ids_that_are_none() -> None:
+    model = tiny_model("llama")
+    for nothing in ([], [flexpatch.Tree([1, 2])]):
+        answers, tokens = flexpatch.separate_logprobs(model, nothing)
+        assert answers.shape == tokens.shape == (0,)
+    pair = flexpatch.Tree.of([1], [2], [3, 4])
+    for settings, words in (
+        (dict(pad_id=151), "pad_id 151 is outside the vocabulary of 151"),
+        (dict(batch_size=0), "batch_size=0; expected at least 1"),
+    ):
+        with pytest.raises(flexpatch.FlexpatchError, match=words):
+            flexpatch.separate_logprobs(model, [pair], **settings)
+    with pytest.raises(flexpatch.FlexpatchError, match="sample 1: id 151 is outside the vocabulary of 151"):
+        flexpatch.separate_logprobs(model, [pair, flexpatch.Tree.of([1], [151])])
+    rows = flexpatch.build_rows([[pair], [pair, pair]], pad_id=151)
+    with pytest.raises(flexpatch.FlexpatchError, match="pad_id=151 is outside the vocabulary of 151"):
+        flexpatch.answer_logprobs(flexpatch.apply(model), rows)

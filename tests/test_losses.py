@@ -80,6 +80,9 @@ def test_far_margins_stay_finite() -> None:
         ("beta", [torch.zeros(2)], dict(beta=0.0), r"beta=0.0 must be > 0"),
         ("beta NaN", [torch.zeros(2)], dict(beta=math.nan), r"beta=nan must be > 0"),
         ("smoothing", [torch.zeros(2)], dict(label_smoothing=0.5), r"label_smoothing=0.5 in \[0, 0.5\)"),
+        ("beta infinite", [torch.zeros(2)], dict(beta=math.inf), r"beta=inf must be > 0 and finite"),
+        ("integers", [torch.zeros(2, dtype=torch.int64)], {}, "policy log-probs are torch.int64; expected a tensor"),
+        ("a list", [torch.zeros(2), [0.0, 0.0]], {}, "reference log-probs are list; expected a tensor of floats"),
         ("negative", [torch.zeros(2)], dict(label_smoothing=-0.1), r"label_smoothing=-0.1 in \[0, 0.5\)"),
     ]
 )

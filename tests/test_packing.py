@@ -1,6 +1,7 @@
 """First-fit-decreasing against the textbook loop, bin for bin."""
 
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,3 +157,21 @@ class TestEpochBins:
     def test_too_long_items_keep_their_name(self) -> None:
         with pytest.raises(FlexpatchError, match="sample 2 has 11 tokens, outside 1 to 10"):
             epoch_bins([1, 2, 11, 3], 10)
+
+    def test_refuses_settings(self) -> None:
+        for settings in (dict(ranks=0), dict(seed=-1), dict(epoch=-1)):
+            with pytest.raises(FlexpatchError, match=r"ranks=.* at least 1, seed=.* at least 0"):
+                epoch_bins([1, 2], 10, **settings)
+
+
+def test_small_integers_do_not_overflow() -> None:
+    assert pack(np.array([100, 100], np.int8), 16384) == [[0, 1]]
+
+
+@pytest.mark.parametrize(("lengths", "capacity", "name"), [
+    ([1, 1.5], 8, "sample 1's length is 1.5"), ([1, "2"], 8, "sample 1's length is '2'"), ([1], 8.0, "capacity is 8.0"),
+    (np.array([1, 1], "m8[s]"), 8, "sample 0's length is"),
+])  # fmt: skip
+def test_refuses_what_is_no_number_of_tokens(lengths: Any, capacity: Any, name: str) -> None:
+    with pytest.raises(FlexpatchError, match=f"^{name}.*; expected a number of tokens"):
+        pack(lengths, capacity)

@@ -194,6 +194,8 @@ def test_training_lora_keeps_the_key(_name: str, settings: dict[str, object]) ->
         lambda content: b"x" * len(content),
         lambda content: save({"logprobs": torch.zeros(3)}),
         lambda content: save({"values": torch.zeros(8)}),
+        lambda content: content[:-2] + bytes([content[-2] ^ 1, content[-1]]),  # one bit of a value
+        lambda content: save({"logprobs": torch.zeros(8)}),
     ],
 )
 def test_a_damaged_cache_is_named(tmp_path: Path, damaged: Callable[[bytes], bytes]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from parameterized import parameterized
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 import flexpatch
 from flexpatch import Adapter, FlexpatchError, UnsupportedModelError, registry
@@ -89,6 +89,8 @@ ENCODER = "use_bidirectional_attention=True lets a prompt see its answer"
     ]
 )
 def test_refuses(model_type: str, settings: dict[str, Any], message: str) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"needs a transformers that knows {model_type}")
     with pytest.raises(UnsupportedModelError, match=f"^model type '{model_type}': .*{message}"):
         adapter_for(config(model_type, **settings))
 
@@ -96,7 +98,7 @@ def test_refuses(model_type: str, settings: dict[str, Any], message: str) -> Non
 @parameterized.expand([(FULL,), (SLIDING,)])
 def test_refuses_rope_of_any_layer_type(layer_type: str) -> None:
     refused = config("gemma3_text")
-    assert set(refused.rope_parameters) == {FULL, SLIDING}
+    assert {FULL, SLIDING} <= set(refused.rope_parameters)  # transformers 5.0 leaves flat entries beside them
     refused.rope_parameters[layer_type] = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
     with pytest.raises(UnsupportedModelError, match=r"rope type dynamic is not exact: .* Exact here: default, linear"):
         adapter_for(refused)

@@ -13,6 +13,8 @@ from parameterized import parameterized
 from flexpatch import FlexpatchError, Layout, Rows, Tree, build_rows, lay_out
 
 PAIR = Tree.of([1, 2, 3], [4, 5], [4, 6, 7], [8])
+CIRCLE = Tree([1], [])
+CIRCLE.children.append(CIRCLE)
 
 
 def check_layout(layout: Layout, tree: Tree) -> None:
@@ -235,6 +237,20 @@ def test_rows_copy_without_their_masks() -> None:
         ("no list", Tree.of([1], 2), r"answer 0 must be a flat list .* shape \(\)"),
         ("ragged lists", Tree.of([1], [[1], [2, 3]]), "answer 0 must be a flat list"),
         ("one scored token", Tree([1], answer=True), "a sequence of one token has no token to score"),
+        ("a bool among ids", Tree.of([1, True], [2]), "the prompt holds bool values"),
+        (
+            "more than 63 bits",
+            Tree.of(np.array([1, 2**63], np.uint64), [2]),
+            "the prompt holds the id 9223372036854775808",
+        ),
+        ("more than 31 bits", Tree.of([1], [2**31]), "answer 0 holds the id 2147483648; .* at most 2147483647"),
+        ("durations", Tree.of(np.array([1, 2], "m8[s]"), [2]), "the prompt holds timedelta64"),
+        ("a tensor with a gradient", Tree.of(torch.ones(2, requires_grad=True), [2]), "the prompt must be a flat list"),
+        ("a tensor without values", Tree.of(torch.ones(2, device="meta"), [2]), "the prompt must be a flat list"),
+        ("ids for a child", Tree([1], [[2]]), "answer 0 is list; expected a flexpatch.Tree"),
+        ("a tree for children", Tree([1], Tree([2])), "the prompt has Tree as children; expected a list of trees"),
+        ("an answer that is no truth", Tree([1], [Tree([2], answer="no")]), "answer 0 has answer='no'"),
+        ("a circle", CIRCLE, "answer 0 is a tree that it continues: it would never end"),
     ]
 )
 def test_refuses(_name: str, tree: Tree, message: str) -> None:
@@ -248,6 +264,17 @@ def test_refuses(_name: str, tree: Tree, message: str) -> None:
 def test_refuses_empty_rows(_name: str, bins: list[list[Tree]]) -> None:
     with pytest.raises(FlexpatchError, match="every row needs at least one tree"):
         build_rows(bins)
+
+
+def test_a_tree_may_continue_several() -> None:
+    shared = Tree([5])
+    assert len(lay_out(Tree([1], [Tree([2], [shared]), Tree([3], [shared]), shared])).answers) == 3
+
+
+@parameterized.expand([(-1,), (1.5,), (None,), (2**31,)])
+def test_refuses_padding_that_is_no_id(pad_id: object) -> None:
+    with pytest.raises(FlexpatchError, match=f"pad_id={pad_id}; expected a token id"):
+        build_rows([[PAIR]], pad_id)
 
 
 @parameterized.expand([("trees", [PAIR, PAIR]), ("layouts", [lay_out(PAIR)])])

@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import re
+import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -93,6 +94,14 @@ def _sets_attention() -> bool:
     model = tiny_model("llama")
     model.set_attn_implementation("eager")
     return bool(model.model.config._attn_implementation == "eager")
+
+
+@internal("transformers", "utils.cached_file", "models", "to look at a model's files before they are loaded")
+def _finds_files() -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "config.json")
+        path.write_text("{}", encoding="utf-8")
+        return bool(transformers.utils.cached_file(folder, path.name) == str(path))
 
 
 @internal("transformers", "config._attn_implementation", "patch", "to keep its settings, and to find them again")
@@ -604,7 +613,10 @@ PUBLIC = {
     "parity": {"__version__"},
     "verify": {"utils"},
 }  # fmt: skip
-BELOW = {"patch": {"transformers.masking_utils", "transformers.modeling_layers", "transformers.modeling_utils"}}
+BELOW = {
+    "patch": {"transformers.masking_utils", "transformers.modeling_layers", "transformers.modeling_utils"},
+    "models": {"transformers.utils"},  # where models' files are, hub or not
+}
 
 
 def private_names(source: ast.AST) -> set[str]:
