@@ -15,6 +15,8 @@ from flexpatch import attention, compiled
 # Tiny models gain nothing from threads, and those of several workers would wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed, which accelerate imports, would print that it found no other
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def launch(engine: str, script: Path, *arguments: object, fails: bool = False) -
     return start_python(command, device, script.parent, fails)
 
 
-def tested(engine: str) -> list[str]:
+def cases_of(engine: str) -> list[str]:
     """The cases of an engine; compiled layers are refused under ZeRO-3."""
     return [
         name for name, case in CASES.items() if case.patched and not (engine == "zero3" and "compile" in case.options)
@@ -85,7 +85,7 @@ def table() -> str:
     }
     lines = ["| engine | all weights, and LoRA | with | weights, against one rank's |", "|---|---|---|---|"]
     for engine, (title, bound) in TITLES.items():
-        names = tested(engine)
+        names = cases_of(engine)
         trainers = ", ".join(kind for name, kind in kinds.items() if {name, f"{name}, lora"} <= set(names))
         more = ", ".join(option for name, option in options.items() if name in names)
         lines.append(f"| {title} | {trainers} | {more} | {bound} |")
@@ -175,7 +175,7 @@ def test_ranks_train_what_one_rank_trains(engine: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_other_cases(engine: str, tmp_path: Path) -> None:
-    check(engine, tmp_path, [name for name in tested(engine) if name not in FAST])
+    check(engine, tmp_path, [name for name in cases_of(engine) if name not in FAST])
 
 
 @pytest.mark.slow
