@@ -20,11 +20,10 @@ register(
             "phi3": [
                 dict(sliding_window=None),
                 dict(sliding_window=8),
-                # transformers 5.0 takes these two from here alone.
+                # transformers 5.0 takes the factor from here alone.
                 dict(
                     sliding_window=8,
                     rope_parameters=LONGROPE,
-                    original_max_position_embeddings=256,
                     partial_rotary_factor=0.75,
                 ),
             ],

@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
@@ -51,6 +53,9 @@ PREFIX = "flexpatch_"
 BACKENDS = ("auto", "flex", "fa4", "dense")
 # Implementations that accept a dense 4-D mask, and so can serve both backends.
 ORIGINALS = ("sdpa", "eager")
+
+# Transformers before 5.4 gave Ministral 3 a query's index in the row for its position. To be dropped with 5.3.
+SCALES_BY_INDEX = Version(transformers.__version__) < Version("5.4")
 
 # Marks calls that our hook has seen. A model made from a patched one's configuration has the name and no hook.
 SEEN = "flexpatch_seen"
@@ -208,6 +213,12 @@ def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None
 
 def _inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter) -> dict[str, Any]:
     config, device = text_config(inner), rows.input_ids.device
+    limit = scaling_limit(config)
+    if limit is not None and SCALES_BY_INDEX and rows.input_ids.shape[1] > limit:
+        raise UnsupportedModelError(
+            f"rows of more than {limit} tokens, from where on this model scales queries by their position, are not "
+            f"exact in transformers {transformers.__version__}: upgrade it to 5.4 or later, or make shorter rows"
+        )
     dtype = _mask_dtype(inner, device)
     windows = adapter.windows(config)
     layer_types = dict.fromkeys(config.layer_types) if adapter.masks == "by_layer_type" else [FULL]
@@ -480,9 +491,11 @@ class _RowHook:
             return _Fold(
                 obstacle="with padding or position_ids beyond the length at which longrope switches its frequencies"
             )
-        if (limit := scaling_limit(config)) is not None and reach > limit and moved(positions, mask):
-            return _Fold(obstacle=f"of sequences that do not begin at position 0 and go beyond {limit}, from where on "
-                "this model scales queries by their position,")  # fmt: skip
+        limit = scaling_limit(config)
+        longest = max(ids.shape[1], folded.rows.input_ids.shape[1]) if SCALES_BY_INDEX else reach
+        if limit is not None and longest > limit and (SCALES_BY_INDEX or moved(positions, mask)):
+            where = "at all" if SCALES_BY_INDEX else "and do not begin at position 0"
+            return _Fold(obstacle=f"that reach beyond {limit}, from where on this model scales queries, {where},")
         return _Fold(folded.counts, (folded.rows.to(device), folded.index.to(device), folded.padding))
 
 

@@ -155,7 +155,7 @@ def same(a: Any, b: Any) -> bool:
 
 def table(reports: list[Any]) -> str:
     """The inputs of all fuzz tests that ran, as Markdown."""
-    lines = ["| property | inputs | used, and right | refused by name |", "|---|---|---|---|"]
+    lines = ["| property | inputs | used, and right | refused |", "|---|---|---|---|"]
     total: Counter[str] = Counter()
     for report in sorted(reports, key=lambda report: report.location[1]):
         counts = Counter(dict(report.user_properties)["inputs"])

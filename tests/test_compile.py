@@ -127,12 +127,12 @@ def test_folded_batches() -> None:
     assert (model(**batch).logits - expected).abs().max() < 1e-10
     assert flexpatch.savings(model).folded == 1
     flexpatch.remove(model)(**batch, output_hidden_states=True)  # leaves hooks in the model, which do not compile
-    flexpatch.apply(model, backend="flex", compile=True)
     torch._dynamo.reset()
     try:
-        logits = model(**batch).logits
+        logits = flexpatch.apply(model, backend="flex", compile=True)(**batch).logits
     except flexpatch.UnsupportedModelError as error:
-        assert re.search("output_hidden_states.*Torch says", str(error))
+        # Transformers 5.0 replaces the layers' forwards instead.
+        assert re.search("output_hidden_states.*Torch says|library replaced the forward", str(error))
     else:  # torch 2.14 compiles them
         assert Version(torch.__version__) >= Version("2.14") and (logits - expected).abs().max() < 1e-10
     flexpatch.apply(model, backend="flex")

@@ -749,7 +749,7 @@ def test_queries_scaled_by_their_position() -> None:
     model.config.rope_parameters |= {"original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1}
     ids = torch.randint(3, 151, (1, 12), generator=torch.Generator().manual_seed(0)).expand(3, 12)
     patched = flexpatch.apply(copy.deepcopy(model))
-    for before, after, warned in ((0, 20, False), (3, 0, False), (20, 0, True)):
+    for before, after, warned in ((0, 20, patch.SCALES_BY_INDEX), (3, 0, False), (20, 0, True)):
         pads = [torch.zeros(3, n, dtype=torch.int64) for n in (before, after)]
         whole = torch.cat([pads[0], ids, pads[1]], 1)
         mask = (whole > 0).long()
@@ -762,4 +762,8 @@ def test_queries_scaled_by_their_position() -> None:
         with pytest.MonkeyPatch.context() as control:
             control.setattr(patch, "scaling_limit", lambda config: None)
             error = (hidden(flexpatch.apply(copy.deepcopy(model)), batch) - expected).abs().max()
-            assert (error > 1e-3) == warned
+            assert (error > 1e-3) == (before == 20)
+    rows = flexpatch.build_rows([[flexpatch.Tree.of(list(range(3, 40)), [5], [6])]])
+    if patch.SCALES_BY_INDEX:
+        with pytest.raises(UnsupportedModelError, match=r"rows of more than 16 tokens.* upgrade it to 5\.4 or later"):
+            flexpatch.answer_logprobs(patched, rows)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from fuzzing import SCREEN, fuzz, good_ids, json_values, mostly, odd_ids, refused, same, texts
 from hypothesis import strategies as st
 from test_collator import TOKENIZER, trl
@@ -446,6 +447,7 @@ def test_command_line_of_the_example(given: list[str]) -> bool:
     lora_dpo = example("lora_dpo")
 
     def read(args: Any) -> None:
+        transformers.utils.logging.disable_progress_bar()  # as the example does
         tokenizer, _ = lora_dpo.load(args.model or str(MODEL), torch.float32)
         lora_dpo.read_pairs(args, tokenizer)
 

@@ -16,7 +16,9 @@ from unittest import mock
 import datasets
 import pytest
 import torch
+import trl
 from oracle import float64_norm, float64_rope, packed_positions, see_siblings
+from packaging.version import Version
 from parameterized import param, parameterized
 from peft import LoraConfig, get_peft_model
 from tokenizers_offline import make_tokenizer
@@ -384,6 +386,13 @@ SLOW: list[tuple] = [
 ]
 
 
+# What older releases of TRL (1.8) do by themselves.
+OLD_TRL = {
+    "kto": "KTO's reference calls its model without use_cache, so it runs unfolded, with a warning",
+    "dpo_precomputed": "the unpatched trainer fails with datasets 5: its cache file is gone",
+}
+
+
 class TrainersTest(unittest.TestCase):
     @pytest.fixture(autouse=True)
     def tiny_models(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,7 +403,9 @@ class TrainersTest(unittest.TestCase):
             monkeypatch.setattr(norm, "forward", float64_norm)
 
     @parameterized.expand(FAST, name_func=name)
-    def test_agrees(self, _: str, build: Build, settings: dict[str, Any]) -> None:
+    def test_agrees(self, case: str, build: Build, settings: dict[str, Any]) -> None:
+        if case in OLD_TRL and Version(trl.__version__) < Version("1.16"):
+            pytest.skip(f"TRL {trl.__version__}: {OLD_TRL[case]}")
         compare(build, **settings)
 
     @parameterized.expand(SLOW, name_func=name)
