@@ -31,7 +31,7 @@ def table(logs: list[str]) -> str:
     texts = [Path(log).read_text(encoding="utf-8") for log in logs]
     columns = [dict(re.findall(r"^([A-Za-z][\w-]*)==(\S+)$", text, re.MULTILINE)) for text in texts]
     pythons = [re.findall(r"^Python (\S+)$", text, re.MULTILINE)[-1] for text in texts]
-    results = [re.findall(r"^(.*\d+ passed.*) in [\d.]+s.*$", text, re.MULTILINE)[-1] for text in texts]
+    results = [re.findall(r"((?:\d+ failed, )?\d+ passed.*) in [\d.]+s", text)[-1] for text in texts]
     lines = ["| | `.ci/lowest` | `.ci/newest` |", "|---|---|---|", "| Python | " + " | ".join(pythons) + " |"]
     lines += [f"| {name} | " + " | ".join(column[name] for column in columns) + " |" for name in columns[0]]
     said = [", ".join(part for part in result.split(", ") if "warning" not in part) for result in results]
