@@ -1,6 +1,5 @@
 """Under accelerate's engines on two CPU ranks: the weights that one rank of the unpatched model trains."""
 
-import json
 import os
 import re
 import subprocess
@@ -14,12 +13,8 @@ import transformers
 from engine_ranks import CASES, Weights, save_model, train, vector
 from oracle import float64_norm, float64_rope
 from packaging.version import Version
-from tokenizers_offline import make_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from test_examples_trl import small_run
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-
-import flexpatch
-from flexpatch.models import TINY
 
 OLD = Version(transformers.__version__) < Version("5.17") or Version(accelerate_package.__version__) < Version("1.15")
 needs_engines = pytest.mark.skipif(
@@ -99,22 +94,6 @@ def table() -> str:
         more = ", ".join(option for name, option in options.items() if name in names)
         lines.append(f"| {title} | {trainers} | {more} | {bound} |")
     return "\n".join(lines) + "\n"
-
-
-def small_run(folder: Path) -> list[str]:
-    """A model and rows for the example, as in test_examples_trl.py."""
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=128, num_hidden_layers=2, max_position_embeddings=2048, initializer_range=0.1)
-    config = AutoConfig.for_model("llama", **{**TINY, **sizes, "vocab_size": len(tokenizer)})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    rows = [row for row in flexpatch.read_jsonl(DATA) if len(row["prompt"][0]["content"]) > 120][:8]
-    for n, row in enumerate(rows):
-        for key, length in dict(prompt=100 + 3 * n, chosen=20 + 3 * n, rejected=46 - 3 * n).items():
-            row[key][0]["content"] = row[key][0]["content"][:length]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    return ["--model", str(folder), "--data", str(folder / "rows.jsonl")]
 
 
 def example(start: str, folder: Path, *arguments: str) -> str:

@@ -24,8 +24,11 @@ DATA = ROOT / "examples" / "data" / "direct_answers.jsonl"
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """A model, and rows of it cut so that prompts are longer than answers."""
-    folder = tmp_path_factory.mktemp("model")
+    return small_run(tmp_path_factory.mktemp("model"))
+
+
+def small_run(folder: Path) -> tuple[str, ...]:
+    """Arguments of the examples: a model, and rows cut so that prompts are longer than answers."""
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
