@@ -1,6 +1,7 @@
 """Training under an engine, on as many ranks as a launcher starts; rank 0 saves the trained weights of each case.
 
-Run by test_engines.py: accelerate launch --config_file FILE tests/engine_ranks.py DTYPE MODEL FOLDER CASE ...
+Run by test_engines.py: accelerate launch --config_file FILE tests/cpu_ranks.py tests/engine_ranks.py DTYPE MODEL FOLDER
+CASE ...; by gpu/test_two_gpus.py without cpu_ranks.py.
 """
 
 import os
@@ -247,16 +248,9 @@ def main(dtype: torch.dtype, model: Path, folder: Path, names: list[str]) -> Non
             torch.save((before, after), folder / f"{name}.pt")
             print(f"{name}: trained", flush=True)
     if RANKS > 1:
-        distributed.barrier()  # gloo aborts a rank whose peers have gone while it still holds their connections
-        distributed.destroy_process_group()
+        distributed.barrier()
+        distributed.destroy_process_group()  # else NCCL warns of it
 
 
 if __name__ == "__main__":
-    if "ACCELERATE_TORCH_DEVICE" in os.environ:
-        from cpu_ranks import pretend
-
-        pretend()
     main(getattr(torch, sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
-    # All is saved, and all ranks are here: gloo's threads may abort a process that takes them down in order.
-    sys.stdout.flush()
-    os._exit(0)

@@ -1,8 +1,9 @@
 """Training that is killed, in a step and while it saves, and resumed; and the same never killed. Saves the weights.
 
-Run by test_resuming.py: python tests/killed_runs.py FOLDER RANKS KIND ...
+Run by test_resuming.py: python tests/killed_runs.py FOLDER RANKS ENGINE KIND ...
 """
 
+import json
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
+from cpu_ranks import pretend
 from test_trl import Packed, Stock, rows
 from tokenizers_offline import make_tokenizer
 from torch import Tensor, distributed
@@ -23,13 +26,14 @@ import flexpatch
 from flexpatch.models import tiny_model
 
 STEPS, SAVE_STEPS = 12, 5
+SETTINGS = Path(__file__).resolve().parent.parent / "examples" / "accelerate"
 
 
 class Killed(Exception):
     """A run ended by SIGKILL."""
 
 
-def kill() -> NoReturn:
+def kill(*_: Any) -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
@@ -50,7 +54,9 @@ def mortal(kind: Any, at: int | None, saving: int | None) -> Any:
 
         def _save_optimizer_and_scheduler(self, *args: Any) -> None:
             if self.state.global_step == saving:
-                kill()
+                if not self.is_fsdp_enabled:
+                    kill()
+                transformers.trainer.save_fsdp_optimizer = kill  # FSDP2's weights are written here too, before
             super()._save_optimizer_and_scheduler(*args)
 
     return Mortal
@@ -58,6 +64,7 @@ def mortal(kind: Any, at: int | None, saving: int | None) -> Any:
 
 def train(
     kind: str,
+    engine: str,
     folder: Path,
     resume: bool | str = False,
     at: int | None = None,
@@ -65,13 +72,19 @@ def train(
     **settings: Any,
 ) -> dict[str, Any]:
     """Weights, and what was logged. Steps accumulate three micro-batches, epochs end with fewer; ``kind``: ``"stock"``,
-    ``"one line"``, ``"packed"``."""
+    ``"one line"``, ``"packed"``; ``engine``: ``"ddp"``, ``"fsdp2"``, ``"zero3"``."""
+    if engine == "ddp":
+        settings["use_cpu"] = True
+    else:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        pretend()
+        settings |= json.loads((SETTINGS / f"torchrun_{engine}.json").read_text())
     set_seed(0)
-    args = DPOConfig(
+    args = DPOConfig(**dict(
         output_dir=str(folder), report_to="none", max_length=None, logging_steps=1, save_strategy="steps",
         save_steps=SAVE_STEPS, max_steps=STEPS, per_device_train_batch_size=1, gradient_accumulation_steps=3,
-        learning_rate=1e-2, use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, **settings,
-    )  # fmt: skip
+        learning_rate=1e-2, gradient_checkpointing=False, disable_tqdm=True, dataloader_pin_memory=False,
+    ) | settings | dict(bf16=False))  # fmt: skip
     model, reference = (tiny_model("llama", dtype=torch.float32) for _ in range(2))
     if kind != "stock":
         flexpatch.apply(model)
@@ -81,7 +94,9 @@ def train(
         model, reference, args=args, train_dataset=rows(16), processing_class=make_tokenizer(), **budget
     )
     trainer.train(resume_from_checkpoint=resume)
-    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    # ZeRO-3 gives none but to the first rank.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+    weights = torch.cat([torch.zeros(0), *(value.detach().flatten() for value in state.values())])
     logs = [(log["epoch"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
     return dict(weights=weights, logs=logs)
 
@@ -131,23 +146,23 @@ def must_die(*args: Any, **kwargs: Any) -> None:
     raise AssertionError(f"this run was to be killed: {args} {kwargs}")
 
 
-def main(folder: Path, ranks: int, kinds: list[str]) -> None:
+def main(folder: Path, ranks: int, engine: str, kinds: list[str]) -> None:
     for kind in kinds:
-        run(ranks, folder / f"{kind}, whole.pt", kind, folder / f"{kind}, whole")
+        run(ranks, folder / f"{kind}, whole.pt", kind, engine, folder / f"{kind}, whole")
         out, copy = folder / kind, folder / f"{kind}, copy"
-        must_die(ranks, None, kind, out, at=7)
-        must_die(ranks, None, kind, out, resume=True, saving=10)
+        must_die(ranks, None, kind, engine, out, at=7)
+        must_die(ranks, None, kind, engine, out, resume=True, saving=10)
         try:
-            run(ranks, None, kind, out, resume=True)
+            run(ranks, None, kind, engine, out, resume=True)
         except AssertionError:
             print(f"{kind}: half a checkpoint was noticed", flush=True)
-        must_die(ranks, None, kind, out, resume=str(out / "checkpoint-5"), at=11)
+        must_die(ranks, None, kind, engine, out, resume=str(out / "checkpoint-5"), at=11)
         shutil.copytree(out, copy)
-        run(ranks, folder / f"{kind}, resumed.pt", kind, out, resume=True)
+        run(ranks, folder / f"{kind}, resumed.pt", kind, engine, out, resume=True)
         # The control: a run that begins the interrupted epoch anew.
         begin = str(copy / "checkpoint-5")
-        run(ranks, folder / f"{kind}, other pairs.pt", kind, copy, resume=begin, ignore_data_skip=True)
+        run(ranks, folder / f"{kind}, other pairs.pt", kind, engine, copy, resume=begin, ignore_data_skip=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

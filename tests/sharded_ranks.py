@@ -1,6 +1,6 @@
 """Log-probs and gradients of a model sharded by FSDP2; rank 0 saves them.
 
-Run by test_logprobs.py: python -m torch.distributed.run --nproc_per_node 2 tests/sharded_ranks.py FOLDER
+Run by test_logprobs.py: torchrun --nproc_per_node 2 tests/cpu_ranks.py tests/sharded_ranks.py FOLDER
 """
 
 import sys
@@ -50,7 +50,6 @@ def main(folder: Path) -> None:
             if distributed.get_rank() == 0:
                 torch.save(result, folder / f"{kind}.pt")
                 torch.save(whole, folder / f"{kind} whole.pt")
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

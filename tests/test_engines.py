@@ -24,13 +24,13 @@ needs_engines = pytest.mark.skipif(
 )
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "examples" / "accelerate"
-DATA = ROOT / "examples" / "data" / "direct_answers.jsonl"
 TITLES = {
     "ddp": ("DDP", "float64: within 1e-10, or twice the stock trainer's error"),
     "fsdp2": ("FSDP2", "float64: within 1e-10, or twice the stock trainer's error"),
     "zero3": ("DeepSpeed ZeRO-3", "float32: within twice the stock trainer's error"),
 }
 ENGINES = list(TITLES)
+RUN = str(ROOT / "tests" / "cpu_ranks.py")
 TORCHRUN = ["torchrun_fsdp2.json", "torchrun_zero3.json"]
 FAST = [
     "one line", "one line, lora", "packed", "own rows", "checkpointing=auto", "answers see each other"
@@ -66,7 +66,7 @@ def start_python(arguments: list[str], environment: dict[str, str], folder: Path
 def launch(engine: str, script: Path, *arguments: object, fails: bool = False) -> str:
     """What a script prints (or its errors) under an engine, in the precision of its model."""
     device = dict(ACCELERATE_USE_CPU="true") if engine == "ddp" else dict(ACCELERATE_TORCH_DEVICE="cpu")
-    command = [*accelerate(f"{engine}.yaml"), "--mixed_precision", "no", str(script), *map(str, arguments)]
+    command = [*accelerate(f"{engine}.yaml"), "--mixed_precision", "no", RUN, str(script), *map(str, arguments)]
     return start_python(command, device, script.parent, fails)
 
 
@@ -98,13 +98,13 @@ def table() -> str:
 
 def example(start: str, folder: Path, *arguments: str) -> str:
     """What examples/trl_dpo.py prints: alone, or on two ranks that accelerate or torchrun started."""
-    program = [str(ROOT / "tests" / "cpu_ranks.py"), str(ROOT / "examples" / "trl_dpo.py"), *arguments]
+    program = [RUN, str(ROOT / "examples" / "trl_dpo.py"), *arguments]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     device = dict(ACCELERATE_TORCH_DEVICE="cpu")
     if start == "alone":
         return start_python(program[1:], dict(ACCELERATE_USE_CPU="true"), folder)
     if start in ("ddp.yaml", "torchrun"):  # accelerate has these on CPUs by itself
-        program, device = program[1:], dict(ACCELERATE_USE_CPU="true")
+        device = dict(ACCELERATE_USE_CPU="true")
         (folder / "cpu.json").write_text('{"use_cpu": true}')
         program += ["--settings", str(folder / "cpu.json")]
     if start.endswith(".yaml"):

@@ -186,8 +186,8 @@ def test_scaled_logits_of_which_an_adapter_does_not_know(name: str, value: float
 
 def test_two_ranks_that_shard_the_model(tmp_path: Path) -> None:
     """FSDP2 with the head in a shard of its own, or in the model's: the same log-probs and gradients."""
-    script = Path(__file__).with_name("sharded_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    scripts = [str(Path(__file__).with_name(name)) for name in ("cpu_ranks.py", "sharded_ranks.py")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *scripts]
     root = str(Path(__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)

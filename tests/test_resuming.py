@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from killed_runs import STEPS
+from test_engines import needs_engines
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def killed(tmp_path: Path, ranks: int, kinds: list[str]) -> None:
+def killed(tmp_path: Path, ranks: int, kinds: list[str], engine: str = "ddp") -> None:
     script = Path(__file__).with_name("killed_runs.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(ranks), *kinds],
+        [sys.executable, str(script), str(tmp_path), str(ranks), engine, *kinds],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-8000:]
     for kind in kinds:
@@ -40,3 +41,12 @@ def test_packed(tmp_path: Path, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stock_trainers(tmp_path: Path, ranks: int) -> None:
     killed(tmp_path, ranks, ["stock", "one line"])
+
+
+@needs_engines
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_sharded(tmp_path: Path, engine: str) -> None:
+    """Checkpoints of several files from each rank, full fine-tuning with a reference that is sharded too."""
+    killed(tmp_path, 2, ["stock", "one line", "packed"], engine)

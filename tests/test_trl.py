@@ -103,12 +103,13 @@ def test_a_step_of_packed_batches_is_a_step_of_all_pairs(tmp_path: Path) -> None
 
 def test_ranks_share_a_step(tmp_path: Path) -> None:
     """Two processes, with as many bins each as one process has in half: the same step."""
+    scripts = [str(Path(__file__).with_name(name)) for name in ("cpu_ranks.py", "packed_ranks.py")]
     results = []
     for ranks in (1, 2):
         file = tmp_path / f"{ranks}.pt"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         done = subprocess.run(
-            [*command, str(Path(__file__).with_name("packed_ranks.py")), str(file)],
+            [*command, *scripts, str(file)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
