@@ -13,10 +13,15 @@ register(
 
 register(
     Adapter(
-        name="Cohere 2",
+        name="Cohere 2, dense and mixture of experts",
         masks="by_layer_type",
         windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
         head=lambda config: Head(scale=config.logit_scale),
-        tiny={"cohere2": [dict(sliding_window=8, logit_scale=0.5)]},
+        tiny={
+            "cohere2": [dict(sliding_window=8, logit_scale=0.5)],
+            "cohere2_moe": [
+                dict(sliding_window=8, logit_scale=0.5, num_experts=4, num_experts_per_tok=2, num_shared_experts=1)
+            ],
+        },
     )
 )

@@ -1,4 +1,4 @@
-"""Gemma 1 to 4 (text). Gemma 2 caps its attention scores; from Gemma 3 on there is one rope per layer type."""
+"""Gemma 1 to 4. Gemma 2 caps its attention scores; from Gemma 3 on there is one rope per layer type."""
 
 from typing import Any
 
@@ -8,8 +8,9 @@ SHORT = dict(sliding_window=8, query_pre_attn_scalar=16)
 
 
 def bidirectional(config: Any) -> str | None:
-    """An encoder looks ahead, so no token's state can be shared between answers."""
-    if value := getattr(config, "use_bidirectional_attention", None):
+    """An encoder looks ahead, so no token's state can be shared between answers. Gemma 4's images alone may."""
+    value = getattr(config, "use_bidirectional_attention", None)
+    if value and value != "vision":
         return f"use_bidirectional_attention={value} lets a prompt see its answer, so nothing can be shared"
     return None
 
@@ -18,14 +19,14 @@ register(Adapter(name="Gemma", masks="single", tiny={"gemma": [{}]}, reject=bidi
 
 register(
     Adapter(
-        name="Gemma 2",
+        name="Gemma 2, VaultGemma",
         masks="by_layer_type",
         windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
         head=lambda config: Head(softcap=config.final_logit_softcapping),
         # Gemma 2 caps its attention scores; sdpa cannot, and older releases of transformers dropped the cap in silence.
         implementations=("eager",),
         reject=bidirectional,
-        tiny={"gemma2": [SHORT]},
+        tiny={"gemma2": [SHORT], "vaultgemma": [SHORT]},
         limits="attn_implementation='eager', whose softmax is float32, for ordinary calls",
     )
 )
@@ -57,11 +58,17 @@ PER_LAYER = dict(SHORT, layer_types=[SLIDING, FULL] * 2, hidden_size_per_layer_i
 SPARSE = dict(PER_LAYER, laurel_rank=8, intermediate_size=[96] * 4, activation_sparsity_pattern=[0.9, 0.0, 0.0, 0.0])
 # Only full layers have heads of another size, and keys that are values too.
 WIDE = dict(PER_LAYER, global_head_dim=32)
+SHARED = dict(WIDE, num_kv_shared_layers=2, final_logit_softcapping=30.0)
+SAME = dict(WIDE, num_kv_shared_layers=0, attention_k_eq_v=True, num_global_key_value_heads=1)
 EXPERTS = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32)
+LARGE = dict(SAME, **EXPERTS) | dict(hidden_size_per_layer_input=0)
+TOWER = dict(VISION, num_key_value_heads=2, head_dim=16, patch_size=4, pooling_kernel_size=2)
+PATCHES = dict(patch_size=4, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=16, output_proj_dims=32)
+MEDIA = dict(image_token_id=149, boi_token_id=148, eoi_token_id=147, video_token_id=146, audio_token_id=145)
 
 register(
     Adapter(
-        name="Gemma 3n, Gemma 4 (text)",
+        name="Gemma 3n (text), Gemma 4",
         masks="by_layer_type",
         windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
         head=lambda config: Head(softcap=config.final_logit_softcapping),
@@ -69,12 +76,14 @@ register(
         reject=bidirectional,
         tiny={
             "gemma3n_text": [dict(SPARSE, num_kv_shared_layers=2), dict(SPARSE, num_kv_shared_layers=0)],
-            "gemma4_text": [
-                dict(WIDE, num_kv_shared_layers=2, final_logit_softcapping=30.0),
-                dict(WIDE, **EXPERTS, num_kv_shared_layers=0, attention_k_eq_v=True, num_global_key_value_heads=1)
-                | dict(hidden_size_per_layer_input=0),
+            "gemma4_text": [SHARED, LARGE],
+            "gemma4": [
+                dict(text_config=SHARED, vision_config=TOWER, audio_config=None, **MEDIA),
+                dict(text_config=dict(LARGE, use_bidirectional_attention="vision"), vision_config=TOWER, **MEDIA),
             ],
+            "gemma4_unified_text": [SAME],
+            "gemma4_unified": [dict(text_config=SAME, vision_config=PATCHES, audio_config=None, **MEDIA)],
         },
-        limits="checkpointing: use_reentrant=False alone",
+        limits="checkpointing: use_reentrant=False alone; multimodal classes: calls with images run as they are given",
     )
 )

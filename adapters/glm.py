@@ -1,4 +1,5 @@
-"""GLM-4 and GLM-4.5: one mask for all layers, half of each head rotated. Later ones that pick keys are refused."""
+"""GLM-4 and GLM-4.5 (half of each head rotated) and GLM-4.7-Flash (latent attention): one mask for all layers. Later
+ones that pick keys are refused."""
 
 from flexpatch.registry import Adapter, register
 
@@ -12,11 +13,20 @@ MOE = dict(
     topk_group=1,
 )
 
+LATENT = dict(
+    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16
+)  # fmt: skip
+
 register(
     Adapter(
-        name="GLM-4, GLM-4.5",
+        name="GLM-4, GLM-4.5, GLM-4.7-Flash",
         masks="single",
-        tiny={"glm": [{}], "glm4": [{}], "glm4_moe": [MOE, dict(MOE, use_qk_norm=True)]},
+        tiny={
+            "glm": [{}],
+            "glm4": [{}],
+            "glm4_moe": [MOE, dict(MOE, use_qk_norm=True)],
+            "glm4_moe_lite": [dict(MOE, **LATENT)],
+        },
         refused={
             "glm_moe_dsa": "its layers pick the keys that a query may see, from all tokens of a row; a mask cannot "
             "make that exact. Train it unpatched",

@@ -1,4 +1,4 @@
-"""OLMo 1 to 3 and OLMoE. OLMo 3 has one rope per layer type; OLMo Hybrid is refused (adapters/recurrent.py)."""
+"""OLMo 1 to 3 (which has one rope per layer type), OLMoE, FlexOLMo. OLMo Hybrid is refused: adapters/recurrent.py."""
 
 from flexpatch.registry import FULL, SLIDING, Adapter, register
 
@@ -6,10 +6,10 @@ MOE = dict(num_experts=4, num_experts_per_tok=2)
 
 register(
     Adapter(
-        name="OLMo, OLMo 2, OLMoE",
+        name="OLMo, OLMo 2, OLMoE, FlexOLMo",
         masks="single",
-        tiny={"olmo": [dict(clip_qkv=1.0)], "olmo2": [{}], "olmoe": [MOE]},
-        limits="OLMoE: no router auxiliary loss",
+        tiny={"olmo": [dict(clip_qkv=1.0)], "olmo2": [{}], "olmoe": [MOE], "flex_olmo": [MOE]},
+        limits="mixtures of experts: no router auxiliary loss",
     )
 )
 

@@ -60,9 +60,12 @@ SCALES_BY_INDEX = Version(transformers.__version__) < Version("5.4")
 # Marks calls that our hook has seen. A model made from a patched one's configuration has the name and no hook.
 SEEN = "flexpatch_seen"
 
-# Arguments of multimodal backbones that change nothing where there are no images.
-IGNORED = {"token_type_ids", "labels"}
-IMAGES = "images, whose tokens see ahead"
+# Arguments of multimodal backbones: those that say which tokens are images, and what those show. The former, and
+# labels, change nothing where there are no images.
+TYPES = ("token_type_ids", "mm_token_type_ids")
+IGNORED = {*TYPES, "labels"}
+MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs")
+IMAGES = "images, sound or video"
 # What a call's cache is named: the second from transformers 5.24 on.
 CACHES = ("past_key_values", "cache")
 
@@ -437,8 +440,8 @@ class _RowHook:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):  # rounded to integers they would give some model's numbers
             raise FlexpatchError(f"input_ids are {ids.dtype}; token ids are torch.int64 or torch.int32")
-        types = call.get("token_type_ids") if config is not backbone.config else None
-        batch = [ids, None if given is None else given != 0, call.get("position_ids"), types]
+        types = [call.get(name) for name in TYPES if config is not backbone.config]
+        batch = [ids, None if given is None else given != 0, call.get("position_ids"), *types]
         # One copy for all: on a GPU each would wait for everything launched before.
         each = [x.expand_as(ids).to(ids.device, torch.int64) for x in batch if x is not None]
         arrays = torch.stack(each).numpy(force=True)
@@ -476,10 +479,10 @@ class _RowHook:
     def _folded(self, config: Any, arrays: Any, present: list[bool], dtype: torch.dtype | None, device: Any) -> "_Fold":
         rest = iter(arrays)
         ids: np.ndarray = next(rest)
-        mask, positions, types = (next(rest) if there else None for there in present[1:])
+        mask, positions, *types = (next(rest) if there else None for there in present[1:])
         mask = None if mask is None else mask != 0
         check_ids(ids, mask, config.vocab_size)
-        if types is not None and types.any():
+        if any(each is not None and each.any() for each in types):
             return _Fold(obstacle=f"with {IMAGES}")
         if positions is not None and not follow_columns(positions, mask):
             return _Fold(obstacle="with position_ids that do not count a sequence's columns (packed rows, for example)")
@@ -548,7 +551,7 @@ def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> s
     if asked("return_dict") is False:
         return "return_dict=False"
     multimodal = config is not backbone.config
-    if multimodal and any(call.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")):
+    if multimodal and any(call.get(name) is not None for name in MEDIA):
         return IMAGES
     for name, value in call.items():
         known = name in ("input_ids", "attention_mask", "position_ids") or (multimodal and name in IGNORED)
@@ -697,7 +700,7 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Any,
+    attention_mask: Any,
     *args: Any,
     original: str,
     folds: bool,
@@ -706,14 +709,14 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What the registered names call. q is (B, H, L, D), k and v are (B, G, L, D); the output is (B, L, H, D)."""
     seen = kwargs.pop(SEEN, False)
-    if isinstance(mask, BlockMask):
-        return flex(q, k, v, mask, fa4=fa4, **kwargs), None
+    if isinstance(attention_mask, BlockMask):
+        return flex(q, k, v, attention_mask, fa4=fa4, **kwargs), None
     if folds and not seen and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling():
         _warn_unfolded(
             "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
         )
     function = _eager_of(module) if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
-    return function(module, q, k, v, mask, *args, **kwargs)
+    return function(module, q, k, v, attention_mask, *args, **kwargs)
 
 
 def _eager_of(module: nn.Module) -> Callable[..., Any]:

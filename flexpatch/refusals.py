@@ -27,8 +27,9 @@ def check_mode(model: nn.Module) -> None:
         has = module.__dict__
         todo += [child for child in has["_modules"].values() if child is not None]
         if module.training:
-            # Attention layers keep the rate they were built with, whatever the configuration says by now.
-            rate = module.p if isinstance(module, nn.Dropout) else has.get("attention_dropout")
+            # Layers keep the rate they were built with, whatever the configuration says by now.
+            functional = has.get("attention_dropout") or has.get("residual_dropout")
+            rate = module.p if isinstance(module, nn.Dropout) else functional
             if rate:
                 raise UnsupportedModelError(
                     f"dropout {rate} in '{_name(model, module)}' is active: answers would share one draw on shared "

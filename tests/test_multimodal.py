@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 import flexpatch
 from flexpatch import FlexpatchWarning, patch
-from flexpatch.models import tiny_model
+from flexpatch.models import tiny_model, tiny_types
 
-IMAGE = 149  # of the adapter's tiny configuration: one token of an image, of which each has four
+IMAGE = 149  # of the adapter's tiny configurations: one token of an image, of which each has four
+CASES = [("gemma3", 0), ("gemma4", 0), ("gemma4", 1), ("gemma4_unified", 0)]
+CASES = [case for case in CASES if case[0] in tiny_types()]
+TYPES = dict(gemma3="token_type_ids", gemma4="mm_token_type_ids", gemma4_unified="mm_token_type_ids")
 
 
 @pytest.fixture(autouse=True)
@@ -19,13 +22,18 @@ def _fold_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patch, "_gains", lambda *args: True)
 
 
-def with_images() -> dict[str, Any]:
+def with_images(model_type: str) -> dict[str, Any]:
     """The first of three answers to each prompt begins with an image."""
     batch = padded_batch()
     batch["input_ids"][::3, 1:5] = IMAGE
-    types = (batch["input_ids"] == IMAGE).long()
-    pixels = torch.randn(3, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    return batch | dict(token_type_ids=types, pixel_values=pixels)
+    batch[TYPES[model_type]] = (batch["input_ids"] == IMAGE).long()
+    # Patches along each side, and numbers in a patch; Gemma 3 takes the images themselves.
+    side, size = dict(gemma3=(1, 3 * 28 * 28), gemma4=(4, 3 * 4 * 4), gemma4_unified=(2, 3 * 8 * 8))[model_type]
+    pixels = torch.randn(3, side * side, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if model_type == "gemma3":
+        return batch | dict(pixel_values=pixels.view(3, 3, 28, 28))
+    positions = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(3, -1, -1)
+    return batch | dict(pixel_values=pixels, image_position_ids=positions)
 
 
 def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -33,32 +41,38 @@ def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
         return model(**batch).logits[batch["attention_mask"].bool()]
 
 
-@pytest.mark.parametrize("text", [dict(), dict(token_type_ids=None), dict(token_type_ids=0)])
-def test_batches_of_text_are_folded(text: dict[str, Any]) -> None:
+@pytest.mark.parametrize("types", ["none", "None", "zeros"])
+@pytest.mark.parametrize(("model_type", "variant"), CASES)
+def test_batches_of_text_are_folded(model_type: str, variant: int, types: str) -> None:
     """With the zeros that its processor adds, too."""
-    model, batch = tiny_model("gemma3"), padded_batch() | text
-    if batch.get("token_type_ids") == 0:
-        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    model, batch = tiny_model(model_type, variant), padded_batch()
+    if types != "none":
+        batch[TYPES[model_type]] = None if types == "None" else torch.zeros_like(batch["input_ids"])
     before = logits(model, batch)
     flexpatch.apply(model)
     assert (logits(model, batch) - before).abs().max() < 1e-7  # norms and ropes round to float32
     assert flexpatch.savings(model).folded == 1
 
 
-@pytest.mark.parametrize("left_out", ["", "token_type_ids", "pixel_values"])
-def test_calls_with_images_run_as_they_are_given(left_out: str) -> None:
-    model, batch = tiny_model("gemma3"), with_images()
-    batch.pop(left_out, None)
+@pytest.mark.parametrize("given", ["types and pixels", "pixels", "types"])
+@pytest.mark.parametrize(("model_type", "variant"), CASES)
+def test_calls_with_images_run_as_they_are_given(model_type: str, variant: int, given: str) -> None:
+    model, batch = tiny_model(model_type, variant), with_images(model_type)
+    if "types" not in given:
+        batch.pop(TYPES[model_type])
+    if "pixels" not in given:
+        batch.pop("pixel_values")
     before = logits(model, batch)
     flexpatch.apply(model)
-    with pytest.warns(FlexpatchWarning, match="images, whose tokens see ahead"):
+    with pytest.warns(FlexpatchWarning, match="with images, sound or video run as they are given"):
         assert torch.equal(logits(model, batch), before)
     assert flexpatch.savings(model).folded == 0
 
 
-def test_images_matter() -> None:
+@pytest.mark.parametrize(("model_type", "variant"), CASES)
+def test_images_matter(model_type: str, variant: int) -> None:
     """The control of the above: folded as if they were text, the same calls are wrong."""
-    model, batch = tiny_model("gemma3"), with_images()
+    model, batch = tiny_model(model_type, variant), with_images(model_type)
     text = {name: batch[name] for name in ("input_ids", "attention_mask", "use_cache")}
     before = logits(model, batch)
     flexpatch.apply(model)

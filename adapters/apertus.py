@@ -1,0 +1,5 @@
+"""Apertus (Swiss AI): one mask for all layers, normed queries and keys."""
+
+from flexpatch.registry import Adapter, register
+
+register(Adapter(name="Apertus", masks="single", tiny={"apertus": [{}]}))
