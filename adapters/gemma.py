@@ -81,8 +81,8 @@ register(
                 dict(text_config=SHARED, vision_config=TOWER, audio_config=None, **MEDIA),
                 dict(text_config=dict(LARGE, use_bidirectional_attention="vision"), vision_config=TOWER, **MEDIA),
             ],
-            "gemma4_unified_text": [SAME],
-            "gemma4_unified": [dict(text_config=SAME, vision_config=PATCHES, audio_config=None, **MEDIA)],
+            "gemma4_unified_text": [SHARED, SAME],
+            "gemma4_unified": [dict(text_config=SHARED, vision_config=PATCHES, audio_config=None, **MEDIA)],
         },
         limits="checkpointing: use_reentrant=False alone; multimodal classes: calls with images run as they are given",
     )

@@ -14,8 +14,14 @@ MOE = dict(
 )
 
 LATENT = dict(
-    num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16
-)  # fmt: skip
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=16,
+    head_dim=8,
+)
 
 register(
     Adapter(

@@ -2,4 +2,12 @@
 
 from flexpatch.registry import Adapter, register
 
-register(Adapter(name="GPT-NeoX (Pythia)", masks="single", tiny={"gpt_neox": [{}, dict(use_parallel_residual=False)]}))
+HEADS = dict(num_key_value_heads=4)
+
+register(
+    Adapter(
+        name="GPT-NeoX (Pythia)",
+        masks="single",
+        tiny={"gpt_neox": [HEADS, dict(HEADS, use_parallel_residual=False)]},
+    )
+)

@@ -20,7 +20,10 @@ from flexpatch.registry import adapters
 BOUNDS = (1e-10, 1e-6)
 # Some models compute in float32 within: the softmax of Gemma 2's eager attention, routers of experts.
 FLOAT32_BOUNDS = (1e-5, 1e-5)
-FLOAT32 = {"gemma2", "deepseek_v3", "glm4_moe"}
+FLOAT32 = {
+    *("gemma2", "vaultgemma", "granite_swa", "granitemoe_swa"),
+    *("deepseek_v3", "glm4_moe", "glm4_moe_lite", "afmoe", "dots1", "exaone_moe", "minimax_m2", "solar_open"),
+}
 # A broken mask must be at least this many bounds off.
 CONTROL = 1000
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
 from flexpatch.masks import block_mask
 from flexpatch.models import tiny_model, tiny_types
@@ -35,9 +36,9 @@ class Probe:
         self.calls: list[dict[str, Any]] = []
 
     def __call__(
-        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **others: Any
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, **others: Any
     ) -> tuple[Tensor, None]:
-        self.calls.append(dict(module=module, q=q, k=k, v=v, mask=mask, **others))
+        self.calls.append(dict(module=module, q=q, k=k, v=v, mask=attention_mask, **others))
         return q.transpose(1, 2).contiguous(), None
 
 
@@ -84,7 +85,7 @@ def test_the_originals_can_be_looked_up() -> None:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_eager_attention_is_a_function_of_the_models_file(model_type: str) -> None:
     model = tiny_model(model_type)
-    attention = type(_decoder(model.base_model).layers[0].self_attn)
+    attention = type(attention_of(_decoder(model.base_model).layers[0]))
     assert callable(vars(sys.modules[attention.__module__]).get("eager_attention_forward")), (
         f"{HERE}: {attention.__module__} has no eager_attention_forward; ordinary calls with 'eager' need it"
     )
@@ -98,7 +99,7 @@ def test_a_model_takes_a_registered_name(probe: Probe, model_type: str) -> None:
     )
     model(input_ids=ids())
     assert [call["module"] for call in probe.calls] == [
-        layer.self_attn for layer in _decoder(model.base_model).layers
+        attention_of(layer) for layer in _decoder(model.base_model).layers
     ], f"{HERE}: {type(model).__name__} does not call the attention function registered under its name in every layer"
     model.set_attn_implementation("eager")
     assert text_config(model)._attn_implementation == "eager", f"{HERE}: an implementation cannot be set back"
@@ -125,6 +126,10 @@ def test_what_the_attention_function_gets(probe: Probe, model_type: str) -> None
         assert call["s_aux"].shape == (heads,), (
             f"{HERE}: gpt-oss's sinks no longer reach the attention function as 's_aux', one of each head"
         )
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    return layer.attention if isinstance(layer, GPTNeoXLayer) else layer.self_attn
 
 
 def masks() -> dict[str, Callable[[], Any]]:
@@ -217,7 +222,7 @@ def test_a_backbone_is_called_once_as_a_module_and_its_hidden_states_are_all_tha
     model, calls = tiny_model(model_type), []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(kwargs)
+        calls.append(dict(zip(("input_ids",), args, strict=False)) | kwargs)
 
     def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         output.last_hidden_state = output.last_hidden_state.flip(0)
@@ -230,7 +235,7 @@ def test_a_backbone_is_called_once_as_a_module_and_its_hidden_states_are_all_tha
     assert torch.equal(model(batch, use_cache=False).logits, expected), f"{HERE}: logits need more than hidden states"
     assert len(calls) == 1, f"{HERE}: base_model is called {len(calls)} times"
     assert calls[0]["input_ids"] is batch and calls[0]["use_cache"] is False, (
-        f"{HERE}: the backbone no longer gets the caller's own arguments by name"
+        f"{HERE}: the backbone no longer gets the caller's own arguments"
     )
 
 
@@ -272,6 +277,6 @@ def test_a_text_stack_holds_the_text_configuration_itself(model_type: str) -> No
     """Its attention implementation is set there, and read there by its layers."""
     model = tiny_model(model_type)
     layers = _decoder(model.base_model).layers
-    assert all(layer.self_attn.config is model.config.get_text_config() for layer in layers), (
+    assert all(attention_of(layer).config is model.config.get_text_config() for layer in layers), (
         f"{HERE}: the text layers of {type(model).__name__} no longer hold config.get_text_config()"
     )

@@ -375,6 +375,7 @@ SLOW: list[tuple] = [
     ("dpo_gemma2", dpo, dict(kind=("gemma2", 0, torch.float32), bounds=ROUNDED, **LORA_OFF)),
     ("dpo_gemma3", dpo, dict(kind=("gemma3_text", 0), bounds=ROUNDED)),
     ("dpo_gemma3_multimodal", dpo, dict(kind=("gemma3", 0), bounds=ROUNDED)),
+    ("dpo_gemma4_multimodal", dpo, dict(kind=("gemma4", 1), bounds=ROUNDED)),
     ("reward_qwen3", reward, dict(kind=("qwen3", 1))),
     ("orpo", orpo, {}),
     ("cpo", cpo, {}),

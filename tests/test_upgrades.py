@@ -245,7 +245,7 @@ def _says_which_layers_share() -> bool:
 @internal("transformers", "attention_dropout, of attention modules", "refusals", "to refuse active dropout")
 def _attention_keeps_its_dropout() -> bool:
     layers = (layer for name in tiny_types() for layer in _layers(tiny_model(name).base_model))
-    return all("attention_dropout" in vars(layer.self_attn) for layer in layers)
+    return all(any("attention_dropout" in vars(module) for module in layer.modules()) for layer in layers)
 
 
 @internal("transformers", "jitter_noise, of Mixtral's experts", "refusals", "to refuse router noise")
