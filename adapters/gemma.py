@@ -60,8 +60,8 @@ SPARSE = dict(PER_LAYER, laurel_rank=8, intermediate_size=[96] * 4, activation_s
 WIDE = dict(PER_LAYER, global_head_dim=32)
 SHARED = dict(WIDE, num_kv_shared_layers=2, final_logit_softcapping=30.0)
 SAME = dict(WIDE, num_kv_shared_layers=0, attention_k_eq_v=True, num_global_key_value_heads=1)
+LARGE = SAME | dict(hidden_size_per_layer_input=0)
 EXPERTS = dict(enable_moe_block=True, num_experts=4, top_k_experts=2, moe_intermediate_size=32)
-LARGE = dict(SAME, **EXPERTS) | dict(hidden_size_per_layer_input=0)
 TOWER = dict(VISION, num_key_value_heads=2, head_dim=16, patch_size=4, pooling_kernel_size=2)
 PATCHES = dict(patch_size=4, pooling_kernel_size=2, mm_embed_dim=32, mm_posemb_size=16, output_proj_dims=32)
 MEDIA = dict(image_token_id=149, boi_token_id=148, eoi_token_id=147, video_token_id=146, audio_token_id=145)
@@ -76,7 +76,7 @@ register(
         reject=bidirectional,
         tiny={
             "gemma3n_text": [dict(SPARSE, num_kv_shared_layers=2), dict(SPARSE, num_kv_shared_layers=0)],
-            "gemma4_text": [SHARED, LARGE],
+            "gemma4_text": [SHARED, dict(LARGE, **EXPERTS)],
             "gemma4": [
                 dict(text_config=SHARED, vision_config=TOWER, audio_config=None, **MEDIA),
                 dict(text_config=dict(LARGE, use_bidirectional_attention="vision"), vision_config=TOWER, **MEDIA),
