@@ -2,6 +2,7 @@
 
 from flexpatch.registry import Adapter, register
 
+# Each head has keys of its own.
 HEADS = dict(num_key_value_heads=4)
 
 register(

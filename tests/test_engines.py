@@ -19,8 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 OLD = Version(transformers.__version__) < Version("5.17") or Version(accelerate_package.__version__) < Version("1.15")
 needs_engines = pytest.mark.skipif(
     OLD,
-    reason="stock training fails here with accelerate 1.8 (its launcher on CPUs) and transformers 5.0 (ZeRO-3): needs "
-    "accelerate 1.15 and transformers 5.17",
+    reason="stock training fails here with accelerate 1.8 (its launcher on CPUs) and transformers 5.0 (ZeRO-3, and "
+    "resuming ranks on CPUs): needs accelerate 1.15 and transformers 5.17",
 )
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "examples" / "accelerate"

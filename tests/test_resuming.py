@@ -11,6 +11,7 @@ from killed_runs import STEPS
 from test_engines import needs_engines
 
 ROOT = Path(__file__).resolve().parent.parent
+RANKS = [1, pytest.param(2, marks=needs_engines)]
 
 
 def killed(tmp_path: Path, ranks: int, kinds: list[str], engine: str = "ddp") -> None:
@@ -31,14 +32,14 @@ def killed(tmp_path: Path, ranks: int, kinds: list[str], engine: str = "ddp") ->
         assert not torch.equal(other["weights"], whole["weights"]), "resuming anywhere would pass"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_packed(tmp_path: Path, ranks: int) -> None:
     """Through the middle of several epochs, each with bins of its own, and of their last, shorter steps."""
     killed(tmp_path, ranks, ["packed"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", RANKS)
 def test_stock_trainers(tmp_path: Path, ranks: int) -> None:
     killed(tmp_path, ranks, ["stock", "one line"])
 
