@@ -1,12 +1,12 @@
 """AFMoE, which Arcee's Trinity is: windows with rope in three layers of four, full attention without rope in one."""
 
-from flexpatch.registry import FULL, SLIDING, Adapter, register
+from flexpatch.registry import Adapter, register, sliding_windows
 
 register(
     Adapter(
         name="AFMoE (Trinity)",
         masks="by_layer_type",
-        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        windows=sliding_windows,
         tiny={
             "afmoe": [
                 dict(sliding_window=8, num_experts=4, num_experts_per_tok=2, num_shared_experts=1)

@@ -1,6 +1,6 @@
 """Cohere Command R (one mask) and Command R7B, Command A (rope and windows on three of four layers)."""
 
-from flexpatch.registry import FULL, SLIDING, Adapter, Head, register
+from flexpatch.registry import Adapter, Head, register, sliding_windows
 
 register(
     Adapter(
@@ -15,7 +15,7 @@ register(
     Adapter(
         name="Cohere 2, dense and mixture of experts",
         masks="by_layer_type",
-        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        windows=sliding_windows,
         head=lambda config: Head(scale=config.logit_scale),
         tiny={
             "cohere2": [dict(sliding_window=8, logit_scale=0.5)],

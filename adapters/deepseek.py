@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (latent attention, experts), and what runs on their code, such as Moonlight."""
+"""DeepSeek V2 and V3 (latent attention, experts), what runs on their code, such as Moonlight, and GLM-4.7-Flash."""
 
 from flexpatch.registry import Adapter, register
 
@@ -25,9 +25,13 @@ TINY = dict(
 
 register(
     Adapter(
-        name="DeepSeek V2, V3",
+        name="DeepSeek V2, V3, GLM-4.7-Flash",
         masks="single",
-        tiny={"deepseek_v2": [TINY], "deepseek_v3": [TINY, dict(TINY, q_lora_rank=None, v_head_dim=24)]},
+        tiny={
+            "deepseek_v2": [TINY],
+            "deepseek_v3": [TINY, dict(TINY, q_lora_rank=None, v_head_dim=24)],
+            "glm4_moe_lite": [TINY],
+        },
         refused={"deepseek_v32": SPARSE, "deepseek_v4": SPARSE},
         limits="no router auxiliary loss",
     )

@@ -1,6 +1,6 @@
 """EXAONE 4, dense and mixture of experts: windows with rope, and full attention without, unless all layers are full."""
 
-from flexpatch.registry import FULL, SLIDING, Adapter, register
+from flexpatch.registry import FULL, Adapter, register, sliding_windows
 
 SHORT = dict(sliding_window=8, sliding_window_pattern=2)
 MOE = dict(num_experts=4, num_experts_per_tok=2, num_shared_experts=1, moe_intermediate_size=32)
@@ -9,7 +9,7 @@ register(
     Adapter(
         name="EXAONE 4",
         masks="by_layer_type",
-        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        windows=sliding_windows,
         tiny={
             "exaone4": [SHORT, dict(sliding_window=None, layer_types=[FULL] * 4)],
             "exaone_moe": [dict(SHORT, **MOE)],

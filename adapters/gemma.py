@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flexpatch.registry import FULL, SLIDING, Adapter, Head, register
+from flexpatch.registry import FULL, SLIDING, Adapter, Head, register, sliding_windows
 
 SHORT = dict(sliding_window=8, query_pre_attn_scalar=16)
 
@@ -21,7 +21,7 @@ register(
     Adapter(
         name="Gemma 2, VaultGemma",
         masks="by_layer_type",
-        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        windows=sliding_windows,
         head=lambda config: Head(softcap=config.final_logit_softcapping),
         # Gemma 2 caps its attention scores; sdpa cannot, and older releases of transformers dropped the cap in silence.
         implementations=("eager",),
@@ -40,7 +40,7 @@ register(
     Adapter(
         name="Gemma 3",
         masks="by_layer_type",
-        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        windows=sliding_windows,
         head=lambda config: Head(softcap=config.final_logit_softcapping),
         reject=bidirectional,
         tiny={
@@ -70,7 +70,7 @@ register(
     Adapter(
         name="Gemma 3n (text), Gemma 4",
         masks="by_layer_type",
-        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        windows=sliding_windows,
         head=lambda config: Head(softcap=config.final_logit_softcapping),
         ropes=frozenset({"default", "proportional"}),
         reject=bidirectional,

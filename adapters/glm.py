@@ -1,5 +1,5 @@
-"""GLM-4 and GLM-4.5 (half of each head rotated) and GLM-4.7-Flash (latent attention): one mask for all layers. Later
-ones that pick keys are refused."""
+"""GLM-4 and GLM-4.5: one mask for all layers, half of each head rotated. Later ones that pick keys are refused;
+GLM-4.7-Flash has latent attention: adapters/deepseek.py."""
 
 from flexpatch.registry import Adapter, register
 
@@ -13,26 +13,11 @@ MOE = dict(
     topk_group=1,
 )
 
-LATENT = dict(
-    num_key_value_heads=4,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_rope_head_dim=8,
-    qk_nope_head_dim=8,
-    v_head_dim=16,
-    head_dim=8,
-)
-
 register(
     Adapter(
-        name="GLM-4, GLM-4.5, GLM-4.7-Flash",
+        name="GLM-4, GLM-4.5",
         masks="single",
-        tiny={
-            "glm": [{}],
-            "glm4": [{}],
-            "glm4_moe": [MOE, dict(MOE, use_qk_norm=True)],
-            "glm4_moe_lite": [dict(MOE, **LATENT)],
-        },
+        tiny={"glm": [{}], "glm4": [{}], "glm4_moe": [MOE, dict(MOE, use_qk_norm=True)]},
         refused={
             "glm_moe_dsa": "its layers pick the keys that a query may see, from all tokens of a row; a mask cannot "
             "make that exact. Train it unpatched",

@@ -1,6 +1,6 @@
 """Granite, dense and mixture of experts: logits are divided by a constant. Hybrids: adapters/recurrent.py."""
 
-from flexpatch.registry import FULL, SLIDING, Adapter, Head, register
+from flexpatch.registry import FULL, SLIDING, Adapter, Head, register, sliding_windows
 
 SCALES = dict(attention_multiplier=0.2, embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=4.0)
 MOE = dict(SCALES, num_local_experts=4, num_experts_per_tok=2)
@@ -25,13 +25,13 @@ register(
     Adapter(
         name="Granite with windows",
         masks="by_layer_type",
-        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        windows=sliding_windows,
         head=lambda config: Head(scale=1 / config.logits_scaling),
         # sdpa has no sinks.
         implementations=("eager",),
         tiny={
             "granite_swa": [SHORT],
-            "granitemoe_swa": [dict(SHORT, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32)],
+            "granitemoe_swa": [dict(MOE | SHORT, shared_intermediate_size=32)],
         },
         limits="attn_implementation='eager' for ordinary calls; no router auxiliary loss; not with backend='fa4'",
     )

@@ -1,6 +1,6 @@
 """Mistral, Mixtral and Ministral: windowed in every layer when ``sliding_window`` is set."""
 
-from flexpatch.registry import FULL, SLIDING, Adapter, register
+from flexpatch.registry import FULL, SLIDING, Adapter, register, sliding_windows
 
 MOE = dict(num_local_experts=4, num_experts_per_tok=2)
 
@@ -23,7 +23,7 @@ register(
     Adapter(
         name="Ministral",
         masks="by_layer_type",
-        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        windows=sliding_windows,
         tiny={"ministral": [dict(sliding_window=8), dict(sliding_window=8, layer_types=[SLIDING, FULL] * 2)]},
     )
 )

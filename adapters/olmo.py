@@ -1,6 +1,6 @@
 """OLMo 1 to 3 (which has one rope per layer type), OLMoE, FlexOLMo. OLMo Hybrid is refused: adapters/recurrent.py."""
 
-from flexpatch.registry import FULL, SLIDING, Adapter, register
+from flexpatch.registry import Adapter, register, sliding_windows
 
 MOE = dict(num_experts=4, num_experts_per_tok=2)
 
@@ -17,7 +17,7 @@ register(
     Adapter(
         name="OLMo 3",
         masks="by_layer_type",
-        windows=lambda config: {FULL: None, SLIDING: config.sliding_window},
+        windows=sliding_windows,
         tiny={"olmo3": [dict(sliding_window=8)]},
     )
 )

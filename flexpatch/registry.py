@@ -20,6 +20,11 @@ def no_windows(config: Any) -> dict[str, int | None]:
     return {FULL: None}
 
 
+def sliding_windows(config: Any) -> dict[str, int | None]:
+    """The window rule of a model that has one window, in its layers of that type alone."""
+    return {FULL: None, SLIDING: config.sliding_window}
+
+
 def never(config: Any) -> str | None:
     """The refusal rule of a family whose every configuration is exact."""
     return None
