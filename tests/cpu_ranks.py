@@ -9,6 +9,7 @@ the backend; what it does with engines is the same code on every device.
 
 import os
 import runpy
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +19,32 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import distributed
 from transformers import training_args
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def torchrun(ranks: int = 2) -> list[str]:
+    """Python's arguments that start the program whose name follows them on so many ranks."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__]
+
+
+def start_python(
+    arguments: list[str],
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    *,
+    fails: bool = False,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in ``folder``, without GPUs and hub; it must succeed, or fail."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    more = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, **more, **(environment or {})}, cwd=folder,
+        capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    assert (done.returncode != 0) == fails, done.stderr[-8000:]
+    return done
 
 
 def pretend() -> None:

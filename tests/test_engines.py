@@ -1,15 +1,14 @@
 """Under accelerate's engines on two CPU ranks: the weights that one rank of the unpatched model trains."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import accelerate as accelerate_package
+import cpu_ranks
 import pytest
 import torch
 import transformers
+from cpu_ranks import ROOT, start_python, torchrun
 from engine_ranks import CASES, Weights, save_model, train, vector
 from oracle import float64_norm, float64_rope
 from packaging.version import Version
@@ -22,7 +21,6 @@ needs_engines = pytest.mark.skipif(
     reason="stock training fails here with accelerate 1.8 (its launcher on CPUs) and transformers 5.0 (ZeRO-3, and "
     "resuming ranks on CPUs): needs accelerate 1.15 and transformers 5.17",
 )
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "examples" / "accelerate"
 TITLES = {
     "ddp": ("DDP", "float64: within 1e-10, or twice the stock trainer's error"),
@@ -30,7 +28,6 @@ TITLES = {
     "zero3": ("DeepSpeed ZeRO-3", "float32: within twice the stock trainer's error"),
 }
 ENGINES = list(TITLES)
-RUN = str(ROOT / "tests" / "cpu_ranks.py")
 TORCHRUN = ["torchrun_fsdp2.json", "torchrun_zero3.json"]
 FAST = [
     "one line", "one line, lora", "packed", "own rows", "checkpointing=auto", "answers see each other"
@@ -52,22 +49,13 @@ def accelerate(config: str, ranks: int = 2) -> list[str]:
     return [*command, "--main_process_port", "0", "--num_processes", str(ranks)]
 
 
-def start_python(arguments: list[str], environment: dict[str, str], folder: Path, fails: bool = False) -> str:
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    more = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **more, **environment}, cwd=folder,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert (done.returncode != 0) == fails, done.stderr[-8000:]
-    return done.stderr if fails else done.stdout
-
-
 def launch(engine: str, script: Path, *arguments: object, fails: bool = False) -> str:
     """What a script prints (or its errors) under an engine, in the precision of its model."""
     device = dict(ACCELERATE_USE_CPU="true") if engine == "ddp" else dict(ACCELERATE_TORCH_DEVICE="cpu")
-    command = [*accelerate(f"{engine}.yaml"), "--mixed_precision", "no", RUN, str(script), *map(str, arguments)]
-    return start_python(command, device, script.parent, fails)
+    program = [cpu_ranks.__file__, str(script), *map(str, arguments)]
+    command = [*accelerate(f"{engine}.yaml"), "--mixed_precision", "no", *program]
+    done = start_python(command, script.parent, device, fails=fails)
+    return done.stderr if fails else done.stdout
 
 
 def cases_of(engine: str) -> list[str]:
@@ -98,19 +86,19 @@ def table() -> str:
 
 def example(start: str, folder: Path, *arguments: str) -> str:
     """What examples/trl_dpo.py prints: alone, or on two ranks that accelerate or torchrun started."""
-    program = [RUN, str(ROOT / "examples" / "trl_dpo.py"), *arguments]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    program = [str(ROOT / "examples" / "trl_dpo.py"), *arguments]
     device = dict(ACCELERATE_TORCH_DEVICE="cpu")
-    if start == "alone":
-        return start_python(program[1:], dict(ACCELERATE_USE_CPU="true"), folder)
-    if start in ("ddp.yaml", "torchrun"):  # accelerate has these on CPUs by itself
+    if start in ("alone", "ddp.yaml", "torchrun"):  # accelerate has these on CPUs by itself
         device = dict(ACCELERATE_USE_CPU="true")
+    if start in ("ddp.yaml", "torchrun"):
         (folder / "cpu.json").write_text('{"use_cpu": true}')
         program += ["--settings", str(folder / "cpu.json")]
     if start.endswith(".yaml"):
-        return start_python([*accelerate(start), *program], device, folder)
-    settings = ["--settings", str(CONFIGS / start)] if start in TORCHRUN else []
-    return start_python([*torchrun, *program, *settings], device, folder)
+        program = [*accelerate(start), cpu_ranks.__file__, *program]
+    elif start != "alone":
+        settings = ["--settings", str(CONFIGS / start)] if start in TORCHRUN else []
+        program = [*torchrun(), *program, *settings]
+    return start_python(program, folder, device).stdout
 
 
 def losses(output: str) -> list[float]:

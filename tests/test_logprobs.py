@@ -1,8 +1,5 @@
 """Log-probs in chunks, against the whole table of logits."""
 
-import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from cpu_ranks import ROOT, start_python, torchrun
 from oracle import BOUNDS, Result, oracle, separate, trees
 from parameterized import parameterized
 from torch import Tensor, nn
@@ -186,12 +184,7 @@ def test_scaled_logits_of_which_an_adapter_does_not_know(name: str, value: float
 
 def test_two_ranks_that_shard_the_model(tmp_path: Path) -> None:
     """FSDP2 with the head in a shard of its own, or in the model's: the same log-probs and gradients."""
-    scripts = [str(Path(__file__).with_name(name)) for name in ("cpu_ranks.py", "sharded_ranks.py")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *scripts]
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    start_python([*torchrun(), str(ROOT / "tests" / "sharded_ranks.py"), str(tmp_path)], tmp_path)
     true = oracle("llama", 0)
     for kind in ("head alone", "head in root", "frozen head alone", "frozen head in root"):
         tokens, squares = torch.load(tmp_path / f"{kind}.pt")

@@ -12,8 +12,9 @@ from flexpatch import FlexpatchWarning, patch
 from flexpatch.models import tiny_model, tiny_types
 
 IMAGE = 149  # of the adapter's tiny configurations: one token of an image, of which each has four
-CASES = [("gemma3", 0), ("gemma4", 0), ("gemma4", 1), ("gemma4_unified", 0)]
-CASES = [case for case in CASES if case[0] in tiny_types()]
+CASES = [
+    case for case in [("gemma3", 0), ("gemma4", 0), ("gemma4", 1), ("gemma4_unified", 0)] if case[0] in tiny_types()
+]
 TYPES = dict(gemma3="token_type_ids", gemma4="mm_token_type_ids", gemma4_unified="mm_token_type_ids")
 
 

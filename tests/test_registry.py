@@ -37,8 +37,7 @@ def test_all_families_are_found() -> None:
     for model_type, adapter in adapters().items():
         assert adapter.tiny[model_type], "nothing to verify it with"
     for model_type in tiny_types():
-        config = tiny_model(model_type).config
-        assert adapter_for(config) is adapters()[model_type]
+        assert adapter_for(tiny_model(model_type).config) is adapters()[model_type]
 
 
 @parameterized.expand(

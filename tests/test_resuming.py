@@ -1,27 +1,19 @@
 """Killed with SIGKILL and resumed: the weights of a run that was never killed, bit for bit."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cpu_ranks import ROOT, start_python
 from killed_runs import STEPS
 from test_engines import needs_engines
 
-ROOT = Path(__file__).resolve().parent.parent
 RANKS = [1, pytest.param(2, marks=needs_engines)]
 
 
 def killed(tmp_path: Path, ranks: int, kinds: list[str], engine: str = "ddp") -> None:
-    script = Path(__file__).with_name("killed_runs.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(ranks), engine, *kinds],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True, text=True, timeout=1200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-8000:]
+    script = str(ROOT / "tests" / "killed_runs.py")
+    done = start_python([script, str(tmp_path), str(ranks), engine, *kinds], tmp_path, timeout=1200)
     for kind in kinds:
         assert f"{kind}: half a checkpoint was noticed" in done.stdout
         missing = tmp_path / kind / "checkpoint-10" / "trainer_state.json"

@@ -1,14 +1,12 @@
 """Packed batches under TRL's DPOTrainer, and savings among a trainer's metrics."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from cpu_ranks import start_python, torchrun
 from tokenizers_offline import make_tokenizer
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -103,17 +101,10 @@ def test_a_step_of_packed_batches_is_a_step_of_all_pairs(tmp_path: Path) -> None
 
 def test_ranks_share_a_step(tmp_path: Path) -> None:
     """Two processes, with as many bins each as one process has in half: the same step."""
-    scripts = [str(Path(__file__).with_name(name)) for name in ("cpu_ranks.py", "packed_ranks.py")]
     results = []
     for ranks in (1, 2):
         file = tmp_path / f"{ranks}.pt"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run(
-            [*command, *scripts, str(file)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-8000:]
+        start_python([*torchrun(ranks), str(ROOT / "tests" / "packed_ranks.py"), str(file)], tmp_path)
         results.append(torch.load(file))
     (one, world, _), (two, worlds, bins) = results
     assert (world, worlds) == (1, 2) and bins > 2
