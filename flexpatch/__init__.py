@@ -14,7 +14,7 @@ from flexpatch.logprobs import AnswerLogprobs, answer_logprobs, separate_logprob
 from flexpatch.losses import PreferenceLoss, dpo_loss
 from flexpatch.packing import pack
 from flexpatch.parity import Report, check_parity
-from flexpatch.patch import apply, is_applied, model_inputs, remove, savings
+from flexpatch.patch import apply, disabled, is_applied, model_inputs, remove, savings
 from flexpatch.reference import reference_logprobs
 from flexpatch.registry import Adapter, register, support_table
 from flexpatch.tree import Layout, Rows, Tree, build_rows, lay_out
@@ -36,6 +36,7 @@ __all__ = [
     "apply",
     "build_rows",
     "check_parity",
+    "disabled",
     "dpo_loss",
     "is_applied",
     "lay_out",

@@ -8,8 +8,10 @@ Shapes: N sequences, S columns, L tokens of the row, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +25,8 @@ from flexpatch.tree import Layout, Rows, build_rows, merge_prefixes
 WORTH = 0.9
 # Positions are merged with ids, as the high half of an int64, where a mask has holes.
 _ID_BITS = 32
+# Marks the key of padding that predicts a token. Positions stay below it.
+_PADDING = 1 << 62
 # From so many indices on, the backward of a CUDA embedding is the kernel that sorts.
 SORTED = 3073
 
@@ -46,11 +50,13 @@ class Folded:
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens of one batch: ``padded`` as given (N * S), ``real`` without padding, ``computed`` by the model."""
+    """Tokens of one batch: ``padded`` as given (N * S), ``real`` with an output that may be read, ``computed`` by the
+    model. ``reason``: why the batch ran as it was given, as the end of a sentence; ``None`` where it was folded."""
 
     padded: int
     real: int
     computed: int
+    reason: str | None = None
 
     def padding(self) -> int:
         """Padding tokens left out, when folded. One of them stays, for all padding to point to."""
@@ -61,6 +67,20 @@ class Counts:
         return self.real - self.computed
 
 
+def predicting_padding(mask: np.ndarray) -> np.ndarray:
+    """Padding whose next column holds a token: its hidden state is where that token's log-prob is read.
+
+    Args:
+        mask: (N, S) bool, True for tokens.
+
+    Returns:
+        (N, S) bool.
+    """
+    found = np.zeros_like(mask)
+    found[:, :-1] = ~mask[:, :-1] & mask[:, 1:]
+    return found
+
+
 def fold_batch(
     ids: np.ndarray, mask: np.ndarray | None = None, worth: Callable[[Counts], bool] = lambda counts: True
 ) -> Folded | None:
@@ -68,6 +88,10 @@ def fold_batch(
 
     A token's position is its column less the column of its sequence's first token: what rope and windows see as
     distance in the unpatched model, on whichever side the padding is and across holes in the mask.
+
+    Padding that a token follows is computed too, for trainers read that token's log-prob there: after a prompt that is
+    padded on the right, or in front of a sequence. As in the unpatched model it sees the tokens before it, and no
+    token sees it, itself included.
 
     Args:
         ids: (N, S) int64.
@@ -81,8 +105,7 @@ def fold_batch(
     ids = ids.astype(np.int64, copy=False)
     mask = np.ones((N, S), bool) if mask is None else mask
     lengths = mask.sum(1)
-    real = int(lengths.sum())
-    if real == 0:
+    if not lengths.any():
         return None
     tokens = np.flatnonzero(lengths)
     columns = np.arange(S)
@@ -91,29 +114,80 @@ def fold_batch(
     keys, tight = ids, mask
     holes = bool((spans != lengths)[tokens].any())
     if holes:
-        # Sequences that begin alike but for a hole have nothing in common from there on: the column is part of the key.
+        # Two sequences stop sharing where their holes differ, so the column is part of the key.
         keys = (columns - firsts[:, None] << _ID_BITS) + ids
     if holes or firsts.any():
         tight = columns < lengths[:, None]
         moved = np.zeros_like(ids)
         moved[tight] = keys[mask]
         keys = moved
-    forest = merge_prefixes(keys[tokens], lengths[tokens], lambda merged: worth(Counts(N * S, real, merged)))
+    predicting = predicting_padding(mask)
+    real = int(lengths.sum() + predicting.sum())
+    ends_in_padding = _sequences_that_end_in_padding(ids, mask, keys, firsts, predicting)
+    forest = merge_prefixes(
+        np.concatenate([keys[tokens], ends_in_padding.keys]),
+        np.concatenate([lengths[tokens], ends_in_padding.lengths]),
+        lambda merged: worth(Counts(N * S, real, merged)),
+    )
     if forest is None:
         return None
     merged, positions, ends, path = forest
+    L = len(merged)
+    unseen = merged & _PADDING != 0
+    merged = merged & ~_PADDING
     if holes:
         positions, merged = merged >> _ID_BITS, merged & ((1 << _ID_BITS) - 1)
+    ends = np.where(unseen, np.arange(L), ends)
     padding = None
-    L = len(merged)
     if real < N * S:
         padding = L
         merged, positions, ends = np.append(merged, 0), np.append(positions, 0), np.append(ends, L + 1)
     index = np.full((N, S), -1 if padding is None else padding, np.int64)
-    index[mask] = path[tight[tokens]]
+    index[mask] = path[: len(tokens)][tight[tokens]]
+    last = path[len(tokens) + np.arange(len(ends_in_padding.lengths)), ends_in_padding.lengths - 1]
+    index[predicting] = last[ends_in_padding.of_position]
     nothing = np.empty(0, np.int64)
     layout = Layout(merged, positions, ends, nothing, nothing, [], [], real)
     return Folded(build_rows([[layout]]), torch.from_numpy(index), padding, Counts(N * S, real, L))
+
+
+def see_themselves(folded: Folded) -> None:
+    """Let padding in front of a sequence, which has no token to see, see itself.
+
+    sdpa gives a query without keys zeros. The softmax of eager attention gives it the mean of all values, of the whole
+    batch row in the unpatched model, which no row of prefix trees can repeat.
+    """
+    ends = folded.rows.ends
+    index = torch.arange(ends.shape[1], dtype=ends.dtype)
+    ends[(ends <= index) & (folded.rows.position_ids == 0)] += 1
+
+
+class _Sequences(NamedTuple):
+    """E sequences of keys, and the one of them (P,) that ends in each predicting padding token of a batch."""
+
+    keys: np.ndarray
+    lengths: np.ndarray
+    of_position: np.ndarray
+
+
+def _sequences_that_end_in_padding(
+    ids: np.ndarray, mask: np.ndarray, keys: np.ndarray, firsts: np.ndarray, predicting: np.ndarray
+) -> _Sequences:
+    """The tokens before each predicting padding token, and that token: more sequences for :func:`merge_prefixes`."""
+    S = ids.shape[1]
+    rows, columns = np.nonzero(predicting)
+    before = np.cumsum(mask, 1)[rows, columns]
+    # In front of a sequence nothing is seen, so only the id matters: a batch has few such tokens.
+    in_front = before == 0
+    distances = np.where(in_front, 0, columns - firsts[rows])
+    last = (distances << _ID_BITS) + ids[rows, columns] | _PADDING
+    _, first, of_position = np.unique(
+        np.stack([np.where(in_front, -1, rows), last]), axis=1, return_index=True, return_inverse=True
+    )
+    rows, before, last = rows[first], before[first], last[first]
+    sequences = np.where(np.arange(S) < before[:, None], keys[rows], 0)
+    sequences[np.arange(len(rows)), before] = last
+    return _Sequences(sequences, before + 1, of_position.reshape(-1))
 
 
 def unfold(hidden_1LD: Tensor, index: Tensor, padding: int | None) -> Tensor:
@@ -166,12 +240,13 @@ class Savings:
     """What folding saved over some batches.
 
     Attributes:
-        batches: Batches that could have been folded.
-        folded: Those that were; the others had too little to gain and ran as they were given.
+        batches: Calls without a cache.
+        folded: How many of them were folded; the others ran as they were given.
         padded: Tokens the unpatched model computes: rows times columns.
         computed: Tokens that were computed.
         padding: Tokens saved as padding.
         shared: Tokens saved because sequences share them.
+        reasons: Why batches ran as they were given, the most frequent reason first -> how many did.
     """
 
     batches: int
@@ -180,16 +255,17 @@ class Savings:
     computed: int
     padding: int
     shared: int
+    reasons: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, counts: Iterable[Counts]) -> Savings:
         """Sum over batches."""
         every = list(counts)
-        folded = [c for c in every if c.computed < c.padded]
+        folded = [c for c in every if c.reason is None and c.computed < c.padded]
         padding, shared = (sum(getattr(c, kind)() for c in folded) for kind in ("padding", "shared"))
-        return cls(
-            len(every), len(folded), sum(c.padded for c in every), sum(c.computed for c in every), padding, shared
-        )
+        padded, computed = (sum(getattr(c, kind) for c in every) for kind in ("padded", "computed"))
+        reasons = dict(Counter(c.reason for c in every if c.reason is not None).most_common())
+        return cls(len(every), len(folded), padded, computed, padding, shared, reasons)
 
     @property
     def factor(self) -> float:
@@ -198,21 +274,31 @@ class Savings:
 
     def __str__(self) -> str:
         whole = max(self.padded, 1)
+        given = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.items())
+        head = f"{self.folded} of {self.batches} batches folded: "
+        if not self.folded:
+            return head + (given or "none has run yet")
         return (
-            f"{self.folded} of {self.batches} batches folded: {self.computed:,} tokens computed instead of "
-            f"{self.padded:,}, {self.factor:.2f} times fewer; {self.padding / whole:.0%} were padding, "
-            f"{self.shared / whole:.0%} shared prefixes"
+            f"{head}{self.computed:,} tokens computed instead of {self.padded:,}, {self.factor:.2f} times fewer; "
+            f"{self.padding / whole:.0%} were padding, {self.shared / whole:.0%} shared prefixes"
+            + (f"; as given: {given}" if given else "")
         )
 
 
 def follow_columns(positions: np.ndarray, mask: np.ndarray | None) -> bool:
-    """Whether given (N, S) position ids count columns, from wherever in each sequence: then folding keeps distances."""
+    """Whether given position ids count columns, from wherever in each sequence: then folding keeps distances.
+
+    Args:
+        positions: (N, S), as given.
+        mask: (N, S) bool; ``None``: no padding. Padding counts only where a token of its sequence is on both sides.
+    """
     shift = positions - np.arange(positions.shape[1])
     if not shift.size:
         return True
     if mask is not None:
         first = np.take_along_axis(shift, mask.argmax(1)[:, None], 1)
-        shift = np.where(mask, shift, first)
+        read = mask | (predicting_padding(mask) & (np.cumsum(mask, 1) > 0))
+        shift = np.where(read, shift, first)
     return bool((shift == shift[:, :1]).all())
 
 
@@ -238,7 +324,7 @@ def check_ids(ids: np.ndarray, mask: np.ndarray | None, vocabulary: int) -> None
     """
     wrong = (ids < 0) | (ids >= vocabulary)
     if mask is not None:
-        wrong &= mask
+        wrong &= mask | predicting_padding(mask)
     if wrong.any():
         row, column = np.argwhere(wrong)[0].tolist()
         raise FlexpatchError(

@@ -122,12 +122,19 @@ def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None) -> BlockM
         dtype: ``None`` for a block mask; ``torch.bool`` for a dense mask; a floating dtype for an additive one.
     """
     window = None if window is None or window >= rows.depth else window
-    if (window, dtype) not in rows.masks:
+    # A tensor that was written to since has another version, and needs another mask.
+    key = window, dtype, _version(rows.ends), _version(rows.position_ids)
+    if key not in rows.masks:
         if dtype is None:
-            rows.masks[window, dtype] = block_mask(rows.ends, rows.position_ids, window)
+            rows.masks[key] = block_mask(rows.ends, rows.position_ids, window)
         else:
             allowed = dense_mask(rows.ends, rows.position_ids, window)
             if dtype.is_floating_point:
                 allowed = torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-            rows.masks[window, dtype] = allowed
-    return rows.masks[window, dtype]
+            rows.masks[key] = allowed
+    return rows.masks[key]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to. Tensors made in inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -19,10 +19,11 @@ import logging
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +31,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -42,7 +44,7 @@ from flexpatch.attention import check_fa4, check_fa4_call, check_fa4_model, flex
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
-from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, moved, unfold
+from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, moved, see_themselves, unfold
 from flexpatch.masks import bucket, mask_of
 from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
@@ -57,8 +59,10 @@ ORIGINALS = ("sdpa", "eager")
 # Transformers before 5.4 gave Ministral 3 a query's index in the row for its position. To be dropped with 5.3.
 SCALES_BY_INDEX = Version(transformers.__version__) < Version("5.4")
 
-# Marks calls that our hook has seen. A model made from a patched one's configuration has the name and no hook.
+# Marks calls that our hook has seen, for attention and for our hooks after the backbone. A model made from a patched
+# one's configuration has the name and no hook. The values: run as given; rows; rows whose ids carry what is left to do.
 SEEN = "flexpatch_seen"
+GIVEN, ROWS, PENDING = "given", "rows", "pending"
 
 # Arguments of multimodal backbones: those that say which tokens are images, and what those show. The former, and
 # labels, change nothing where there are no images.
@@ -68,6 +72,13 @@ MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_ou
 IMAGES = "images, sound or video"
 # What a call's cache is named: the second from transformers 5.24 on.
 CACHES = ("past_key_values", "cache")
+# Why a batch ran as it was given, without a warning: folding would keep more than ``WORTH`` of it.
+LITTLE = "with too little to share"
+# Names the attribute of dense masks that are a row's, and not a caller's own.
+OWN = "flexpatch_rows"
+# The value of a layer's ``gradient_checkpointing`` for one call that keeps its activations. It counts as False and can
+# be told from a user's False, which stays after a call that was interrupted.
+KEPT = 0
 
 log = logging.getLogger(__name__)
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
@@ -113,7 +124,7 @@ def apply(
     if backend not in BACKENDS:
         raise FlexpatchError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
     hook = _RowHook(compile, None if checkpointing is None else Recomputation(checkpointing))
-    inner = _pretrained(model)
+    inner = _only_pretrained(model)
     config = text_config(inner)
     adapter = adapter_for(config)
     decoder = _decoder(inner)
@@ -159,11 +170,32 @@ def apply(
 
 def remove(model: AnyModel) -> AnyModel:
     """Undo :func:`apply`. A model that was never patched is returned as it is."""
-    inner = _pretrained(model)
+    inner = _only_pretrained(model)
     if is_applied(inner):
         _decoder(inner).set_attn_implementation(_parse(_implementation(inner))[2])
     _unhook(inner)
     return model
+
+
+@contextmanager
+def disabled(model: AnyModel) -> Iterator[AnyModel]:
+    """Run ``model`` unpatched within a ``with`` block: ordinary batches are not folded.
+
+    For calls in which a hook inside the layers must see the batch as it was given, such as steering, probing or
+    patching activations of single sequences. Rows of your own run as ever.
+
+    Args:
+        model: A model; one that was never patched runs as it is.
+    """
+    hook = _hook_of(_only_pretrained(model))
+    if hook is None:
+        yield model
+        return
+    hook.disabled += 1
+    try:
+        yield model
+    finally:
+        hook.disabled -= 1
 
 
 def is_applied(model: nn.Module) -> bool:
@@ -201,6 +233,11 @@ def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None
             switching length.
     """
     inner = _pretrained(model)
+    if not isinstance(rows, Rows):
+        raise FlexpatchError(
+            f"expected packed rows, got {type(rows).__name__}: flexpatch.Collator(tokenizer)(examples), or "
+            "flexpatch.build_rows([trees])"
+        )
     config = text_config(inner)
     if not is_applied(inner):
         raise FlexpatchError("this model does not take packed rows yet: call flexpatch.apply(model) first")
@@ -232,6 +269,9 @@ def _inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter) -> dict[str, A
         check_fa4_call(device, computes, [windows[layer] for layer in layer_types], rows.depth)
     masks = {layer: mask_of(rows, windows[layer], dtype) for layer in layer_types}
     mask = masks if adapter.masks == "by_layer_type" else masks[FULL]
+    for each in masks.values():
+        if isinstance(each, Tensor):
+            setattr(each, OWN, True)
     return dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
 
 
@@ -352,9 +392,8 @@ _AFTER = "flexpatch_after"
 class _Fold:
     """The latest batch, as given and folded; or why it was not."""
 
-    counts: Counts | None = None
+    counts: Counts
     folded: tuple[Rows, Tensor, int | None] | None = None
-    obstacle: str | None = None
     key: Any = None
     arrays: Any = None
 
@@ -368,11 +407,13 @@ class _RowHook:
         self.recomputation = recomputation
         self.kept: list[GradientCheckpointingLayer] = []
 
-    last: _Fold | None = None  # of the class, for models pickled by earlier versions
+    # Of the class, for models pickled by earlier versions.
+    last: _Fold | None = None
+    disabled = 0  # how many blocks of :func:`disabled` the model is in
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies of a model, which start without a batch: masks hold functions that cannot be pickled."""
-        return vars(self) | {"last": None}
+        return vars(self) | {"last": None, "disabled": 0}
 
     def options(self) -> dict[str, Any]:
         """Those that the attention's name does not tell."""
@@ -382,21 +423,32 @@ class _RowHook:
         }
 
     def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
-        name = _implementation(backbone)
+        name, call = _implementation(backbone), _arguments(backbone, args, kwargs)
         if not name.startswith(PREFIX):
-            _warn_unfolded(
-                "of a model whose attention implementation was changed after flexpatch.apply (apply it again)"
-            )
-            return None
-        # Without self: hooks get a call's own arguments.
-        names = list(signature(type(backbone).forward).parameters)[1:]
-        call = {**dict(zip(names, args, strict=False)), **kwargs}
-        folded = self.fold(backbone, call) if name.startswith(f"{PREFIX}fold_") and _ordinary(call) else None
-        if "logits_to_keep" in names and (folded is not None or isinstance(_a_mask(call), BlockMask)):
+            changed = "of a model whose attention implementation was changed after flexpatch.apply (apply it again)"
+            return self.given(kwargs, changed)
+        if call is None:
+            self.given(kwargs, "given to a forward whose wrapper hides the names of its arguments")
+        if call is None or self.disabled or torch.compiler.is_exporting():
+            return args, kwargs | {SEEN: GIVEN}
+        rows = _is_rows(call)
+        if not rows and name.startswith(f"{PREFIX}fold_") and _without_cache(call):
+            call = self.fold(backbone, call)
+        folded = getattr(call.get("input_ids"), _AFTER, None) is not None
+        if (folded or isinstance(_a_mask(call), BlockMask)) and "logits_to_keep" in _parameters(backbone):
             # Given a number, Gemma 4 drops tokens before its last layers, and which ones it drops is wrong for rows.
-            (call if folded is None else folded)["logits_to_keep"] = torch.empty(0, dtype=torch.long)
-        call = call | {SEEN: True} if folded is None else folded
-        return (), call if not self.compile and self.recomputation is None else self.prepare(backbone, call)
+            call["logits_to_keep"] = torch.empty(0, dtype=torch.long)
+        if self.compile or self.recomputation is not None:
+            call = self.prepare(backbone, call)
+        pending = getattr(call.get("input_ids"), _AFTER, None) is not None
+        return (), call | {SEEN: PENDING if pending else ROWS if rows else GIVEN}
+
+    def given(self, call: dict[str, Any], reason: str) -> None:
+        """Count, and say once, that a batch runs as it was given."""
+        _warn_unfolded(reason)
+        tokens = next((x.shape[:2].numel() for x in map(call.get, ("input_ids", "inputs_embeds")) if x is not None), 0)
+        # A reason's end in parentheses is what to do about it.
+        self.counts.append(Counts(tokens, tokens, tokens, reason.split(" (")[0]))
 
     def prepare(self, backbone: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
         """The call for compiled layers, and with as much recomputation as is set."""
@@ -423,19 +475,30 @@ class _RowHook:
                 count, after.measured = self.recomputation.plan(layers, ids, backbone)
                 self.kept = after.kept = layers[count:]
             for layer in after.kept:
-                layer.gradient_checkpointing = False
+                layer.gradient_checkpointing = KEPT
         ids = ids.detach()
         setattr(ids, _AFTER, after)
         return call | {"input_ids": ids}
 
     @torch.compiler.disable
-    def fold(self, backbone: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any] | None:
-        """The call's arguments with its batch folded; ``None`` if it should run as it was given."""
+    def fold(self, backbone: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments, with its batch folded if that is exact and gains."""
         config = text_config(backbone)
+        ids, given = call.get("input_ids"), call.get("attention_mask")
+        cache_by_default = call.get("use_cache") is None and getattr(config, "use_cache", None)
+        if cache_by_default and backbone.training and torch.is_grad_enabled():
+            # Not for batches that fold alone: whether a caller gets a cache must not depend on what a batch holds.
+            call["use_cache"] = False
+            if not any(layer.gradient_checkpointing for layer in _layers(backbone)):  # or stock drops caches too
+                _warn(
+                    "flexpatch: in training, calls without use_cache run with use_cache=False, so past_key_values is "
+                    "None. Pass use_cache=True to get a cache, from calls that are not folded"
+                )
+        if given is None and ids is not None and len(ids) == 1 and call.get("position_ids") is None:
+            return call  # one sequence has nothing to share
         if reason := _obstacle(backbone, config, call):
-            _warn_unfolded(f"with {reason}")
-            return None
-        ids, given = call["input_ids"], call.get("attention_mask")
+            self.given(call, f"with {reason}")
+            return call
         if given is not None and given.shape != ids.shape:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):  # rounded to integers they would give some model's numbers
@@ -459,47 +522,69 @@ class _RowHook:
         )  # fmt: skip
         last = self.last
         if watched or last is None or last.key != key or not np.array_equal(last.arrays, arrays):
-            last = self._folded(config, arrays, present, dtype, device)
+            last = self._folded(backbone, config, arrays, present, dtype, device)
             self.last = last = replace(last, key=key, arrays=arrays)
-        if last.obstacle is not None:
-            _warn_unfolded(last.obstacle)
         if last.folded is not None:
             check_mode(backbone)
             rows, index, padding = last.folded
-            # What is changed in place by hooks of others is this call's. Dense masks are too large to keep.
-            masks = rows.masks if dtype is None else {}
-            ids, positions = rows.input_ids.clone(), rows.position_ids.clone()
-            rows = replace(rows, input_ids=ids, position_ids=positions, masks=masks)
-            call |= dict.fromkeys(IGNORED & call.keys()) | _inputs(backbone, rows, adapter_for(config))
-            setattr(call["input_ids"], _AFTER, _After(unfold=(index, padding)))
-        if last.counts is not None:
+            folded = call | dict.fromkeys(IGNORED & call.keys()) | _inputs(backbone, rows, adapter_for(config))
+            if dtype is not None:
+                rows.masks.clear()  # dense masks are too large to keep
+            # What hooks of others change in place is this call's.
+            folded |= {name: folded[name].clone() for name in ("input_ids", "position_ids")}
+            setattr(folded["input_ids"], _AFTER, _After(unfold=(index, padding)))
             self.counts.append(last.counts)
-        return None if last.folded is None else call
+            return folded
+        if last.counts.reason == LITTLE:
+            self.counts.append(last.counts)
+        else:
+            self.given(call, last.counts.reason or "")
+        return call
 
-    def _folded(self, config: Any, arrays: Any, present: list[bool], dtype: torch.dtype | None, device: Any) -> "_Fold":
+    def _folded(
+        self, backbone: PreTrainedModel, config: Any, arrays: Any, present: list[bool], dtype: Any, device: Any
+    ) -> _Fold:
         rest = iter(arrays)
         ids: np.ndarray = next(rest)
         mask, positions, *types = (next(rest) if there else None for there in present[1:])
         mask = None if mask is None else mask != 0
         check_ids(ids, mask, config.vocab_size)
+
+        def given(reason: str) -> _Fold:
+            return _Fold(Counts(ids.size, ids.size, ids.size, reason))
+
         if any(each is not None and each.any() for each in types):
-            return _Fold(obstacle=f"with {IMAGES}")
+            return given(f"with {IMAGES}")
         if positions is not None and not follow_columns(positions, mask):
-            return _Fold(obstacle="with position_ids that do not count a sequence's columns (packed rows, for example)")
+            return given("with position_ids that do not count a sequence's columns (packed rows, for example)")
         folded = fold_batch(ids, mask, lambda counts: _gains(config, counts, ids.shape[1], dtype))
         if folded is None:
-            return _Fold(counts=Counts(ids.size, ids.size, ids.size))
+            return given(LITTLE)
+        if _parse(_implementation(backbone))[2] != "sdpa":
+            see_themselves(folded)
         reach = ids.shape[1] if positions is None else int(positions.max()) + 1
         if (limit := longrope_limit(config)) is not None and (folded.rows.depth <= limit) != (reach <= limit):
-            return _Fold(
-                obstacle="with padding or position_ids beyond the length at which longrope switches its frequencies"
-            )
+            return given("with padding or position_ids beyond the length at which longrope switches its frequencies")
         limit = scaling_limit(config)
         longest = max(ids.shape[1], folded.rows.input_ids.shape[1]) if SCALES_BY_INDEX else reach
         if limit is not None and longest > limit and (SCALES_BY_INDEX or moved(positions, mask)):
             where = "at all" if SCALES_BY_INDEX else "and do not begin at position 0"
-            return _Fold(obstacle=f"that reach beyond {limit}, from where on this model scales queries, {where},")
+            return given(f"that reach beyond {limit}, from where on this model scales queries, {where},")
         return _Fold(folded.counts, (folded.rows.to(device), folded.index.to(device), folded.padding))
+
+
+def _parameters(backbone: nn.Module) -> Mapping[str, Parameter]:
+    """The parameters of a backbone's forward, self among them."""
+    return signature(type(backbone).forward).parameters
+
+
+def _arguments(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """All arguments of a backbone's call by name; ``None`` if somebody's wrapper around its forward hides the names."""
+    if not args:
+        return dict(kwargs)
+    parameters = _parameters(backbone).values()
+    names = [parameter.name for parameter in parameters if parameter.kind is Parameter.POSITIONAL_OR_KEYWORD][1:]
+    return None if len(names) < len(args) else dict(zip(names, args, strict=False)) | kwargs
 
 
 def _a_mask(call: dict[str, Any]) -> Any:
@@ -508,16 +593,15 @@ def _a_mask(call: dict[str, Any]) -> Any:
     return next(iter(mask.values())) if isinstance(mask, dict) else mask
 
 
-def _ordinary(call: dict[str, Any]) -> bool:
-    """Whether a call holds several sequences or padding, no cache, and no mask of the caller's or our own."""
-    mask, ids = call.get("attention_mask"), call.get("input_ids")
-    if isinstance(mask, dict | BlockMask) or (mask is not None and mask.ndim != 2):
-        return False
-    if call.get("use_cache") or any(call.get(name) is not None for name in CACHES):
-        return False
-    # One row with positions of its own may be several sequences, packed by the caller ("padding-free").
-    packed = call.get("position_ids") is not None and call.get("use_cache") is False
-    return ids is None or (ids.ndim == 2 and (mask is not None or len(ids) > 1 or packed))
+def _is_rows(call: dict[str, Any]) -> bool:
+    """Whether a call's mask was made by :func:`_inputs`."""
+    mask = _a_mask(call)
+    return isinstance(mask, BlockMask) or getattr(mask, OWN, False)
+
+
+def _without_cache(call: dict[str, Any]) -> bool:
+    """Whether a call neither has a cache nor asks for one."""
+    return not call.get("use_cache") and all(call.get(name) is None for name in CACHES)
 
 
 def _gains(config: Any, counts: Counts, columns: int, mask_dtype: torch.dtype | None) -> bool:
@@ -538,11 +622,18 @@ def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> s
     def asked(name: str) -> Any:
         return call[name] if call.get(name) is not None else getattr(config, name, None)
 
-    if call.get("input_ids") is None:
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    if ids is None:
         return "inputs_embeds, which do not tell which tokens are equal"
-    if asked("use_cache") and not (backbone.training and torch.is_grad_enabled()):
+    if ids.ndim != 2:
+        return f"input_ids of {ids.ndim} dimensions"
+    if being_recorded(ids):
+        return "input_ids that are being traced or exported, or have no values"
+    if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
+        return "an attention_mask of the caller's own (not one number for each token)"
+    if asked("use_cache"):
         return "use_cache not given, whose cache may be wanted (pass False, or set model.config.use_cache = False)"
-    positions, ids = call.get("position_ids"), call["input_ids"]
+    positions = call.get("position_ids")
     if positions is not None and (positions.is_floating_point() or positions.shape not in (ids.shape, ids[:1].shape)):
         return "position_ids that are not integers, one for each token"
     for name in ("output_attentions", "output_router_logits"):
@@ -560,6 +651,18 @@ def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> s
     return None
 
 
+def being_recorded(ids: Tensor) -> bool:
+    """Whether a call is being traced, exported or captured, or its ids have no values to look at.
+
+    A fold depends on a batch's ids: whoever records one batch's operations would replay that fold on other ids.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or get_proxy_mode() is not None:
+        return True
+    if type(ids) not in (Tensor, nn.Parameter) or ids.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(ids):
+        return True
+    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _warn_unfolded(reason: str) -> None:
     """Say, once for each reason, that batches run as they are given."""
     _warn(f"flexpatch: batches {reason} run as they are given")
@@ -571,13 +674,20 @@ def _warn(message: str) -> None:
 
 def _after_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a backbone, before those of others: a row's hidden states come out in the caller's layout."""
-    after = getattr(kwargs.get("input_ids"), _AFTER, None)
+    after = _after_of(backbone, args, kwargs)
     if after is None:
+        # None: the forward raised. Without any mark somebody has put other arguments in place of ours.
+        if output is not None and kwargs.get(SEEN, PENDING if _is_rows(kwargs) else GIVEN) == PENDING:
+            raise FlexpatchError(
+                "something replaced input_ids between flexpatch's hook on the backbone and its forward, so the row's "
+                "hidden states cannot be brought back into the batch's layout. Register that hook before "
+                "flexpatch.apply(model), or apply with fold=False"
+            )
         return None
     _recompute(after.kept)
     if after.measured is not None:
         after.measured(output is not None)
-    if output is None or (after.length is None and after.unfold is None):  # None: the forward raised
+    if output is None or (after.length is None and after.unfold is None):
         return None
 
     def finish(hidden_BPD: Tensor) -> Tensor:
@@ -595,7 +705,7 @@ def _after_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], ou
 
 def _score_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a backbone, after those of others: what :func:`run_rows` asks for leaves as hidden states."""
-    after = getattr(kwargs.get("input_ids"), _AFTER, None)
+    after = _after_of(backbone, args, kwargs)
     if after is None or after.score is None:
         return None
     after.scored = after.score(output.last_hidden_state)
@@ -603,10 +713,18 @@ def _score_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], ou
     return output
 
 
+def _after_of(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> _After | None:
+    """What is left to do after a call, wherever another hook has put its ids."""
+    ids = kwargs.get("input_ids") if not args else (_arguments(backbone, args, kwargs) or {}).get("input_ids")
+    return getattr(ids, _AFTER, None)
+
+
 def _recompute(kept: list[GradientCheckpointingLayer]) -> None:
-    """Give layers whose checkpointing was off for a call their setting back."""
+    """Give layers whose checkpointing was off for a call their setting back, unless somebody has set it since."""
     while kept:
-        kept.pop().gradient_checkpointing = True
+        layer = kept.pop()
+        if type(layer.gradient_checkpointing) is int:
+            layer.gradient_checkpointing = True
 
 
 def _layers(backbone: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -637,8 +755,13 @@ def savings(model: nn.Module, last: int | None = None) -> Savings:
     Raises:
         FlexpatchError: If the model does not fold batches, or for ``last < 1``.
     """
-    hook = _hook_of(_pretrained(model))
-    if hook is None or not (settings_of(model) or {}).get("fold"):
+    hook, settings = _hook_of(_pretrained(model)), settings_of(model) or {}
+    if hook is None and settings:
+        raise FlexpatchError(
+            "this model was built from a patched one's settings, such as a trainer's own reference, and has no hooks: "
+            "all its batches run as they are given. Call flexpatch.apply on it too (flexpatch.apply(trainer.ref_model))"
+        )
+    if hook is None or not settings.get("fold"):
         raise FlexpatchError("this model does not fold batches: call flexpatch.apply(model) first")
     if last is not None and last < 1:
         raise FlexpatchError(f"last={last}; expected at least 1, or None for all")
@@ -678,10 +801,37 @@ def _parse(name: str) -> tuple[str, str, str]:
 
 def _pretrained(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside ``model``."""
+    if not isinstance(model, nn.Module):
+        raise FlexpatchError(_no_model(model))
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             return module
     raise FlexpatchError(f"{type(model).__name__} holds no transformers model; pass a PreTrainedModel, bare or wrapped")
+
+
+def _only_pretrained(model: nn.Module) -> PreTrainedModel:
+    """:func:`_pretrained`, where a second transformers model beside it would be left out without a word."""
+    inner = _pretrained(model)
+    within = set(inner.modules())
+    others = [name for name, m in model.named_modules() if isinstance(m, PreTrainedModel) and m not in within]
+    if others:
+        raise FlexpatchError(
+            f"{type(model).__name__} holds several transformers models, '{others[0]}' beside the first: pass them one "
+            "at a time"
+        )
+    return inner
+
+
+def _no_model(given: Any) -> str:
+    """Say what was given in place of a model, and how to come by one."""
+    wanted = "a loaded transformers model, bare or wrapped (peft, DDP)"
+    if isinstance(given, str):
+        return f"expected {wanted}, got the name {given!r:.60}: AutoModelForCausalLM.from_pretrained({given!r:.60})"
+    if isinstance(given, type):
+        return f"expected {wanted}, got the class {given.__name__}: pass an instance of it"
+    if isinstance(getattr(given, "model", None), nn.Module):
+        return f"expected {wanted}, got {type(given).__name__}: pass its .model"
+    return f"expected {wanted}, got {type(given).__name__}"
 
 
 def _decoder(inner: PreTrainedModel) -> PreTrainedModel:
@@ -708,7 +858,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What the registered names call. q is (B, H, L, D), k and v are (B, G, L, D); the output is (B, L, H, D)."""
-    seen = kwargs.pop(SEEN, False)
+    seen = kwargs.pop(SEEN, None)
     if isinstance(attention_mask, BlockMask):
         return flex(q, k, v, attention_mask, fa4=fa4, **kwargs), None
     if folds and not seen and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling():

@@ -48,7 +48,7 @@ def check_mode(model: nn.Module) -> None:
                 )
             shares = shares or has.get("is_kv_shared_layer", False)
             if has.get("gradient_checkpointing"):
-                reentrant = reentrant or has["_gradient_checkpointing_func"].keywords.get("use_reentrant", False)
+                reentrant = reentrant or _is_reentrant(has.get("_gradient_checkpointing_func"))
         if type(module).__module__ in WHOLE_ROW_LAYERS:
             raise _whole_rows(f"'{_name(model, module)}' ({type(module).__name__})")
         for adapter, settings in (has.get("peft_config") or has.get("_peft_config") or {}).items():
@@ -63,6 +63,22 @@ def check_mode(model: nn.Module) -> None:
             "this model's last layers use keys and values of earlier ones, which get no gradient through reentrant "
             "checkpointing, unpatched either: model.gradient_checkpointing_enable({'use_reentrant': False})"
         )
+
+
+def _is_reentrant(function: Any) -> bool:
+    """Whether a layer's checkpointing function is known to be reentrant.
+
+    transformers makes a ``functools.partial``; others wrap it in functions of their own (LLaMA-Factory, by default).
+    One that hides its setting counts as not reentrant: nothing else of a layer tells.
+    """
+    seen: set[int] = set()
+    while function is not None and id(function) not in seen:
+        seen.add(id(function))
+        setting = (getattr(function, "keywords", None) or {}).get("use_reentrant")
+        if setting is not None:
+            return bool(setting)
+        function = getattr(function, "func", None) or getattr(function, "__wrapped__", None)
+    return False
 
 
 def check_quantization(model: nn.Module) -> None:

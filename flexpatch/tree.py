@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -274,9 +274,34 @@ class Rows:
     # Masks already built from these rows, so that policy and reference share them.
     masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        # A copy may have other ends or positions (dataclasses.replace), so it never takes masks along.
+        object.__setattr__(self, "masks", {})
+
     def _each(self, function: Any) -> Rows:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, masks={}, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def __getitem__(self, key: Any) -> NoReturn:
+        """Refuse a trainer that takes packed rows for a batch of its own.
+
+        Raises:
+            FlexpatchError: Always.
+        """
+        raise FlexpatchError(
+            f"packed rows were asked for {key!r:.40}, as if they were a batch of columns. A stock trainer makes its "
+            "own batches, and flexpatch.apply(model) folds those: leave flexpatch.Collator out of it. In a loop of "
+            "your own pass rows to flexpatch.answer_logprobs(model, rows)"
+        )
+
+    def __iter__(self) -> NoReturn:
+        self["its columns"]
+
+    def items(self) -> NoReturn:
+        """Refuse a trainer that takes packed rows for a batch of its own; see ``__getitem__``."""
+        self["items()"]
+
+    keys = values = items
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Rows:
         """The same rows on another device. Masks are built there anew."""

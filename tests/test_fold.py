@@ -23,7 +23,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 import flexpatch
 from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, patch
-from flexpatch.fold import Counts, Folded, Savings, _filled_lookup, fold_batch, follow_columns, lookup
+from flexpatch.fold import (
+    Counts,
+    Folded,
+    Savings,
+    _filled_lookup,
+    fold_batch,
+    follow_columns,
+    lookup,
+    predicting_padding,
+)
 from flexpatch.models import TINY, tiny_model
 from flexpatch.parity import _Float64
 from flexpatch.patch import CACHES
@@ -92,9 +101,10 @@ def padded_batch(seed: int = 0) -> dict[str, Any]:
 
 
 def hidden(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Last hidden states of the unpadded positions."""
+    """Last hidden states wherever one may be read: at tokens, and at padding that predicts one."""
+    mask = batch["attention_mask"].bool().numpy()
     with torch.no_grad(), _Float64():
-        return model.base_model(**batch).last_hidden_state[batch["attention_mask"].bool()]
+        return model.base_model(**batch).last_hidden_state[torch.from_numpy(mask | predicting_padding(mask))]
 
 
 def fuzz(models: list[nn.Module], batches: int) -> float:
@@ -125,7 +135,7 @@ def test_random_batches_through_flex(flex_on_cpu: None, monkeypatch: pytest.Monk
     assert fuzz([tiny_model(*kind) for kind in KINDS], 40) < BOUND
 
 
-@parameterized.expand(["siblings", "positions", "index", "window"])
+@parameterized.expand(["siblings", "positions", "index", "window", "predicting padding"])
 def test_the_fuzz_can_fail(broken: str) -> None:
     def break_it(ids: np.ndarray, mask: np.ndarray | None = None, worth: Any = None) -> Folded | None:
         folded = fold_batch(ids, mask)
@@ -142,6 +152,8 @@ def test_the_fuzz_can_fail(broken: str) -> None:
             index = (index - 1).clamp(min=0)
         if broken == "window":
             object.__setattr__(rows, "depth", 1)  # no window is reached
+        if broken == "predicting padding" and mask is not None:
+            index = torch.where(torch.from_numpy(predicting_padding(mask)), int(index.max()), index)
         return Folded(rows, index, folded.padding, folded.counts)
 
     with pytest.MonkeyPatch.context() as patched:
@@ -157,23 +169,33 @@ def test_rows_are_what_they_mean() -> None:
         folded = fold_batch(ids, mask)
         assert folded is not None
         row, positions = folded.rows.input_ids[0].numpy(), folded.rows.position_ids[0].numpy()
+        ends, index = folded.rows.ends[0].numpy(), folded.index.numpy()
         tokens = len(row) - (folded.padding is not None)
+        predicting = predicting_padding(mask)
         prefixes: set[Any] = set()
         for n in range(len(ids)):
             columns = np.flatnonzero(mask[n])
-            assert (row[folded.index[n, columns]] == ids[n, columns]).all()
-            assert (positions[folded.index[n, columns]] == columns - columns[:1]).all()
+            assert (row[index[n, columns]] == ids[n, columns]).all()
+            assert (positions[index[n, columns]] == columns - columns[:1]).all()
             prefixes |= {
                 tuple(zip(ids[n, columns[:i]], columns[:i] - columns[0], strict=True))
                 for i in range(1, columns.size + 1)
             }
+            for column in np.flatnonzero(predicting[n]):
+                own, before = index[n, column], columns[columns < column]
+                # It sees the tokens before it in its sequence, and nobody sees it.
+                assert row[own] == ids[n, column] and ends[own] == own
+                seen = np.flatnonzero((np.arange(len(row)) <= own) & (own < ends))
+                assert seen.tolist() == index[n, before].tolist()
+                assert positions[own] == (column - columns[0] if before.size else 0)
+                distances = (*(before - columns[0]), column - columns[0]) if before.size else (0,)
+                prefixes.add((*zip((*ids[n, before], ids[n, column]), distances, strict=True), "padding"))
         assert tokens == len(prefixes) == folded.counts.computed
-        assert (folded.index[torch.from_numpy(~mask)] == (-1 if folded.padding is None else folded.padding)).all()
-        assert folded.counts.real == mask.sum() and folded.counts.padded == mask.size
-        spans = [np.ptp(np.flatnonzero(row)) + 1 for row in mask]
-        if spans == mask.sum(1).tolist():  # the definition knows no holes
+        assert (index[~mask & ~predicting] == (-1 if folded.padding is None else folded.padding)).all()
+        assert folded.counts.real == mask.sum() + predicting.sum() and folded.counts.padded == mask.size
+        if not predicting.any():  # the definition knows neither holes nor padding that sees
             q = np.arange(tokens)
-            seen = (q[None] <= q[:, None]) & (q[:, None] < folded.rows.ends[0, :tokens].numpy()[None])
+            seen = (q[None] <= q[:, None]) & (q[:, None] < ends[:tokens][None])
             assert (seen == visible(row_prefixes(row[:tokens], positions[:tokens]))).all()
 
 
@@ -291,19 +313,18 @@ class Ran:
             [x for x in out.to_tuple() if isinstance(x, Tensor)] if hasattr(out, "to_tuple") else out[:1]
             for out in (before, after)
         )
-        assert flexpatch.savings(self.model).batches == folded
+        assert flexpatch.savings(self.model).folded == folded
         if not folded:
             assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         return after
 
 
 def test_calls_that_run_as_they_are_without_a_word() -> None:
+    """They are no batches that could fold: one asks for its cache, the other has a single sequence."""
     ran = Ran()
     ran(0, use_cache=True)
-    one = {name: ran.batch[name][:1] for name in ("input_ids", "attention_mask")}
-    ran(0, input_ids=one["input_ids"], attention_mask=None)
-    mask = torch.ones(9, 1, *[ran.batch["input_ids"].shape[1]] * 2, dtype=torch.bool).tril()
-    ran(0, attention_mask=mask)
+    assert flexpatch.savings(ran.model).batches == 0
+    ran(0, input_ids=ran.batch["input_ids"][:1], attention_mask=None)
     assert flexpatch.savings(ran.model).batches == 0
 
 
@@ -327,6 +348,7 @@ def test_a_given_cache_is_used(name: str) -> None:
 @parameterized.expand(
     [
         ("use_cache not given", dict(use_cache=None)),
+        ("attention_mask of the caller's own", dict(attention_mask=torch.ones(9, 1, 33, 33, dtype=torch.bool).tril())),
         ("output_attentions=True", dict(output_attentions=True)),
         ("the argument token_type_ids", dict(token_type_ids=torch.zeros(9, 33, dtype=torch.int64))),
         ("position_ids that do not count", dict(position_ids=torch.arange(33).remainder(7).expand(9, 33))),
@@ -337,11 +359,20 @@ def test_calls_that_run_as_they_are_with_a_warning(reason: str, changes: dict[st
     ran = Ran(_attn_implementation="eager") if "attentions" in reason else Ran()
     if "attentions" in reason:
         ran.model.set_attn_implementation("eager")
+    S = ran.batch["input_ids"].shape[1]
+
+    def cut(name: str, value: Any) -> Any:
+        """Made for 33 columns, of which the batch has fewer."""
+        if not isinstance(value, Tensor):
+            return value
+        return value[..., :S, :S] if name == "attention_mask" else value[:, :S]
+
     with pytest.warns(FlexpatchWarning, match=reason):
-        ran(
-            0,
-            **{k: v[:, : ran.batch["input_ids"].shape[1]] if isinstance(v, Tensor) else v for k, v in changes.items()},
-        )
+        ran(0, **{name: cut(name, value) for name, value in changes.items()})
+    saved = flexpatch.savings(ran.model)
+    assert saved.batches == 1 and saved.computed == saved.padded == 9 * S
+    (given,) = saved.reasons
+    assert reason in given and str(saved) == f"0 of 1 batches folded: 1 {given}"
 
 
 def test_rows_packed_by_the_caller_run_as_they_are_with_a_warning() -> None:
@@ -610,13 +641,17 @@ def test_refusals() -> None:
 
 
 def test_the_report() -> None:
-    saved = Savings.of([Counts(100, 80, 50), Counts(100, 100, 100), Counts(50, 50, 50)])
-    assert saved == Savings(batches=3, folded=1, padded=250, computed=200, padding=20, shared=30)
+    given = "with output_router_logits=True"
+    saved = Savings.of([Counts(100, 80, 50), *[Counts(40, 40, 40, given)] * 2, Counts(20, 20, 20, "with a reason")])
+    assert saved == Savings(batches=4, folded=1, padded=200, computed=150, padding=20, shared=30)
+    assert saved.reasons == {given: 2, "with a reason": 1}
     assert str(saved) == (
-        "1 of 3 batches folded: 200 tokens computed instead of 250, 1.25 times fewer; 8% were padding, "
-        "12% shared prefixes"
+        "1 of 4 batches folded: 150 tokens computed instead of 200, 1.33 times fewer; 10% were padding, "
+        "15% shared prefixes; as given: 2 with output_router_logits=True, 1 with a reason"
     )
+    assert str(Savings.of([Counts(40, 40, 40, given)] * 20)) == f"0 of 20 batches folded: 20 {given}"
     assert Savings.of([]).factor == 1
+    assert str(Savings.of([])) == "0 of 0 batches folded: none has run yet"
 
 
 @parameterized.expand(["sdpa", "eager", "someone_elses_attention"])
@@ -631,6 +666,9 @@ def test_another_implementation_after_apply_runs_unfolded(implementation: str) -
     model.set_attn_implementation(implementation)
     with pytest.warns(FlexpatchWarning, match="changed after flexpatch.apply .apply it again"):
         assert torch.equal(model(**batch).logits, before)
+    model.set_attn_implementation("sdpa")
+    changed = "of a model whose attention implementation was changed after flexpatch.apply"
+    assert flexpatch.savings(flexpatch.apply(model)).reasons == {changed: 1}
     flexpatch.remove(model)
     assert not model.base_model._forward_pre_hooks and not model.base_model._forward_hooks
     for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
