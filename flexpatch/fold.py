@@ -316,6 +316,23 @@ def moved(positions: np.ndarray | None, mask: np.ndarray | None) -> bool:
     return bool(starts[mask.any(1)].any())
 
 
+def longest_hole(mask: np.ndarray | None) -> int:
+    """Columns from a token to the farthest padding behind it that predicts the next token of the same sequence.
+
+    Args:
+        mask: (N, S) bool; ``None``: no padding.
+
+    Returns:
+        0 without holes.
+    """
+    if mask is None:
+        return 0
+    columns = np.arange(mask.shape[1])
+    latest = np.maximum.accumulate(np.where(mask, columns, -1), axis=1)
+    inside = predicting_padding(mask) & (latest >= 0)
+    return int(np.where(inside, columns - latest, 0).max(initial=0))
+
+
 def check_ids(ids: np.ndarray, mask: np.ndarray | None, vocabulary: int) -> None:
     """Refuse ids outside the vocabulary, which a GPU reports as a failed assertion somewhere later.
 

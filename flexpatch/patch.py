@@ -44,7 +44,18 @@ from flexpatch.attention import check_fa4, check_fa4_call, check_fa4_model, flex
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
-from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, moved, see_themselves, unfold
+from flexpatch.fold import (
+    WORTH,
+    Counts,
+    Savings,
+    check_ids,
+    fold_batch,
+    follow_columns,
+    longest_hole,
+    moved,
+    see_themselves,
+    unfold,
+)
 from flexpatch.masks import bucket, mask_of
 from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
@@ -562,6 +573,10 @@ class _RowHook:
             return given(LITTLE)
         if _parse(_implementation(backbone))[2] != "sdpa":
             see_themselves(folded)
+            window = min(filter(None, adapter_for(config).windows(config).values()), default=None)
+            if window is not None and longest_hole(mask) >= window:
+                # Where no key is in reach, eager attention averages over the whole row of the batch.
+                return given(f"with padding longer than a window of {window} inside a sequence, under eager attention")
         reach = ids.shape[1] if positions is None else int(positions.max()) + 1
         if (limit := longrope_limit(config)) is not None and (folded.rows.depth <= limit) != (reach <= limit):
             return given("with padding or position_ids beyond the length at which longrope switches its frequencies")

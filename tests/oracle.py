@@ -161,7 +161,7 @@ def see_siblings(rows: Rows) -> Rows:
     for row in ends:
         start = 0
         while start < len(row):
-            stop = int(row[start])
+            stop = max(int(row[start]), start + 1)  # a token that nobody sees ends before itself
             row[start:stop] = stop
             start = stop
     return replace(rows, ends=ends, masks={})

@@ -13,6 +13,7 @@ import torch
 from oracle import BOUNDS, random_ids, see_siblings
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import flexpatch
 from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, patch
@@ -201,13 +202,17 @@ def test_a_recorded_fold_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     assert error[other["attention_mask"].bool()].abs().max() > 0.5
 
 
-@pytest.mark.filterwarnings("ignore:flexpatch")
-def test_ids_without_values_run_as_given() -> None:
-    _, model = twins()
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = {name: mode.from_tensor(tensor) for name, tensor in batch().items()}
-        assert model(**fake, use_cache=False).logits.shape == (3, 8, 151)
-    assert flexpatch.savings(model).folded == 0 and flexpatch.savings(model).batches == 1
+def test_ids_without_values_are_recorded() -> None:
+    """They have nothing to fold by: fake and meta tensors, and those that vmap makes."""
+    ids = batch()["input_ids"]
+    assert not patch.being_recorded(ids)
+    assert patch.being_recorded(ids.to("meta"))
+    with FakeTensorMode() as mode:
+        assert patch.being_recorded(mode.from_tensor(ids))
+    within: list[bool] = []
+    torch.func.vmap(lambda row: within.append(patch.being_recorded(row)) or row)(ids)
+    make_fx(lambda x: within.append(patch.being_recorded(x)) or x + 1)(ids)
+    assert within == [True, True]
 
 
 # --- hooks of others -------------------------------------------------------------------------------------------------

@@ -740,7 +740,7 @@ def test_masks_and_ids_as_they_come() -> None:
     mask[1, 1] = False
     folded = fold_batch(ids, mask)
     assert folded is not None
-    assert sorted(folded.rows.position_ids[0].tolist()) == [0, 0, 1, 2, 2, 3, 3, 4, 4]
+    assert sorted(folded.rows.position_ids[0].tolist()) == [0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_last_batches() -> None:
