@@ -392,9 +392,12 @@ class _RowHook:
         names = list(signature(type(backbone).forward).parameters)[1:]
         call = {**dict(zip(names, args, strict=False)), **kwargs}
         folded = self.fold(backbone, call) if name.startswith(f"{PREFIX}fold_") and _ordinary(call) else None
-        if "logits_to_keep" in names and (folded is not None or isinstance(_a_mask(call), BlockMask)):
+        if folded is not None or isinstance(_a_mask(call), BlockMask):
             # Given a number, Gemma 4 drops tokens before its last layers, and which ones it drops is wrong for rows.
-            (call if folded is None else folded)["logits_to_keep"] = torch.empty(0, dtype=torch.long)
+            # A multimodal backbone has no such parameter, but hands all that it does not know to its text stack.
+            text = signature(type(_decoder(backbone)).forward).parameters
+            if "logits_to_keep" in {*names, *call, *text}:
+                (call if folded is None else folded)["logits_to_keep"] = torch.empty(0, dtype=torch.long)
         call = call | {SEEN: True} if folded is None else folded
         return (), call if not self.compile and self.recomputation is None else self.prepare(backbone, call)
 
