@@ -14,6 +14,8 @@ from flexpatch.errors import FlexpatchError
 from flexpatch.patch import dequantize, eager_experts
 
 SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax)
+# Dimensions of attention scores: batch, heads, queries, keys. A router's have two.
+SCORES = 4
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
@@ -23,13 +25,13 @@ class Float64(TorchFunctionMode):
     It does not hold within ``backward``, where checkpointed layers compute again: torch takes a mode off for the call.
 
     Args:
-        softmax_only: Leave everything but softmaxes as it is: FlexAttention has a float64 softmax where a model's eager
-            attention has a float32 one.
+        attention_only: Leave everything but the softmax of attention as it is. FlexAttention's is in float64, where
+            that of a model's eager attention is in float32.
     """
 
-    def __init__(self, softmax_only: bool = False) -> None:
+    def __init__(self, attention_only: bool = False) -> None:
         super().__init__()
-        self.softmax_only = softmax_only
+        self.attention_only = attention_only
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -37,10 +39,10 @@ class Float64(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not (args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64):
             return func(*args, **kwargs)
-        lifts = not self.softmax_only
+        lifts = not self.attention_only
         if lifts and (func is Tensor.float or (func is Tensor.type and torch.float32 in args[1:])):
             return args[0]
-        if func in SOFTMAXES or (lifts and func is Tensor.to):
+        if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (lifts and func is Tensor.to):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
         if lifts and func in PRODUCTS:  # ropes multiply by positions in float32

@@ -132,8 +132,8 @@ def decoder_config(config: Any) -> Any:
         return config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"model type '{model_type}' is an encoder-decoder: its encoder sees a prompt whole, apart from the answer, so "
-            "no sequences begin alike. Train it unpatched"
+            f"model type '{model_type}' is an encoder-decoder: its encoder sees a prompt whole, apart from the answer, "
+            "so no sequences begin alike. Train it unpatched"
         )
     try:
         text = config.get_text_config()
@@ -149,9 +149,9 @@ def decoder_config(config: Any) -> Any:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{kind}, and neither is its text model: {error}") from None
     raise UnsupportedModelError(
-        f"{kind}; its text model is served: make text = AutoModelForCausalLM.from_config(config.get_text_config()), and "
-        "give it the state_dict() of the loaded model's language model and that of its head. (from_pretrained of that "
-        "class does not find the weights in this checkpoint, and draws them at random)"
+        f"{kind}; its text model is served: make text = AutoModelForCausalLM.from_config(config.get_text_config()), "
+        "and give it the state_dict() of the loaded model's language model and that of its head. (from_pretrained of "
+        "that class does not find the weights in this checkpoint, and draws them at random)"
     )
 
 

@@ -80,7 +80,7 @@ class Verification:
             oracle, oracle_gradients = stock, stock_gradients
             others = [self._separate(self.model, sum_answers(stock, self.rows), one_batch=True)]
             if not lifted:
-                others.append(self._truth(stock, softmax_only=True))
+                others.append(self._truth(stock, attention_only=True))
             allowed = max(worst_error(stock, other) for other, _ in others)
             bound = worst_bound = max(LOGPROB_BOUND, FLOAT64_FACTOR * allowed)
             allowed = max(distance(stock_gradients, other)[0] for _, other in others)
@@ -154,12 +154,12 @@ class Verification:
             self.bar.update()
         return torch.cat(tokens), take_gradients(model)
 
-    def _truth(self, stock: Tensor, softmax_only: bool = False) -> tuple[Tensor, Gradients]:
-        """Log-probs and gradients of a wide copy, of which nothing, or no softmax, is rounded to float32 on the way."""
+    def _truth(self, stock: Tensor, attention_only: bool = False) -> tuple[Tensor, Gradients]:
+        """Log-probs and gradients of a wide copy; nothing in it, or no softmax of attention, is rounded to float32."""
         model = wide_copy(self.model)
         if not self.exact:
             self.report.settings["truth"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-        with Float64(softmax_only):
+        with Float64(attention_only):
             return self._separate(model, sum_answers(stock, self.rows))
 
     @torch.no_grad()
