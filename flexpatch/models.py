@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
-from flexpatch.errors import FlexpatchError, first_line
+from flexpatch.errors import FlexpatchError, UnsupportedModelError, first_line
 from flexpatch.patch import eager_experts
-from flexpatch.registry import adapter_for, adapters
+from flexpatch.registry import adapter_for, adapters, refused_types, unknown
 
 SAFE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -160,6 +161,35 @@ def _file(name: str, file: str) -> str | None:
         return cached_file(name, file)
     except OSError:
         return None
+
+
+def check_architecture(name: str) -> None:
+    """Refuse the name of an architecture that cannot be verified, before a hub is asked for a model of that name.
+
+    Args:
+        name: What a user asked for; names of models are none of this function's business.
+
+    Raises:
+        UnsupportedModelError: If no adapter serves the architecture ``name``, with the reason.
+        FlexpatchError: If one does, but the installed transformers does not.
+    """
+    if reason := refused_types().get(name):
+        raise UnsupportedModelError(f"model type '{name}': {reason}")
+    if name in CONFIG_MAPPING:
+        try:
+            config = CONFIG_MAPPING[name]()
+        except Exception:  # some have no configuration by default
+            raise unknown(name) from None
+        adapter_for(config)
+    elif name in adapters():
+        raise FlexpatchError(f"transformers {transformers.__version__} has no model type '{name}' yet: upgrade it")
+
+
+def similar_architecture(name: str) -> str | None:
+    """The architecture whose name is most like ``name``, if any is."""
+    plain = name.lower().replace("-", "_")
+    known = [*adapters(), *refused_types(), *CONFIG_MAPPING]
+    return next(iter(get_close_matches(plain, known, 1, cutoff=0.8)), None)
 
 
 def tiny_types() -> list[str]:

@@ -110,19 +110,49 @@ def adapters() -> dict[str, Adapter]:
     return {model_type: adapter for model_type, adapter in _adapters.items() if model_type in adapter.tiny}
 
 
+def refused_types() -> dict[str, str]:
+    """The model types that an adapter refuses in every configuration, with its reason."""
+    adapters()
+    return {
+        model_type: adapter.refused[model_type]
+        for model_type, adapter in _adapters.items()
+        if model_type in adapter.refused
+    }
+
+
 def decoder_config(config: Any) -> Any:
     """``config``, or the text configuration in that of a multimodal model.
 
     Raises:
-        UnsupportedModelError: If no adapter serves ``config.model_type``.
+        UnsupportedModelError: For an encoder-decoder, and for a multimodal model whose type no adapter serves. The
+            message says what can be done with its text model, or why nothing can.
     """
-    text = config.get_text_config()
-    if text is not config and config.model_type not in adapters():
+    model_type = config.model_type
+    if model_type in adapters():
+        return config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"model type '{config.model_type}' is a multimodal model, which no adapter serves; load its text model "
-            "instead, for example with AutoModelForCausalLM.from_pretrained(name, config=config.get_text_config())"
+            f"model type '{model_type}' is an encoder-decoder: its encoder sees a prompt whole, apart from the answer, "
+            "so no sequences begin alike. Train it unpatched"
         )
-    return text
+    try:
+        text = config.get_text_config()
+    except ValueError:  # transformers will not choose between several
+        raise UnsupportedModelError(
+            f"model type '{model_type}' is made of several text models, and no adapter serves it. Train it unpatched"
+        ) from None
+    if text is config or model_type in _adapters:
+        return config
+    kind = f"model type '{model_type}' is a multimodal model, which no adapter serves"
+    try:
+        adapter_for(text)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{kind}, and neither is its text model: {error}") from None
+    raise UnsupportedModelError(
+        f"{kind}; its text model is served: make text = AutoModelForCausalLM.from_config(config.get_text_config()), "
+        "and give it the state_dict() of the loaded model's language model and that of its head. (from_pretrained of "
+        "that class does not find the weights in this checkpoint, and draws them at random)"
+    )
 
 
 def adapter_for(config: Any) -> Adapter:
@@ -134,20 +164,24 @@ def adapter_for(config: Any) -> Adapter:
     Raises:
         UnsupportedModelError: If no adapter serves ``config.model_type``, or its adapter refuses this configuration.
     """
-    known = adapters()
     config = decoder_config(config)
     model_type = config.model_type
     adapter = _adapters.get(model_type)
     if adapter is None:
-        raise UnsupportedModelError(
-            f"no adapter for model type '{model_type}'; known: {', '.join(sorted(known))}. "
-            "Write one (adapters/llama.py is the shortest), flexpatch.register() it, "
-            f"and check it with 'python -m flexpatch.verify {model_type}'"
-        )
+        raise unknown(model_type)
     reason = adapter.refused.get(model_type) or adapter.reject(config) or _reject(config, adapter)
     if reason is not None:
         raise UnsupportedModelError(f"model type '{model_type}': {reason}")
     return adapter
+
+
+def unknown(model_type: str) -> UnsupportedModelError:
+    """The refusal of a type that no adapter mentions."""
+    return UnsupportedModelError(
+        f"no adapter for model type '{model_type}'; known: {', '.join(sorted(adapters()))}. "
+        "Write one (adapters/llama.py is the shortest), flexpatch.register() it, "
+        f"and check it with 'python -m flexpatch.verify {model_type}'"
+    )
 
 
 def ropes(config: Any) -> dict[str, Mapping[str, Any]]:
@@ -186,9 +220,8 @@ def support_table() -> str:
         windows = "–" if adapter.windows is no_windows else "exact"
         lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {adapter.limits or '–'} |")
     by_reason: dict[str, list[str]] = {}
-    for model_type, adapter in _adapters.items():
-        if reason := adapter.refused.get(model_type):
-            by_reason.setdefault(reason, []).append(f"`{model_type}`")
+    for model_type, reason in refused_types().items():
+        by_reason.setdefault(reason, []).append(f"`{model_type}`")
     lines += ["", "Refused, with the reason:", ""]
     lines += [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
     return "\n".join(lines)

@@ -15,8 +15,8 @@ import torch
 import transformers
 from torch import nn
 
-from flexpatch.errors import first_line
-from flexpatch.models import load_model, tiny_model, tiny_types
+from flexpatch.errors import FlexpatchError, UnsupportedModelError, first_line
+from flexpatch.models import check_architecture, load_model, similar_architecture, tiny_model, tiny_types
 from flexpatch.parity import Report, check_parity
 from flexpatch.registry import adapters
 
@@ -95,14 +95,29 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
     default = torch.bfloat16 if options.backend == "fa4" else default
     dtype = default if options.dtype == "auto" else getattr(torch, options.dtype)
     if not tiny:
-        trusted = dict(trust_remote_code=options.trust_remote_code, allow_pickle=options.allow_pickle)
-        yield options.model, load_model(options.model, dtype, **trusted).to(device)
+        yield options.model, _loaded(options, dtype).to(device)
         return
     for model_type in types:
         count = len(adapters()[model_type].tiny[model_type])
         for variant in range(count):
             model = tiny_model(model_type, variant, dtype=dtype, seed=options.seed).to(device)
             yield f"{model_type} (tiny random model {variant + 1} of {count})", model
+
+
+def _loaded(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
+    """The model of a hub, directory or file. A bare name may also have been meant for an architecture's."""
+    bare = not os.path.exists(options.model) and os.sep not in options.model
+    if bare:
+        check_architecture(options.model)
+    try:
+        return load_model(
+            options.model, dtype, trust_remote_code=options.trust_remote_code, allow_pickle=options.allow_pickle
+        )
+    except UnsupportedModelError:
+        raise
+    except FlexpatchError as error:
+        like = similar_architecture(options.model) if bare else None
+        raise FlexpatchError(f"{error}{f'; did you mean the architecture {like}?' if like else ''}") from error
 
 
 def _prepared(model: nn.Module, options: argparse.Namespace) -> nn.Module:

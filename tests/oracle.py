@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -13,17 +14,14 @@ from torch.nn import functional as F
 
 import flexpatch
 from flexpatch import Adapter, AnswerLogprobs, Rows, Tree
+from flexpatch.float64 import Float64
 from flexpatch.models import tiny_model, tiny_types
 from flexpatch.registry import adapters
+from flexpatch.trials import in_one_batch
+from flexpatch.verification import FLOAT64_FACTOR, GRADIENT_BOUND, LOGPROB_BOUND
 
-# Bounds in float64: log-probs in nats, the gradient relative to its norm.
-BOUNDS = (1e-10, 1e-6)
-# Some models compute in float32 within: the softmax of Gemma 2's eager attention, routers of experts.
-FLOAT32_BOUNDS = (1e-5, 1e-5)
-FLOAT32 = {
-    *("gemma2", "vaultgemma", "granite_swa", "granitemoe_swa"),
-    *("deepseek_v3", "glm4_moe", "glm4_moe_lite", "afmoe", "dots1", "exaone_moe", "minimax_m2", "solar_open"),
-}
+# Smallest bounds in float64: log-probs in nats, the gradient relative to its norm.
+BOUNDS = (LOGPROB_BOUND, GRADIENT_BOUND)
 # A broken mask must be at least this many bounds off.
 CONTROL = 1000
 
@@ -33,10 +31,6 @@ MODELS = [
     for model_type in tiny_types()
     for variant in range(len(adapters()[model_type].tiny[model_type]))
 ]
-
-
-def bounds_of(model_type: str) -> tuple[float, float]:
-    return FLOAT32_BOUNDS if model_type in FLOAT32 else BOUNDS
 
 
 def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:
@@ -106,10 +100,32 @@ class Result:
 
 @cache
 @torch.enable_grad()
-def oracle(model_type: str, variant: int) -> Result:
-    """An unpatched model that sees every answer with its prompt as a sequence of its own."""
+def oracle(model_type: str, variant: int, lifted: bool = False) -> Result:
+    """An unpatched model that sees every answer with its prompt as a sequence of its own.
+
+    ``lifted``: with no step of it in float32; what it is compared with must run under :class:`Float64` too.
+    """
     model = tiny_model(model_type, variant)
-    return Result.of(model, separate(model, trees()))
+    with Float64() if lifted else nullcontext():
+        return Result.of(model, separate(model, trees()))
+
+
+@cache
+@torch.enable_grad()
+def bounds_of(model_type: str, variant: int = 0, lifted: bool = False) -> tuple[float, float]:
+    """How far a patched model may be off its :func:`oracle`: ten times what the oracle is off itself, or a floor.
+
+    Its own error is what it shows in a batch of another shape and, not ``lifted``, in attention with a float64 softmax,
+    which is what FlexAttention has. Routers in float32 make it about 1e-7 nats, eager attention 1e-6.
+    """
+    model, true = tiny_model(model_type, variant), oracle(model_type, variant, lifted)
+    with Float64() if lifted else nullcontext():
+        own = [Result.of(model, in_one_batch(model, trees())).errors(true)]
+    if not lifted:
+        with Float64(attention_only=True):
+            own.append(Result.of(model, separate(model, trees())).errors(true))
+    logps, gradient = (FLOAT64_FACTOR * max(errors) for errors in zip(*own, strict=True))
+    return max(BOUNDS[0], logps), max(BOUNDS[1], gradient)
 
 
 def separate(model: nn.Module, samples: Sequence[Tree]) -> AnswerLogprobs:

@@ -21,7 +21,6 @@ import transformers
 from oracle import (
     BOUNDS,
     CONTROL,
-    FLOAT32_BOUNDS,
     Result,
     bounds_of,
     name,
@@ -581,7 +580,7 @@ class TrainingTest(unittest.TestCase):
         logps = flexpatch.answer_logprobs(model, self.rows)
         flexpatch.dpo_loss(logps.answers).loss.backward()
         grads = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
-        Result(logps.tokens.detach(), logps.answers.detach(), grads).matches(oracle("gemma2", 0), FLOAT32_BOUNDS)
+        Result(logps.tokens.detach(), logps.answers.detach(), grads).matches(oracle("gemma2", 0), bounds_of("gemma2"))
 
     @parameterized.expand(BACKENDS)
     @pytest.mark.usefixtures("flex_on_cpu")

@@ -1,0 +1,86 @@
+"""Float64 all the way: transformers' models round to float32 in places, whatever their own dtype."""
+
+import copy
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from flexpatch.errors import FlexpatchError
+from flexpatch.patch import dequantize, eager_experts
+
+SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax)
+# Dimensions of attention scores: batch, heads, queries, keys. A router's have two.
+SCORES = 4
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class Float64(TorchFunctionMode):
+    """Keeps float64 tensors float64: transformers' norms, ropes, routers and softmaxes ask for float32.
+
+    It does not hold within ``backward``, where checkpointed layers compute again: torch takes a mode off for the call.
+
+    Args:
+        attention_only: Leave everything but the softmax of attention as it is. FlexAttention's is in float64, where
+            that of a model's eager attention is in float32.
+    """
+
+    def __init__(self, attention_only: bool = False) -> None:
+        super().__init__()
+        self.attention_only = attention_only
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if not (args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64):
+            return func(*args, **kwargs)
+        lifts = not self.attention_only
+        if lifts and (func is Tensor.float or (func is Tensor.type and torch.float32 in args[1:])):
+            return args[0]
+        if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (lifts and func is Tensor.to):
+            args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        if lifts and func in PRODUCTS:  # ropes multiply by positions in float32
+            args = (args[0], args[1].to(torch.float64), *args[2:])
+        return func(*args, **kwargs)
+
+
+def wide_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in float64, without checkpointing; of a 16-bit one in float32, where memory asks for it.
+
+    Raises:
+        FlexpatchError: If none fits into memory.
+    """
+    parameters = list(model.parameters())
+    device, dtype = parameters[0].device, parameters[0].dtype
+    weights = sum(p.numel() * (2 if p.requires_grad else 1) for p in parameters)  # and gradients
+    free = _free_memory(device)
+    dtypes = [torch.float64] if dtype.itemsize > 2 else [torch.float64, torch.float32]
+    wide = next((each for each in dtypes if each.itemsize * weights < free), None)
+    if wide is None:
+        need = dtypes[-1].itemsize * weights
+        raise FlexpatchError(
+            f"a copy of the model in {dtypes[-1]}, with gradients, needs {need / 1e9:.1f} GB on {device}; "
+            f"{free / 1e9:.1f} are free: verify it with --lora, or a smaller model of the architecture"
+        )
+    copied = eager_experts(dequantize(copy.deepcopy(model)).to(wide))
+    if checkpoints(copied):
+        copied.gradient_checkpointing_disable()  # type: ignore[operator]
+    return copied
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Whether any layer of ``model`` is computed again in backward."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,97 @@
+"""What a verification runs: trees, their loss, the same sequences in other batches, rows broken on purpose, errors."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flexpatch.errors import FlexpatchError
+from flexpatch.logprobs import AnswerLogprobs
+from flexpatch.tree import Rows, Tree, lay_out
+
+BETA = 0.1
+
+Gradients = dict[str, Tensor]
+
+
+def sample_trees(reach: int, vocabulary: int, generator: torch.Generator) -> list[Tree]:
+    """Trees with uneven answers, one-token runs, a nested level, and answers that begin alike. The first prompt is
+    longer than ``reach``, so that windows cut it and index distances differ from position distances."""
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    prompt, chosen, rejected = ids(reach + 40), ids(29), ids(11)
+    # Nothing of the chosen answer is shared, so the leak check may change all of it.
+    rejected[0] = (chosen[0] - 2) % (vocabulary - 3) + 3
+    like = ids(6)
+    return [
+        Tree.of(prompt, chosen, rejected),
+        Tree.of(ids(1), ids(1), ids(35), ids(3)),
+        Tree(ids(12), [Tree(ids(5), [Tree(ids(4), [Tree(ids(6)), Tree(ids(7))], answer=False)], answer=True)]),
+        Tree.of(ids(17), like + ids(4), like + ids(9), like),
+    ]
+
+
+def in_one_batch(model: nn.Module, trees: Sequence[Tree]) -> AnswerLogprobs:
+    """What :func:`flexpatch.logprobs.separate_logprobs` computes one sequence at a time, in a batch of all sequences.
+
+    None is padded: each is continued with its own tokens to the length of the longest, and no token sees later ones.
+    """
+    layouts = [lay_out(tree, sample) for sample, tree in enumerate(trees)]
+    sequences = [torch.from_numpy(layout.ids[path]) for layout in layouts for path in layout.answers]
+    scored = [length for layout in layouts for length in layout.answer_lengths]
+    longest = max(map(len, sequences))
+    ids = torch.stack([sequence.repeat(-(-longest // len(sequence)))[:longest] for sequence in sequences])
+    logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    tokens = []
+    for logits_SV, sequence, count in zip(logits, sequences, scored, strict=True):
+        stop = len(sequence)
+        targets = sequence[stop - count :].to(logits_SV.device)
+        logps = logits_SV[stop - count - 1 : stop - 1].log_softmax(-1)
+        tokens.append(logps.gather(-1, targets[:, None])[:, 0])
+    return AnswerLogprobs(torch.stack([each.sum() for each in tokens]), torch.cat(tokens))
+
+
+def dpo(answers: Tensor, reference: Tensor) -> Tensor:
+    """DPO loss of one sample: its first answer chosen over each other, summed."""
+    rewards = BETA * (answers - reference.to(answers))
+    return -F.logsigmoid(rewards[:1] - rewards[1:]).sum()
+
+
+def whole_trees(rows: Rows) -> Tensor:
+    """The ends of naive packing, where every token of a tree sees all before it."""
+    roots = torch.where(rows.position_ids == 0, torch.arange(rows.ends.shape[1], device=rows.ends.device), 0)
+    return rows.ends.gather(-1, roots.cummax(-1).values)
+
+
+def worst_error(ours: Tensor, oracle: Tensor) -> float:
+    """The largest difference of log-probs, in nats."""
+    return float((ours.double() - oracle.double()).abs().max())
+
+
+def distance(ours: Gradients, oracle: Gradients) -> tuple[float, str]:
+    """||ours - oracle|| / ||oracle|| over all parameters together, and the parameter that adds most to it."""
+    squares = {name: float((ours[name].double() - oracle[name].double()).square().sum()) for name in oracle}
+    norm = sum(float(gradient.double().square().sum()) for gradient in oracle.values())
+    return math.sqrt(sum(squares.values()) / norm), max(squares, key=lambda name: squares[name])
+
+
+def take_gradients(model: nn.Module) -> Gradients:
+    """Gradients of all trainable parameters, moved to the CPU and cleared on the model."""
+    gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    if not gradients:
+        raise FlexpatchError("no parameter of the model got a gradient; unfreeze some, or add LoRA adapters")
+    return gradients
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises:
+    FlexpatchError: For a weight that is not finite, by its name.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise FlexpatchError(f"the weight '{name}' holds NaN or infinite values")
