@@ -47,6 +47,7 @@ from flexpatch.masks import bucket, mask_of
 from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
 from flexpatch.tree import Rows
+from flexpatch.tuners import check_tuners
 
 PREFIX = "flexpatch_"
 # No name may hold "flash": transformers would take it for FlashAttention, and pass no masks.
@@ -134,6 +135,7 @@ def apply(
             "or DeepSpeed for several), or pass backend='dense'"
         )
     check_quantization(inner)
+    check_tuners(model)
     layers = _layers(inner.base_model)
     if (compile or checkpointing is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")
