@@ -211,7 +211,8 @@ def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None
         raise FlexpatchError(
             f"the rows are on {rows.input_ids.device}, the model on {device}: pass rows.to(model.device)"
         )
-    check_mode(model)
+    if (reason := check_mode(model)) is not None:
+        raise FlexpatchError(f"rows cannot run {reason}")
     check_rows(config, rows)
     return _inputs(inner, rows, adapter or adapter_for(config))
 
@@ -465,8 +466,10 @@ class _RowHook:
             self.last = last = replace(last, key=key, arrays=arrays)
         if last.obstacle is not None:
             _warn_unfolded(last.obstacle)
+        if last.folded is not None and (reason := check_mode(backbone)) is not None:
+            _warn_unfolded(reason)
+            return None
         if last.folded is not None:
-            check_mode(backbone)
             rows, index, padding = last.folded
             # What is changed in place by hooks of others is this call's. Dense masks are too large to keep.
             masks = rows.masks if dtype is None else {}

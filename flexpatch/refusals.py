@@ -7,11 +7,14 @@ from torch import nn
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.registry import ropes
 from flexpatch.tree import Rows
-from flexpatch.tuners import refusal
+from flexpatch.tuners import as_given, refusal
 
 
-def check_mode(model: nn.Module) -> None:
+def check_mode(model: nn.Module) -> str | None:
     """Refuse modules that do not act on each token alone.
+
+    Returns:
+        Why this one call has to run as it is given (peft's hooks for it); ``None`` if it need not.
 
     Raises:
         UnsupportedModelError: For active dropout, NEFTune or router noise, peft adapters that look at more than one
@@ -19,6 +22,7 @@ def check_mode(model: nn.Module) -> None:
     """
     todo = [model]
     shares, reentrant = False, False
+    reason = None
     # Before every call, so it must cost little: attributes that a module lacks are slow to ask for, and so are names.
     while todo:
         module = todo.pop()
@@ -49,6 +53,8 @@ def check_mode(model: nn.Module) -> None:
             shares = shares or has.get("is_kv_shared_layer", False)
             if has.get("gradient_checkpointing"):
                 reentrant = reentrant or has["_gradient_checkpointing_func"].keywords.get("use_reentrant", False)
+        if has["_forward_hooks"] or has["_forward_pre_hooks"]:
+            reason = reason or as_given(module)
         # A folded batch is seen by the backbone alone, above which peft keeps its settings: layers must tell.
         if why := refusal(module):
             raise UnsupportedModelError(f"'{_name(model, module) or type(module).__name__}': {why}")
@@ -57,6 +63,7 @@ def check_mode(model: nn.Module) -> None:
             "this model's last layers use keys and values of earlier ones, which get no gradient through reentrant "
             "checkpointing, unpatched either: model.gradient_checkpointing_enable({'use_reentrant': False})"
         )
+    return reason
 
 
 def check_quantization(model: nn.Module) -> None:

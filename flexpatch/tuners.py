@@ -12,7 +12,18 @@ from flexpatch.errors import UnsupportedModelError
 EXACT = {
     *("ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA"),
     *("GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT"),
-    *("RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+    *(
+        "RANDLORA",
+        "ROAD",
+        "SHIRA",
+        "SUPERTUNING",
+        "TINYLORA",
+        "TRAINABLE_TOKENS",
+        "UNILORA",
+        "VBLORA",
+        "VERA",
+        "WAVEFT",
+    ),
 }
 _OWN_TOKENS = "puts tokens of its own in front of every sequence, which a row of several sequences has no place for"
 REFUSED = {
@@ -52,15 +63,30 @@ EXACT_INITS = {
 
 # Files of peft's LoRA whose layers were looked at. Those of quantizers add LoRA's product to the quantizer's own.
 LORA_FILES = {
-    *("aqlm", "arrow", "awq", "bnb", "dora", "eetq", "gptq", "hqq", "inc", "layer", "model", "te", "torchao", "variants"),
+    *(
+        "aqlm",
+        "arrow",
+        "awq",
+        "bnb",
+        "dora",
+        "eetq",
+        "gptq",
+        "hqq",
+        "inc",
+        "layer",
+        "model",
+        "te",
+        "torchao",
+        "variants",
+    ),
 }
 # What all tuners build on.
 _COMMON = {"_buffer_dict", "lycoris_utils", "mixed", "tuners_utils"}
 
 _UNKNOWN = "is unknown to this version of flexpatch, and nobody has shown that it acts on each token alone"
 _WAY_OUT = (
-    "Use one that does, such as LoRA, DoRA or VeRA (print(flexpatch.tuners.tuner_table()) lists all), or train this one "
-    "unpatched: flexpatch.remove(model)"
+    "Use one that does, such as LoRA, DoRA or VeRA (print(flexpatch.tuners.tuner_table()) lists all), or train this "
+    "one unpatched: flexpatch.remove(model)"
 )
 
 
@@ -95,9 +121,27 @@ def refusal(module: nn.Module) -> str | None:
         why = _layer_refusal(module)
     if why is None and (settings := has.get("peft_config") or has.get("_peft_config")):
         why = next(filter(None, (_settings_refusal(name, each) for name, each in settings.items())), None)
-    if why is None and has["_forward_hooks"]:
-        why = next(filter(None, map(_hook_refusal, has["_forward_hooks"].values())), None)
     return why
+
+
+def as_given(module: nn.Module) -> str | None:
+    """What of peft's is at work on one module for the length of a call, or a few, that must then run as they are given.
+
+    Args:
+        module: Any module; its children are not looked at.
+
+    Returns:
+        The reason, as in "batches that run as given: ..."; ``None`` if there is none.
+    """
+    has = module.__dict__
+    for hook in has["_forward_pre_hooks"].values():
+        if "adapter_names" in (getattr(hook, "keywords", None) or {}):
+            return "with adapter_names, which give each sequence an adapter of its own"
+    for hook in has["_forward_hooks"].values():
+        # EVA and CorDA start LoRA's weights from the inputs of layers, of which a row holds each shared token once.
+        if str(getattr(hook, "__module__", None)).startswith("peft.tuners."):
+            return f"while {hook.__module__} collects the inputs of layers"
+    return None
 
 
 @cache
@@ -109,8 +153,9 @@ def _judge(kind: type) -> tuple[bool, str | None]:
     owner = next(each for each in kind.__mro__ if "forward" in vars(each))
     path = owner.__module__.split(".")
     layer = f"{kind.__module__}.{kind.__qualname__}"
-    if owner is nn.Module or (path[0] == "peft" and (path[1] != "tuners" or path[2] in _COMMON)):
-        return True, None  # a container, or a wrapper that leaves it to layers
+    plain = path[0] == "torch" and (owner is nn.Module or kind.__module__.startswith("peft."))
+    if plain or (path[0] == "peft" and (path[1] != "tuners" or path[2] in _COMMON)):
+        return True, None  # containers, torch's layers by another name, and wrappers that leave it to layers
     if path[0] != "peft":
         return True, f"the layer {layer}, which builds on peft's, {_UNKNOWN}. {_WAY_OUT}"
     if any(each.__name__ == "Conv1d" for each in kind.__mro__):
@@ -147,34 +192,14 @@ def _layer_refusal(layer: nn.Module) -> str | None:
         velora = (has.get("lora_velora_init_type") or {}).get(adapter)
         if not (exact or (name == "VeloraLinearVariant" and velora in EXACT_VELORA)):
             return f"peft adapter '{adapter}' (LoRA's {name}) {REFUSED_VARIANTS.get(name, _UNKNOWN)}. {_WAY_OUT}"
-    for hook in has["_forward_pre_hooks"].values():
-        if "adapter_names" in (getattr(hook, "keywords", None) or {}):
-            return (
-                "adapter_names gives each sequence of a batch an adapter of its own, and a row holds several sequences. "
-                "Make such calls after flexpatch.apply(model, fold=False)"
-            )
     # torch's own Dropout is looked for in all modules.
-    rates = {name: rate for name in ("module_dropout", "rank_dropout") for rate in _rates(has.get(name))}
+    rates = {name: has[name] for name in ("module_dropout", "rank_dropout") if isinstance(has.get(name), dict)}
     if type(layer).__name__.startswith("MultiplicativeDropout"):
-        rates["p"] = has["p"]
-    if layer.training and any(rates.values()):
-        return f"peft's dropout {rates} is active: it is drawn once for all answers of a call. Set it to 0.0"
+        rates["p"] = {"": has["p"]}
+    active = {name: max(rate.values(), default=0.0) for name, rate in rates.items() if any(rate.values())}
+    if layer.training and active:
+        return f"peft's dropout {active} is active, which is drawn once for all answers of a call. Set it to 0.0"
     return None
-
-
-def _rates(rates: Any) -> list[float]:
-    return [max(rates.values(), default=0.0)] if isinstance(rates, dict) else []
-
-
-def _hook_refusal(hook: Any) -> str | None:
-    """What speaks against a forward hook: EVA and CorDA start LoRA's weights from the layers' inputs."""
-    module = str(getattr(hook, "__module__", None))
-    if not module.startswith("peft.tuners."):
-        return None
-    return (
-        f"{module} collects the inputs of layers, of which a row holds each shared token once. Start the adapters before "
-        "flexpatch.apply(model), or after flexpatch.remove(model)"
-    )
 
 
 def tuner_table() -> str:
@@ -188,6 +213,6 @@ def tuner_table() -> str:
     rows.sort()
     variants = [(f"LORA: {name.removesuffix('Variant')}", "exact", "") for name in sorted(EXACT_VARIANTS)]
     variants += [(f"LORA: {name.removesuffix('Variant')}", "refused", why) for name, why in REFUSED_VARIANTS.items()]
-    rows += sorted(variants) + [("anything else", "refused", _UNKNOWN)]
+    rows += [*sorted(variants), ("anything else", "refused", _UNKNOWN)]
     lines = [f"| {tuner} | {verdict} | {why} |" for tuner, verdict, why in rows]
     return "\n".join(["| peft's name | packed rows and folded batches | why |", "|---|---|---|", *lines])

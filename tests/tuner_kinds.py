@@ -13,7 +13,8 @@ import numpy as np
 import peft
 import torch
 from oracle import random_ids
-from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import BdLoraConfig, MontecloraConfig
 from peft.tuners.lora.config import ArrowConfig, CordaConfig
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
@@ -30,16 +31,16 @@ TREES = [Tree.of(PROMPT, *RUNS[:3]), Tree.of(RUNS[3], *RUNS[4:])]
 SEEN = [PROMPT[0], PROMPT[5], RUNS[0][0], RUNS[4][2]]  # tokens that occur
 
 
-def of(config: type, **settings: Any) -> Maker:
-    """A model with the adapters of one configuration."""
+def of(config: str, **settings: Any) -> Maker:
+    """A model with the adapters of one of peft's configurations."""
     given = dict(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM") | settings
     if given["target_modules"] is None:
         del given["target_modules"]
-    return lambda base: peft.get_peft_model(base, config(**copy.deepcopy(given)))
+    return lambda base: peft.get_peft_model(base, getattr(peft, config)(**copy.deepcopy(given)))
 
 
 def lora(**settings: Any) -> Maker:
-    return of(peft.LoraConfig, **dict(r=4) | settings)
+    return of("LoraConfig", **dict(r=4) | settings)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -49,7 +50,9 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def eva(base: nn.Module) -> nn.Module:
-    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0))
+    settings = peft.LoraConfig(
+        r=2, target_modules=["q_proj"], init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0)
+    )
     model = peft.get_peft_model(base, settings)
     peft.initialize_lora_eva_weights(model, [batch()] * 8, show_progress_bar=False)
     return model
@@ -92,7 +95,7 @@ def adamss(base: nn.Module, **settings: Any) -> nn.Module:
 
     cluster.KMeans = KMeans  # type: ignore[attr-defined]
     with mock.patch.dict(sys.modules, {"sklearn": sklearn, "sklearn.cluster": cluster}):
-        model = of(peft.AdamssConfig, r=8, num_subspaces=2, **settings)(base)
+        model = of("AdamssConfig", r=8, num_subspaces=2, **settings)(base)
     for layer in model.modules():
         if "adamss_A" in layer._modules:
             layer.dtype = torch.float64
@@ -140,40 +143,39 @@ def added(base: nn.Module) -> nn.Module:
     return base
 
 
-
 ONE = dict(target_modules=["q_proj"])
 VIRTUAL = dict(num_virtual_tokens=4, target_modules=None)
 
 # Proven. A kind's name begins with peft's name of its tuner.
 EXACT: dict[str, Maker] = {
-    "ADALORA": of(peft.AdaLoraConfig, init_r=4, total_step=10),
+    "ADALORA": of("AdaLoraConfig", init_r=4, total_step=10),
     "ADAMSS": adamss,
     "ADAMSS dynamic": lambda base: adamss(base, use_dynamic_rank=True, use_asa=True),
-    "ADAPTION_PROMPT": of(peft.AdaptionPromptConfig, adapter_len=4, adapter_layers=2, target_modules=None),
-    "BEFT": of(peft.BeftConfig),
-    "BOFT": of(peft.BOFTConfig),
-    "BOFT butterfly": of(peft.BOFTConfig, boft_n_butterfly_factor=2, bias="all"),
-    "C3A": of(peft.C3AConfig, block_size=16),
-    "DEFT relu": of(peft.DeftConfig, r=4),
-    "DEFT qr": of(peft.DeftConfig, r=4, decomposition_method="qr", alpha=8),
-    "DEFT para": of(peft.DeftConfig, r=4, para=True),
-    "DELORA": of(peft.DeloraConfig, r=4, delora_lambda=2),
-    "FOURIERFT": of(peft.FourierFTConfig, n_frequency=20, scaling=20.0),
-    "FROD": of(peft.FrodConfig, progressbar=False, **ONE),
-    "GLORA": of(peft.GloraConfig, r=4),
-    "GLORA vector": of(peft.GloraConfig, config_A_B="vector", config_C="vector", config_D_E="vector"),
-    "GLORA constant": of(peft.GloraConfig, config_A_B="constant", config_C="none", config_D_E="none"),
-    "GRALORA": of(peft.GraloraConfig, r=4, alpha=4),
-    "GRALORA hybrid": of(peft.GraloraConfig, r=4, hybrid_r=2, alpha=4),
-    "HIRA": of(peft.HiraConfig, r=4),
-    "HIRA embeddings": of(peft.HiraConfig, r=4, target_modules=["embed_tokens"]),
-    "HRA": of(peft.HRAConfig, r=4),
-    "HRA GS": of(peft.HRAConfig, r=4, apply_GS=True),
-    "IA3": of(peft.IA3Config, target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
-    "LN_TUNING": of(peft.LNTuningConfig, target_modules=None),
-    "LOHA": of(peft.LoHaConfig),
-    "LOKR": of(peft.LoKrConfig),
-    "LOKR both": of(peft.LoKrConfig, decompose_both=True, decompose_factor=4),
+    "ADAPTION_PROMPT": of("AdaptionPromptConfig", adapter_len=4, adapter_layers=2, target_modules=None),
+    "BEFT": of("BeftConfig"),
+    "BOFT": of("BOFTConfig"),
+    "BOFT butterfly": of("BOFTConfig", boft_n_butterfly_factor=2, bias="all"),
+    "C3A": of("C3AConfig", block_size=16),
+    "DEFT": of("DeftConfig", r=4),
+    "DEFT qr": of("DeftConfig", r=4, decomposition_method="qr", alpha=8),
+    "DEFT para": of("DeftConfig", r=4, para=True),
+    "DELORA": of("DeloraConfig", r=4, delora_lambda=2),
+    "FOURIERFT": of("FourierFTConfig", n_frequency=20, scaling=20.0),
+    "FROD": of("FrodConfig", progressbar=False, **ONE),
+    "GLORA": of("GloraConfig", r=4),
+    "GLORA vector": of("GloraConfig", config_A_B="vector", config_C="vector", config_D_E="vector"),
+    "GLORA constant": of("GloraConfig", config_A_B="constant", config_C="none", config_D_E="none"),
+    "GRALORA": of("GraloraConfig", r=4, alpha=4),
+    "GRALORA hybrid": of("GraloraConfig", r=4, hybrid_r=2, alpha=4),
+    "HIRA": of("HiraConfig", r=4),
+    "HIRA embeddings": of("HiraConfig", r=4, target_modules=["embed_tokens"]),
+    "HRA": of("HRAConfig", r=4),
+    "HRA GS": of("HRAConfig", r=4, apply_GS=True),
+    "IA3": of("IA3Config", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "LN_TUNING": of("LNTuningConfig", target_modules=None),
+    "LOHA": of("LoHaConfig"),
+    "LOKR": of("LoKrConfig"),
+    "LOKR both": of("LoKrConfig", decompose_both=True, decompose_factor=4),
     "LORA": lora(target_modules="all-linear"),
     "LORA rslora": lora(use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 5}),
     "LORA bias": lora(lora_bias=True, bias="all"),
@@ -191,7 +193,7 @@ EXACT: dict[str, Maker] = {
     "LORA bdlora": lora(
         use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["down_proj"], nblocks=2)
     ),
-    "LORA kasa": lora(kasa_config=KasaConfig()),
+    "LORA kasa": lambda base: lora(kasa_config=peft.tuners.lora.KasaConfig())(base),
     "LORA velora random": lora(velora_config=peft.VeloraConfig(num_groups=4, init_type="random")),
     "LORA arrow": arrow,
     **{f"LORA init {start}": lora(init_lora_weights=start) for start in (False, "gaussian", "olora", "orthogonal")},
@@ -204,51 +206,51 @@ EXACT: dict[str, Maker] = {
     "LORA and LOHA mixed": mixed,
     "LORA injected": injected,
     "LORA added by transformers": added,
-    "MISS": of(peft.MissConfig, r=4),
-    "MISS bat": of(peft.MissConfig, r=4, init_weights="bat", **ONE),
-    "MISS mini": of(peft.MissConfig, r=4, mini_r=4, init_weights="mini", **ONE),
-    "OFT": of(peft.OFTConfig, oft_block_size=8),
-    "OFT cayley": of(peft.OFTConfig, oft_block_size=8, use_cayley_neumann=False, block_share=True),
-    "OFT coft": of(peft.OFTConfig, oft_block_size=8, coft=True, eps=1e-2),
-    "OFT embeddings": of(peft.OFTConfig, oft_block_size=8, target_modules=["embed_tokens"]),
-    "OSF": of(peft.OSFConfig, effective_rank=8),
-    "PEANUT": of(peft.PeanutConfig, r=4, depth=1),
-    "PSOFT": of(peft.PsoftConfig, r=4),
-    "PSOFT pissa": of(peft.PsoftConfig, r=4, ab_svd_init="pissa_init", psoft_svd="lowrank", use_cayley_neumann=True),
-    "PSOFT free": of(peft.PsoftConfig, r=4, psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False),
-    "RANDLORA": of(peft.RandLoraConfig, r=4, randlora_alpha=4),
-    "RANDLORA sparse": of(peft.RandLoraConfig, r=4, randlora_alpha=4, sparse=True),
-    "ROAD 1": of(peft.RoadConfig, group_size=4),
-    "ROAD 2": of(peft.RoadConfig, group_size=4, variant="road_2"),
-    "ROAD 4": of(peft.RoadConfig, group_size=4, variant="road_4"),
-    "SHIRA": of(peft.ShiraConfig, r=4),
-    "SUPERTUNING": of(peft.SupertuningConfig),
-    "SUPERTUNING supra": of(peft.SupertuningConfig, r=4, select_top=False),
-    "TINYLORA": of(peft.TinyLoraConfig, weight_tying=0.5),
-    "TINYLORA embeddings": of(peft.TinyLoraConfig, target_modules=["embed_tokens", "q_proj"]),
-    "TRAINABLE_TOKENS": of(peft.TrainableTokensConfig, token_indices=SEEN, target_modules=["embed_tokens"]),
-    "UNILORA": of(peft.UniLoraConfig),
-    "VBLORA": of(peft.VBLoRAConfig, vector_length=16, num_vectors=8, **ONE),
-    "VERA": of(peft.VeraConfig, r=4, **ONE),
-    "WAVEFT": of(peft.WaveFTConfig, n_frequency=20, scaling=2.0),
-    "WAVEFT plain": of(peft.WaveFTConfig, n_frequency=20, scaling=2.0, use_idwt=False, proportional_parameters=True),
+    "MISS": of("MissConfig", r=4),
+    "MISS bat": of("MissConfig", r=4, init_weights="bat", **ONE),
+    "MISS mini": of("MissConfig", r=4, mini_r=4, init_weights="mini", **ONE),
+    "OFT": of("OFTConfig", oft_block_size=8),
+    "OFT cayley": of("OFTConfig", oft_block_size=8, use_cayley_neumann=False, block_share=True),
+    "OFT coft": of("OFTConfig", oft_block_size=8, coft=True, eps=1e-2),
+    "OFT embeddings": of("OFTConfig", oft_block_size=8, target_modules=["embed_tokens"]),
+    "OSF": of("OSFConfig", effective_rank=8),
+    "PEANUT": of("PeanutConfig", r=4, depth=1),
+    "PSOFT": of("PsoftConfig", r=4),
+    "PSOFT pissa": of("PsoftConfig", r=4, ab_svd_init="pissa_init", psoft_svd="lowrank", use_cayley_neumann=True),
+    "PSOFT free": of("PsoftConfig", r=4, psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False),
+    "RANDLORA": of("RandLoraConfig", r=4, randlora_alpha=4),
+    "RANDLORA sparse": of("RandLoraConfig", r=4, randlora_alpha=4, sparse=True),
+    "ROAD": of("RoadConfig", group_size=4),
+    "ROAD 2": of("RoadConfig", group_size=4, variant="road_2"),
+    "ROAD 4": of("RoadConfig", group_size=4, variant="road_4"),
+    "SHIRA": of("ShiraConfig", r=4),
+    "SUPERTUNING": of("SupertuningConfig"),
+    "SUPERTUNING supra": of("SupertuningConfig", r=4, select_top=False),
+    "TINYLORA": of("TinyLoraConfig", weight_tying=0.5),
+    "TINYLORA embeddings": of("TinyLoraConfig", target_modules=["embed_tokens", "q_proj"]),
+    "TRAINABLE_TOKENS": of("TrainableTokensConfig", token_indices=SEEN, target_modules=["embed_tokens"]),
+    "UNILORA": of("UniLoraConfig"),
+    "VBLORA": of("VBLoRAConfig", vector_length=16, num_vectors=8, **ONE),
+    "VERA": of("VeraConfig", r=4, **ONE),
+    "WAVEFT": of("WaveFTConfig", n_frequency=20, scaling=2.0),
+    "WAVEFT plain": of("WaveFTConfig", n_frequency=20, scaling=2.0, use_idwt=False, proportional_parameters=True),
 }
 
 # Refused, each with a part of the reason.
 REFUSED: dict[str, tuple[Maker, str]] = {
-    "CARTRIDGE": (of(peft.CartridgeConfig, **VIRTUAL), "tokens of its own"),
+    "CARTRIDGE": (of("CartridgeConfig", **VIRTUAL), "tokens of its own"),
     "CPT": (
-        of(peft.CPTConfig, cpt_token_ids=[4, 5], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], target_modules=None),
+        of("CPTConfig", cpt_token_ids=[4, 5], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2], target_modules=None),
         "tokens of its own",
     ),
-    "LILY": (of(peft.LilyConfig, r=4, **ONE), "averages its router"),
-    "MULTITASK_PROMPT_TUNING": (of(peft.MultitaskPromptTuningConfig, num_tasks=2, **VIRTUAL), "tokens of its own"),
-    "POLY": (of(peft.PolyConfig, n_tasks=2), "a task for each sequence"),
-    "PREFIX_TUNING": (of(peft.PrefixTuningConfig, **VIRTUAL), "tokens of its own"),
-    "PROMPT_TUNING": (of(peft.PromptTuningConfig, **VIRTUAL), "tokens of its own"),
-    "PVERA": (of(peft.PveraConfig, r=4, **ONE), "draws noise for each token"),
-    "P_TUNING": (of(peft.PromptEncoderConfig, encoder_hidden_size=16, **VIRTUAL), "tokens of its own"),
-    "SHADOW": (of(peft.ShadowConfig, shadow_dropout=0.0, target_modules=None), "runs a second model"),
+    "LILY": (of("LilyConfig", r=4, **ONE), "averages its router"),
+    "MULTITASK_PROMPT_TUNING": (of("MultitaskPromptTuningConfig", num_tasks=2, **VIRTUAL), "tokens of its own"),
+    "POLY": (of("PolyConfig", n_tasks=2), "a task for each sequence"),
+    "PREFIX_TUNING": (of("PrefixTuningConfig", **VIRTUAL), "tokens of its own"),
+    "PROMPT_TUNING": (of("PromptTuningConfig", **VIRTUAL), "tokens of its own"),
+    "PVERA": (of("PveraConfig", r=4, **ONE), "draws noise for each token"),
+    "P_TUNING": (of("PromptEncoderConfig", encoder_hidden_size=16, **VIRTUAL), "tokens of its own"),
+    "SHADOW": (of("ShadowConfig", shadow_dropout=0.0, target_modules=None), "runs a second model"),
     "LORA aLoRA": (lora(alora_invocation_tokens=[PROMPT[3]]), "invocation tokens"),
     "LORA Monteclora": (lora(monteclora_config=MontecloraConfig(sample_scaler=0.1, buffer_size=4)), "draws noise"),
     "LORA Velora": (lora(velora_config=peft.VeloraConfig(num_groups=4)), "init_type='random'"),
@@ -257,6 +259,13 @@ REFUSED: dict[str, tuple[Maker, str]] = {
         "init_type='random'",
     ),
 }
+
+
+if "kasa_config" not in {field.name for field in dataclasses.fields(peft.LoraConfig)}:  # older than peft 0.21
+    del EXACT["LORA kasa"]
+KNOWN = {peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING}
+EXACT = {kind: maker for kind, maker in EXACT.items() if kind.split()[0] in KNOWN}
+REFUSED = {kind: refused for kind, refused in REFUSED.items() if kind.split()[0] in KNOWN}
 
 
 @cache
