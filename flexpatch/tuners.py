@@ -1,6 +1,5 @@
 """Which adapters of peft act on each token alone: decided by the names in peft's registry, refused unless known."""
 
-from functools import cache
 from typing import Any
 
 from torch import nn
@@ -116,7 +115,7 @@ def refusal(module: nn.Module) -> str | None:
         What the adapter does, and what to do about it; ``None`` if the module is exact.
     """
     has = module.__dict__
-    adapts, why = _judge(type(module))
+    adapts, why = _verdict(type(module))
     if adapts and why is None:
         why = _layer_refusal(module)
     if why is None and (settings := has.get("peft_config") or has.get("_peft_config")):
@@ -144,7 +143,16 @@ def as_given(module: nn.Module) -> str | None:
     return None
 
 
-@cache
+_verdicts: dict[type, tuple[bool, str | None]] = {}
+
+
+def _verdict(kind: type) -> tuple[bool, str | None]:
+    """What :func:`_judge` said of a class, which is asked but once."""
+    if kind not in _verdicts:
+        _verdicts[kind] = _judge(kind)
+    return _verdicts[kind]
+
+
 def _judge(kind: type) -> tuple[bool, str | None]:
     """Whether a class is peft's or builds on it, and what speaks against the class."""
     if not any(each.__module__.startswith("peft.") for each in kind.__mro__):
@@ -184,7 +192,7 @@ def _layer_refusal(layer: nn.Module) -> str | None:
     has = layer.__dict__
     # X-LoRA puts methods of its own in the place of forward.
     forward = getattr(has.get("forward"), "__self__", layer)
-    if forward is not layer and (why := _judge(type(forward))[1]):
+    if forward is not layer and (why := _verdict(type(forward))[1]):
         return why
     for adapter, variant in (has.get("lora_variant") or {}).items():
         name = type(variant).__name__

@@ -636,8 +636,8 @@ class RefusalTest(unittest.TestCase):
             (
                 "activated_lora",
                 peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[4]),
-                r"layers.\d.self_attn.q_proj': peft adapter 'default' \(LoRA's ALoraLinearVariant\) switches on behind its "
-                "invocation tokens, of which it finds one in a row. Use one that does",
+                r"layers.\d.self_attn.q_proj': peft adapter 'default' \(LoRA's ALoraLinearVariant\) switches on behind "
+                "its invocation tokens, of which it finds one in a row. Use one that does",
             ),
             # Put tokens of their own in front of every row.
             (

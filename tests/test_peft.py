@@ -1,4 +1,4 @@
-"""Adapters of peft on several architectures, in eval mode and on trees of all shapes; ``test_tuners.py`` has the rest."""
+"""Adapters of peft on several architectures, in eval mode, on trees of all shapes; ``test_tuners.py`` has the rest."""
 
 import copy
 from typing import Any
