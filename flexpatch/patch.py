@@ -60,6 +60,7 @@ from flexpatch.masks import bucket, mask_of
 from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
 from flexpatch.tree import Rows
+from flexpatch.tuners import check_tuners
 
 PREFIX = "flexpatch_"
 # No name may hold "flash": transformers would take it for FlashAttention, and pass no masks.
@@ -156,6 +157,7 @@ def apply(
             "or DeepSpeed for several), or pass backend='dense'"
         )
     check_quantization(inner)
+    check_tuners(model)
     layers = _layers(inner.base_model)
     if (compile or checkpointing is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")
@@ -257,7 +259,8 @@ def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None
         raise FlexpatchError(
             f"the rows are on {rows.input_ids.device}, the model on {device}: pass rows.to(model.device)"
         )
-    check_mode(model)
+    if (reason := check_mode(model)) is not None:
+        raise FlexpatchError(f"rows cannot run {reason}")
     check_rows(config, rows)
     return _inputs(inner, rows, adapter or adapter_for(config))
 
@@ -537,8 +540,10 @@ class _RowHook:
         if watched or last is None or last.key != key or not np.array_equal(last.arrays, arrays):
             last = self._folded(backbone, config, arrays, present, dtype, device)
             self.last = last = replace(last, key=key, arrays=arrays)
+        if last.folded is not None and (reason := check_mode(backbone)) is not None:
+            self.given(call, reason)
+            return call
         if last.folded is not None:
-            check_mode(backbone)
             rows, index, padding = last.folded
             folded = call | dict.fromkeys(IGNORED & call.keys()) | _inputs(backbone, rows, adapter_for(config))
             if dtype is not None:

@@ -7,25 +7,29 @@ from torch import nn
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.registry import ropes
 from flexpatch.tree import Rows
-
-# peft layers that see more than one token, or draw noise for each.
-WHOLE_ROW_LAYERS = {"peft.tuners.adaption_prompt.layer", "peft.tuners.pvera.layer"}
+from flexpatch.tuners import as_given, refusal
 
 
-def check_mode(model: nn.Module) -> None:
+def check_mode(model: nn.Module) -> str | None:
     """Refuse modules that do not act on each token alone.
 
+    Returns:
+        Why this one call has to run as it is given (peft's hooks for it); ``None`` if it need not.
+
     Raises:
-        UnsupportedModelError: For active dropout, NEFTune or router noise, peft adapters that look at whole rows, or
-            reentrant checkpointing of layers that share keys and values.
+        UnsupportedModelError: For active dropout, NEFTune or router noise, peft adapters that look at more than one
+            token, or reentrant checkpointing of layers that share keys and values.
     """
     todo = [model]
     shares, reentrant = False, False
+    reason = None
     # Before every call, so it must cost little: attributes that a module lacks are slow to ask for, and so are names.
     while todo:
         module = todo.pop()
         has = module.__dict__
         todo += [child for child in has["_modules"].values() if child is not None]
+        if type(module).__module__ == "torch.nn.modules.container":
+            continue  # half of all modules under LoRA
         if module.training:
             # Layers keep the rate they were built with, whatever the configuration says by now.
             functional = has.get("attention_dropout") or has.get("residual_dropout")
@@ -49,20 +53,17 @@ def check_mode(model: nn.Module) -> None:
             shares = shares or has.get("is_kv_shared_layer", False)
             if has.get("gradient_checkpointing"):
                 reentrant = reentrant or _is_reentrant(has.get("_gradient_checkpointing_func"))
-        if type(module).__module__ in WHOLE_ROW_LAYERS:
-            raise _whole_rows(f"'{_name(model, module)}' ({type(module).__name__})")
-        for adapter, settings in (has.get("peft_config") or has.get("_peft_config") or {}).items():
-            if settings.is_prompt_learning or getattr(settings, "alora_invocation_tokens", None):
-                raise _whole_rows(f"'{adapter}' ({settings.peft_type})")
-        # A folded batch is seen by the backbone alone, above which peft keeps its settings.
-        for adapter, variant in has.get("lora_variant", {}).items():
-            if type(variant).__name__.startswith("ALora"):
-                raise _whole_rows(f"'{adapter}' (aLoRA)")
+        if has["_forward_hooks"] or has["_forward_pre_hooks"]:
+            reason = reason or as_given(module)
+        # A folded batch is seen by the backbone alone, above which peft keeps its settings: layers must tell.
+        if why := refusal(module):
+            raise UnsupportedModelError(f"'{_name(model, module) or type(module).__name__}': {why}")
     if shares and reentrant:
         raise UnsupportedModelError(
             "this model's last layers use keys and values of earlier ones, which get no gradient through reentrant "
             "checkpointing, unpatched either: model.gradient_checkpointing_enable({'use_reentrant': False})"
         )
+    return reason
 
 
 def _is_reentrant(function: Any) -> bool:
@@ -100,13 +101,6 @@ def check_quantization(model: nn.Module) -> None:
 
 def _name(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def _whole_rows(adapter: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"peft adapter {adapter} adds tokens to a row, looks for some in it, or draws noise, once for all answers. Use "
-        "one that acts on each token alone, such as LoRA"
-    )
 
 
 def check_rows(config: Any, rows: Rows) -> None:

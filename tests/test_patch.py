@@ -632,17 +632,32 @@ class RefusalTest(unittest.TestCase):
     @parameterized.expand(
         [
             # Switches on behind an invocation in input_ids, of which it finds one a row: wrong by 0.02 nat in silence.
-            ("activated_lora", peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[4])),
+            (
+                "activated_lora",
+                peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[4]),
+                r"layers.\d.self_attn.q_proj': peft adapter 'default' \(LoRA's ALoraLinearVariant\) switches on behind "
+                "its invocation tokens, of which it finds one in a row. Use one that does",
+            ),
             # Put tokens of their own in front of every row.
-            ("prompt_tuning", peft.PromptTuningConfig(num_virtual_tokens=4)),
-            ("prefix_tuning", peft.PrefixTuningConfig(num_virtual_tokens=4)),
+            (
+                "prompt_tuning",
+                peft.PromptTuningConfig(num_virtual_tokens=4),
+                r"peft adapter 'default' \(PROMPT_TUNING\) puts tokens of its own in front of every sequence",
+            ),
+            (
+                "prefix_tuning",
+                peft.PrefixTuningConfig(num_virtual_tokens=4),
+                r"peft adapter 'default' \(PREFIX_TUNING\) puts tokens of its own in front of every sequence",
+            ),
         ]
     )
-    def test_adapters_that_look_at_whole_rows(self, _: str, config: peft.PeftConfig) -> None:
+    def test_adapters_that_look_at_whole_rows(self, _: str, config: peft.PeftConfig, reason: str) -> None:
+        """Whether they are there at apply or come later."""
         config.task_type = "CAUSAL_LM"
-        with pytest.raises(UnsupportedModelError, match=r"peft|adapter"):
-            model = flexpatch.apply(peft.get_peft_model(tiny_model("llama"), config).eval())
-            flexpatch.answer_logprobs(model, self.rows)
+        with pytest.raises(UnsupportedModelError, match=reason):
+            flexpatch.apply(peft.get_peft_model(tiny_model("llama"), config))
+        model = peft.get_peft_model(flexpatch.apply(tiny_model("llama")), config).eval()
+        self.refused(model, reason, error=UnsupportedModelError)
 
     def test_attention_dropout_set_after_apply(self) -> None:
         model = flexpatch.apply(tiny_model("llama"))

@@ -1,4 +1,4 @@
-"""Adapters of peft beyond plain LoRA, and what else is trained: packed rows, folded batches against separate runs."""
+"""Adapters of peft on several architectures, in eval mode, on trees of all shapes; ``test_tuners.py`` has the rest."""
 
 import copy
 from typing import Any
@@ -23,31 +23,12 @@ def lora(**settings: Any) -> peft.PeftConfig:
 
 KINDS: dict[str, tuple[str, peft.PeftConfig]] = {
     "lora": ("llama", lora()),
-    "rslora": ("llama", lora(use_rslora=True)),
     "dora": ("llama", lora(use_dora=True)),
     "dora of windows": ("gemma3_text", lora(use_dora=True)),
     "lora bias": ("qwen2", lora(lora_bias=True, bias="all")),
-    "lora of embeddings and head": ("llama", lora(target_modules=["embed_tokens", "q_proj", "down_proj", "lm_head"])),
-    "dora of embeddings and head": (
-        "llama",
-        lora(use_dora=True, target_modules=["embed_tokens", "q_proj", "down_proj", "lm_head"]),
-    ),
-    "embeddings and head trained": ("llama", lora(modules_to_save=["embed_tokens", "lm_head"])),
     "norms trained": ("qwen3", lora(modules_to_save=["input_layernorm", "norm"])),
-    "new tokens trained": ("llama", lora(trainable_token_indices={"embed_tokens": [4, 5, 6]})),
     "tied head trained": ("gemma", lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
-    "layers repeated": ("llama", lora(layer_replication=[[0, 3], [1, 4]])),
     "experts": ("mixtral", lora(target_modules=["q_proj", "v_proj"], target_parameters=["mlp.experts.gate_up_proj"])),
-    "ia3": (
-        "llama",
-        peft.IA3Config(
-            task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
-        ),
-    ),
-    "vera": ("llama", peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")),
-    "loha": ("llama", peft.LoHaConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")),
-    "oft": ("llama", peft.OFTConfig(oft_block_size=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")),
-    "norm tuning": ("llama", peft.LNTuningConfig(task_type="CAUSAL_LM")),
 }
 
 
