@@ -44,7 +44,8 @@ from flexpatch.compiled import check_forwards, compile_layers, restore_forward
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.fold import WORTH, Counts, Savings, check_ids, fold_batch, follow_columns, moved, unfold
 from flexpatch.masks import bucket, mask_of
-from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit, scaling_limit
+from flexpatch.quantizers import check_quantization
+from flexpatch.refusals import check_mode, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
 from flexpatch.tree import Rows
 
@@ -133,7 +134,7 @@ def apply(
             "device_map puts this model on several devices, but a block mask lives on one. Load it on one device (FSDP "
             "or DeepSpeed for several), or pass backend='dense'"
         )
-    check_quantization(inner)
+    check_quantization(model)
     layers = _layers(inner.base_model)
     if (compile or checkpointing is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.quantized_layers import layer_fault
 from flexpatch.registry import ropes
 from flexpatch.tree import Rows
 
@@ -16,8 +17,9 @@ def check_mode(model: nn.Module) -> None:
     """Refuse modules that do not act on each token alone.
 
     Raises:
-        UnsupportedModelError: For active dropout, NEFTune or router noise, peft adapters that look at whole rows, or
-            reentrant checkpointing of layers that share keys and values.
+        UnsupportedModelError: For active dropout, NEFTune or router noise, peft adapters that look at whole rows,
+            quantized layers with one scale for all tokens, or reentrant checkpointing of layers that share keys and
+            values.
     """
     todo = [model]
     shares, reentrant = False, False
@@ -49,6 +51,8 @@ def check_mode(model: nn.Module) -> None:
             shares = shares or has.get("is_kv_shared_layer", False)
             if has.get("gradient_checkpointing"):
                 reentrant = reentrant or has["_gradient_checkpointing_func"].keywords.get("use_reentrant", False)
+        if (fault := layer_fault(module)) is not None:  # FP8 of accelerate's prepare, for one, comes after apply
+            raise UnsupportedModelError(f"'{_name(model, module)}' ({type(module).__name__}) {fault}")
         if type(module).__module__ in WHOLE_ROW_LAYERS:
             raise _whole_rows(f"'{_name(model, module)}' ({type(module).__name__})")
         for adapter, settings in (has.get("peft_config") or has.get("_peft_config") or {}).items():
@@ -63,23 +67,6 @@ def check_mode(model: nn.Module) -> None:
             "this model's last layers use keys and values of earlier ones, which get no gradient through reentrant "
             "checkpointing, unpatched either: model.gradient_checkpointing_enable({'use_reentrant': False})"
         )
-
-
-def check_quantization(model: nn.Module) -> None:
-    """Refuse 8-bit layers that look at all tokens of a call.
-
-    Raises:
-        UnsupportedModelError: For LLM.int8 (arXiv 2208.07339) with its outlier decomposition, which picks the features
-            to compute in 16 bits by the largest activation of any token.
-    """
-    for name, module in model.named_modules():
-        threshold = getattr(module.__dict__.get("state"), "threshold", 0.0)
-        if type(module).__name__ == "Linear8bitLt" and threshold:
-            raise UnsupportedModelError(
-                f"'{name}' is 8-bit with llm_int8_threshold={threshold}: outliers of one answer would change how all "
-                "tokens of its row are rounded. Load the model with BitsAndBytesConfig(load_in_8bit=True, "
-                "llm_int8_threshold=0.0), or in 4 bits"
-            )
 
 
 def _name(model: nn.Module, wanted: nn.Module) -> str:
