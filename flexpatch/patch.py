@@ -57,7 +57,8 @@ from flexpatch.fold import (
     unfold,
 )
 from flexpatch.masks import bucket, mask_of
-from flexpatch.refusals import check_mode, check_quantization, check_rows, longrope_limit, scaling_limit
+from flexpatch.quantizers import check_quantization
+from flexpatch.refusals import check_mode, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
 from flexpatch.tree import Rows
 from flexpatch.tuners import check_tuners
@@ -156,7 +157,7 @@ def apply(
             "device_map puts this model on several devices, but a block mask lives on one. Load it on one device (FSDP "
             "or DeepSpeed for several), or pass backend='dense'"
         )
-    check_quantization(inner)
+    check_quantization(model)
     check_tuners(model)
     layers = _layers(inner.base_model)
     if (compile or checkpointing is not None) and not layers:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.quantized_layers import layer_fault
 from flexpatch.registry import ropes
 from flexpatch.tree import Rows
 from flexpatch.tuners import as_given, refusal
@@ -18,7 +19,8 @@ def check_mode(model: nn.Module) -> str | None:
 
     Raises:
         UnsupportedModelError: For active dropout, NEFTune or router noise, peft adapters that look at more than one
-            token, or reentrant checkpointing of layers that share keys and values.
+            token, quantized layers with one scale for all tokens, or reentrant checkpointing of layers that share keys
+            and values.
     """
     todo = [model]
     shares, reentrant = False, False
@@ -55,6 +57,8 @@ def check_mode(model: nn.Module) -> str | None:
                 reentrant = reentrant or _is_reentrant(has.get("_gradient_checkpointing_func"))
         if has["_forward_hooks"] or has["_forward_pre_hooks"]:
             reason = reason or as_given(module)
+        if (fault := layer_fault(module)) is not None:  # FP8 of accelerate's prepare, for one, comes after apply
+            raise UnsupportedModelError(f"'{_name(model, module)}' ({type(module).__name__}) {fault}")
         # A folded batch is seen by the backbone alone, above which peft keeps its settings: layers must tell.
         if why := refusal(module):
             raise UnsupportedModelError(f"'{_name(model, module) or type(module).__name__}': {why}")
@@ -80,23 +84,6 @@ def _is_reentrant(function: Any) -> bool:
             return bool(setting)
         function = getattr(function, "func", None) or getattr(function, "__wrapped__", None)
     return False
-
-
-def check_quantization(model: nn.Module) -> None:
-    """Refuse 8-bit layers that look at all tokens of a call.
-
-    Raises:
-        UnsupportedModelError: For LLM.int8 (arXiv 2208.07339) with its outlier decomposition, which picks the features
-            to compute in 16 bits by the largest activation of any token.
-    """
-    for name, module in model.named_modules():
-        threshold = getattr(module.__dict__.get("state"), "threshold", 0.0)
-        if type(module).__name__ == "Linear8bitLt" and threshold:
-            raise UnsupportedModelError(
-                f"'{name}' is 8-bit with llm_int8_threshold={threshold}: outliers of one answer would change how all "
-                "tokens of its row are rounded. Load the model with BitsAndBytesConfig(load_in_8bit=True, "
-                "llm_int8_threshold=0.0), or in 4 bits"
-            )
 
 
 def _name(model: nn.Module, wanted: nn.Module) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import flexpatch
-from flexpatch import UnsupportedModelError, patch
+from flexpatch import UnsupportedModelError, patch, refusals
 from flexpatch.models import TINY, tiny_model
 
 WIDE = dict(hidden_size=128, intermediate_size=256, head_dim=32)  # bitsandbytes packs blocks of 64
@@ -88,6 +88,7 @@ def test_outliers_are_refused(tmp_path: Path) -> None:
 def test_outliers_of_one_answer_reach_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why they are refused."""
     monkeypatch.setattr(patch, "check_quantization", lambda model: None)
+    monkeypatch.setattr(refusals, "layer_fault", lambda layer: None)
     with quiet():
         report = flexpatch.check_parity(quantized(OUTLIERS, tmp_path, dtype=torch.float32))
     leak = next(check for check in report.checks if check.name.startswith("leak"))
