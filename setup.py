@@ -1,8 +1,8 @@
 """Puts the folder ``adapters/`` into wheels as ``flexpatch/adapters``; pyproject.toml holds everything else.
 
-A mapping in pyproject.toml would do the same, but would also change what ``pip install -e`` writes: a finder that Python
-asks after its own. Python's own takes a checkout called ``flexpatch`` for an empty package wherever the folder above it
-is on ``sys.path``. Without a mapping, setuptools writes a path file, and the real package is found before the empty one.
+A mapping in pyproject.toml would do the same, but would also change what ``pip install -e`` writes: a finder that
+Python asks after its own. Python's own takes a checkout called ``flexpatch`` for an empty package wherever the folder
+above it is on ``sys.path``. Without a mapping, setuptools writes a path file, and the real package wins over the empty.
 """
 
 from setuptools import setup
