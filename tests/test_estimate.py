@@ -260,7 +260,7 @@ GOOD = '{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}'
     [
         ([GOOD, "{"], [], "line 2"),
         ([], [], "holds no rows"),
-        (["[1]"], [], "line 1: expected a JSON object"),
+        (["[1]"], [], "row 0: expected a JSON object"),
         ([GOOD, '{"prompt": "a", "chosen": "b", "rejected": "c"}'], ["--skip-bad-rows"], "sample 1: a row without"),
         ([GOOD], ["--tokenizer", "missing.gguf"], "there is no GGUF file missing.gguf"),
         ([GOOD], ["--model", "./no-such-model"], "cannot load ./no-such-model"),
