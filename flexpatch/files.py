@@ -67,6 +67,9 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file or of a JSON array, plain or gzipped, with or without a byte-order mark.
 
+    Args:
+        path: The file.
+
     Raises:
         FlexpatchError: If there are none, or one is not a JSON object; the message names the line, or the row of the
             array.

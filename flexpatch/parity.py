@@ -98,7 +98,13 @@ class Check:
 
 @dataclass
 class Report:
-    """What was verified, where, and how it came out."""
+    """What was verified, where, and how it came out.
+
+    Attributes:
+        model: Its name.
+        settings: Device, dtype, versions, and whatever else the results hold for.
+        checks: Comparisons and negative controls, in the order they were made.
+    """
 
     model: str
     settings: dict[str, str]
