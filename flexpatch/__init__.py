@@ -7,8 +7,9 @@
 >>> loss = flexpatch.dpo_loss(logps, reference_logps).loss           # doctest: +SKIP
 """
 
-from flexpatch.collator import Collator, read_jsonl
+from flexpatch.collator import Collator
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
+from flexpatch.files import read_jsonl
 from flexpatch.fold import Savings
 from flexpatch.logprobs import AnswerLogprobs, answer_logprobs, separate_logprobs
 from flexpatch.losses import PreferenceLoss, dpo_loss

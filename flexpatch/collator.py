@@ -19,13 +19,9 @@ Tokenisation follows TRL's DPOTrainer: the prompt ends where the ids of prompt a
 answers end with the tokenizer's EOS.
 """
 
-import gzip
 import json
 import logging
-import os
-import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -150,34 +146,6 @@ class Collator:
                 f"{self.max_length}; raise it, or pass on_long='truncate' to cut answers"
             )
         return answer[: self.max_length - len(prompt)]
-
-
-def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file, plain or gzipped.
-
-    Raises:
-        FlexpatchError: If there are none, or a line is not a JSON object; the message names the line.
-        OSError: If the file cannot be read.
-    """
-    path = Path(path)
-    rows: list[dict[str, Any]] = []
-    number = 1
-    try:
-        # Bytes, decoded line by line: a text file would be decoded ahead, and name another line.
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
-            for line in lines:
-                if text := line.decode("utf-8").strip():
-                    rows.append(json.loads(text))
-                    if not isinstance(rows[-1], dict):
-                        raise ValueError(f"expected a JSON object, got {type(rows[-1]).__name__}")
-                number += 1
-    except RecursionError as error:
-        raise FlexpatchError(f"{path}, line {number}: nested too deeply") from error
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise FlexpatchError(f"{path}, line {number}: {error}") from error
-    if not rows:
-        raise FlexpatchError(f"{path} holds no rows")
-    return rows
 
 
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:

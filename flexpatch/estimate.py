@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from flexpatch.collator import Collator, read_jsonl
+from flexpatch.collator import Collator
 from flexpatch.errors import FlexpatchError, first_line
+from flexpatch.files import read_rows
 from flexpatch.fold import WORTH
 from flexpatch.models import load_config, load_tokenizer
 from flexpatch.packing import pack
@@ -218,7 +219,7 @@ def read_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     Raises:
         FlexpatchError: For the first unusable row, unless they are to be skipped; if none is usable.
     """
-    rows = read_jsonl(options.data)[: options.limit]
+    rows = read_rows(options.data)[: options.limit]
     trusted = options.trust_remote_code
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trusted) if options.tokenizer else None
     collator = Collator(tokenizer, max_length=options.max_length, on_long="truncate")
@@ -285,7 +286,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("data", help="JSON Lines, may be gzipped, in any form flexpatch.Collator reads")
+    add(
+        "data",
+        help="rows in any form flexpatch.Collator reads: JSON Lines, a JSON array or CSV, may be gzipped; with the "
+        "datasets library also Parquet, Arrow, and folders of save_to_disk",
+    )
     add("--tokenizer", metavar="T", help="hub name, directory or GGUF file; not needed for token ids")
     add(
         "--model",

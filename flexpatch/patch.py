@@ -450,11 +450,11 @@ class _RowHook:
         if not rows and name.startswith(f"{PREFIX}fold_") and _without_cache(call):
             call = self.fold(backbone, call)
         folded = getattr(call.get("input_ids"), _AFTER, None) is not None
-        if folded or isinstance(_a_mask(call), BlockMask):
+        # A multimodal backbone has no such parameter, but hands all that it does not know to its text stack.
+        known = {*_parameters(backbone), *call, *_parameters(_decoder(backbone))}
+        if (folded or isinstance(_a_mask(call), BlockMask)) and "logits_to_keep" in known:
             # Given a number, Gemma 4 drops tokens before its last layers, and which ones it drops is wrong for rows.
-            # A multimodal backbone has no such parameter, but hands all that it does not know to its text stack.
-            if "logits_to_keep" in {*_parameters(backbone), *call, *_parameters(_decoder(backbone))}:
-                call["logits_to_keep"] = torch.empty(0, dtype=torch.long)
+            call["logits_to_keep"] = torch.empty(0, dtype=torch.long)
         if self.compile or self.recomputation is not None:
             call = self.prepare(backbone, call)
         pending = getattr(call.get("input_ids"), _AFTER, None) is not None

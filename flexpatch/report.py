@@ -39,7 +39,13 @@ class Check:
 
 @dataclass
 class Report:
-    """What was verified, where, and how it came out."""
+    """Hold the checks of one model, where they ran, and how they came out.
+
+    Attributes:
+        model: Its name.
+        settings: Device, dtype, versions, and whatever else the results hold for.
+        checks: Comparisons and negative controls, in the order they were made.
+    """
 
     model: str
     settings: dict[str, str]

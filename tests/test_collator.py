@@ -260,7 +260,7 @@ MANY = "".join(json.dumps({"prompt": str(i**9)}) + "\n" for i in range(2000))
         ("latin.jsonl", '{"a": "ä"}'.encode("latin-1"), ", line 1: 'utf-8' codec"),
         ("latin.jsonl", b'{"a": 1}\n{"a": 2}\n' + '{"a": "ä"}\n'.encode("latin-1"), ", line 3: 'utf-8' codec"),
         ("deep.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 10**5, ", line 2: nested too deeply"),
-        ("bom.jsonl", b"\xef\xbb\xbf{}", ", line 1: Unexpected UTF-8 BOM"),
+        ("bom.jsonl", b'{"a": 1}\n\xef\xbb\xbf{}', ", line 2: Unexpected UTF-8 BOM"),
         ("empty.jsonl", b"", " holds no rows"),
         ("blank.jsonl", b"\n \n", " holds no rows"),
         ("empty.jsonl.gz", gzipped(""), " holds no rows"),

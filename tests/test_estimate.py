@@ -5,6 +5,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -260,7 +261,7 @@ GOOD = '{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}'
     [
         ([GOOD, "{"], [], "line 2"),
         ([], [], "holds no rows"),
-        (["[1]"], [], "line 1: expected a JSON object"),
+        (["[1]"], [], "row 0: expected a JSON object"),
         ([GOOD, '{"prompt": "a", "chosen": "b", "rejected": "c"}'], ["--skip-bad-rows"], "sample 1: a row without"),
         ([GOOD], ["--tokenizer", "missing.gguf"], "there is no GGUF file missing.gguf"),
         ([GOOD], ["--model", "./no-such-model"], "cannot load ./no-such-model"),
@@ -292,8 +293,29 @@ def test_sizes_that_are_none(size: Any) -> None:
         tiny_model("llama", dtype=torch.float32).config.save_pretrained(folder)
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": size, "head_dim": None}))
-        with pytest.raises(flexpatch.FlexpatchError, match=r"cannot load|sizes|expected a positive integer"):
+        with pytest.raises(flexpatch.FlexpatchError, match=f"cannot load {folder}: "):
             estimate.model_of(folder)
+
+
+@parameterized.expand(
+    [
+        ({"num_attention_heads": "x"}, "has sizes that are no numbers: "),
+        ({"num_attention_heads": 0}, "has sizes that are no numbers: "),
+        ({"num_hidden_layers": None}, r"gives layers = None; expected a positive integer"),
+        ({"num_hidden_layers": -3}, r"gives layers = -3; expected a positive integer"),
+        ({"vocab_size": [4]}, r"gives vocabulary = \[4\]; expected a positive integer"),
+        ({"hidden_size": 0.5, "head_dim": 2}, r"gives hidden = 0\.5; expected a positive integer"),
+        ({"vocab_size": ...}, "has no 'vocab_size'; try 1b, 3b"),
+    ]
+)
+def test_sizes_that_transformers_lets_pass(sizes: dict[str, Any], message: str) -> None:
+    """What it checks differs from release to release, and code that comes with a model need not check at all."""
+    known = tiny_model("llama", dtype=torch.float32).config.to_dict() | {"head_dim": None} | sizes
+    given = SimpleNamespace(to_dict=lambda: {key: value for key, value in known.items() if value is not ...})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "load_config", lambda *args, **kwargs: SimpleNamespace(get_text_config=lambda: given))
+        with pytest.raises(flexpatch.FlexpatchError, match=f"^the configuration of odd {message}"):
+            estimate.model_of("odd")
 
 
 def test_help_states_the_rule(capsys: pytest.CaptureFixture[str]) -> None:

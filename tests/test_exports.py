@@ -1,11 +1,14 @@
 """The public surface, the README's table, and rules of the source that no linter knows."""
 
 import ast
+import dataclasses
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from parameterized import parameterized
@@ -49,13 +52,55 @@ def test_all_is_sorted_and_complete() -> None:
 
 @parameterized.expand([(name,) for name in flexpatch.__all__])
 def test_public_names_are_documented(name: str) -> None:
-    value = getattr(flexpatch, name)
+    assert undocumented(getattr(flexpatch, name)) == []
+
+
+def undocumented(value: Any) -> list[str]:
+    """What a public function or class leaves unsaid: a first sentence, and each argument, field and method by name."""
     written = inspect.cleandoc(value.__doc__ or "")
-    assert len(written) > 20
-    assert not written.startswith(f"{name}("), "the docstring a dataclass writes by itself"
+    first = written.split("\n\n")[0].replace("\n", " ")
+    # Dataclasses write a docstring by themselves: their name and arguments.
+    missing = [] if re.match(r"[A-Z`].*\w+ \w+.*[.:;]", first) and "(self" not in first else ["a first sentence"]
+    if inspect.isroutine(value):
+        names = list(inspect.signature(value).parameters)
+    elif dataclasses.is_dataclass(value):
+        # How rows keep their masks is nobody else's business.
+        names = [field.name for field in dataclasses.fields(value) if field.repr]
+    else:
+        names = list(getattr(value, "_fields", ()))
+    missing += [name for name in names if not re.search(rf"\b{name}\b", written)]
     if inspect.isclass(value):
-        methods = [member for key, member in vars(value).items() if not key.startswith("_")]
-        assert all(inspect.getdoc(method) for method in methods if inspect.isroutine(method))
+        methods = {key: member for key, member in vars(value).items() if not key.startswith("_")}
+        kinds = classmethod, staticmethod, property
+        methods = {key: m for key, m in methods.items() if inspect.isroutine(m) or isinstance(m, kinds)}
+        missing += [key for key, method in methods.items() if not inspect.getdoc(method) and key not in names]
+    return missing
+
+
+@dataclasses.dataclass
+class Bare:
+    size: int
+
+    @property
+    def twice(self) -> int:
+        return 2 * self.size
+
+    @classmethod
+    def of(cls) -> "Bare":
+        return cls(1)
+
+
+def short(number: int) -> None:
+    """Returns nothing, and takes one argument of which it says nothing."""
+
+
+def test_what_is_undocumented_is_noticed() -> None:
+    assert undocumented(Bare) == ["a first sentence", "twice", "of"]
+    Bare.__doc__ = "A thing with two words.\n\nNo more."
+    assert undocumented(Bare) == ["size", "twice", "of"]
+    assert undocumented(short) == ["number"]
+    short.__doc__ = "number"
+    assert undocumented(short) == ["a first sentence"]
 
 
 def test_readme_shows_the_support_table() -> None:
@@ -71,6 +116,45 @@ def test_adapters_are_data() -> None:
     for name, source in ADAPTERS.items():
         others = {module for module in imports(source) if module.split(".")[0] not in sys.stdlib_module_names}
         assert others == {"flexpatch.registry"}, name
+
+
+TESTS = sorted((REPOSITORY / "tests").rglob("test_*.py"))
+# Errors of ours, and of Python's that many mistakes raise: any of them would do where no words are asked for.
+BROAD = {"FlexpatchError", "UnsupportedModelError", "Exception", "ValueError", "TypeError", "RuntimeError", "KeyError"}
+
+
+def loose(source: ast.AST) -> Iterator[str]:
+    """Uses of ``pytest.raises`` and ``pytest.warns`` that nearly any message passes."""
+    for node in ast.walk(source):
+        if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("pytest.raises", "pytest.warns"):
+            continue
+        match = next((keyword.value for keyword in node.keywords if keyword.arg == "match"), None)
+        if match is None and node.args and ast.unparse(node.args[0]).removeprefix("flexpatch.") in BROAD:
+            yield f"line {node.lineno}: no match="
+        if isinstance(match, ast.Constant):
+            short = [part for part in str(match.value).split("|") if len(re.findall(r"\w", part)) < 6]
+            if short:
+                yield f"line {node.lineno}: match={match.value!r}"
+
+
+@parameterized.expand(
+    [
+        ("pytest.raises(FlexpatchError)", 1),
+        ("pytest.raises(flexpatch.FlexpatchError)", 1),
+        ("pytest.raises(ValueError, match='peft|adapter is odd')", 1),
+        ("pytest.warns(FlexpatchWarning, match='CUDA')", 1),
+        ("pytest.raises(ZeroDivisionError)", 0),
+        ("pytest.raises(FlexpatchError, match='sample 3: no column')", 0),
+        ("pytest.raises(FlexpatchError, match=words)", 0),
+    ]
+)
+def test_loose_expectations_are_noticed(code: str, count: int) -> None:
+    assert len(list(loose(ast.parse(code)))) == count
+
+
+@parameterized.expand([(str(path.relative_to(REPOSITORY)),) for path in TESTS])
+def test_tests_ask_for_the_words_of_an_error(path: str) -> None:
+    assert list(loose(ast.parse((REPOSITORY / path).read_text(encoding="utf-8")))) == []
 
 
 def test_only_some_files_know_transformers_and_flex() -> None:

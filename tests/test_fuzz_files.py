@@ -154,8 +154,16 @@ good_lines = st.dictionaries(st.text(max_size=3), st.none() | st.text(max_size=9
 )
 
 
-def rows_of(content: bytes) -> list[Any] | int:
-    """By definition: the rows, or the number of the first bad line."""
+def rows_of(content: bytes) -> list[Any] | int | str:
+    """By definition: the rows, or the number of the first bad line, or the first bad row of an array."""
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if content.startswith(b"\xff\xfe"):
+        try:
+            content = content.decode("utf-16").encode()
+        except UnicodeDecodeError:
+            return 1
+    if content.lstrip().startswith(b"["):
+        return array_of(content)
     rows = []
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
@@ -169,19 +177,52 @@ def rows_of(content: bytes) -> list[Any] | int:
     return rows
 
 
-def reads_as(path: Path, true: list[Any] | int) -> bool:
-    names = f", line {true}: " if isinstance(true, int) else "holds no rows"
+def array_of(content: bytes) -> list[Any] | int | str:
+    try:
+        rows = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1
+    except json.JSONDecodeError as error:
+        return error.lineno
+    except (ValueError, RecursionError):  # numbers of too many digits
+        return 1
+    return next((f"row {number}" for number, row in enumerate(rows) if not isinstance(row, dict)), rows)
+
+
+def reads_as(path: Path, true: list[Any] | int | str) -> bool:
+    where = f"line {true}" if isinstance(true, int) else true
+    names = f", {where}: " if isinstance(where, str) else "holds no rows"
     if refused(lambda: read_jsonl(path), names):
-        assert isinstance(true, int) or not true, "good rows are refused"
+        assert isinstance(where, str) or not true, "good rows are refused"
         return False
-    assert not isinstance(true, int) and same(read_jsonl(path), true)
+    assert not isinstance(where, str) and same(read_jsonl(path), true)
     return True
 
 
-@fuzz(500, content=st.lists(good_lines | lines, max_size=4) | st.lists(good_lines, max_size=3), end=st.booleans())
-def test_json_lines(content: list[bytes], end: bool) -> bool:
-    whole = b"\n".join(content) + b"\n" * end
+marks = st.sampled_from([b""] * 5 + [b"\xef\xbb\xbf"])
+
+
+@fuzz(
+    500,
+    content=st.lists(good_lines | lines, max_size=4) | st.lists(good_lines, max_size=3),
+    end=st.booleans(),
+    mark=marks,
+)
+def test_json_lines(content: list[bytes], end: bool, mark: bytes) -> bool:
+    whole = mark + b"\n".join(content) + b"\n" * end
     return reads_as(temporary("rows.jsonl", whole), rows_of(whole))
+
+
+@fuzz(
+    200,
+    rows=mostly(st.lists(good_lines, max_size=3), st.lists(good_lines | lines, max_size=3)),
+    space=st.sampled_from([b"", b"\n", b" \n\n"]),
+    end=mostly(st.just(b"]"), st.sampled_from([b"", b"]]", b"]\n{}"])),
+    mark=marks,
+)
+def test_json_arrays(rows: list[bytes], space: bytes, end: bytes, mark: bytes) -> bool:
+    whole = mark + space + b"[" + (b"," + space).join(rows) + end
+    return reads_as(temporary("rows.json", whole), rows_of(whole))
 
 
 @fuzz(

@@ -91,7 +91,7 @@ def test_the_mode_is_restored(training: bool) -> None:
     frozen = base.get_submodule("model.layers.0").eval()
     reference_logprobs(base, LAYOUTS, capacity=60)
     assert base.training == training and not frozen.training
-    with pytest.raises(FlexpatchError):
+    with pytest.raises(FlexpatchError, match=r"tokens, outside 1 to 30 \(the budget of one row\)"):
         reference_logprobs(base, LAYOUTS, capacity=30)
     assert base.training == training and not frozen.training
 

@@ -27,7 +27,8 @@ def test_every_registered_architecture_passes(model_type: str) -> None:
         checks = {check.name: check for check in report.checks}
         assert checks["log-probs, one row"].error <= 1e-10
         assert checks["gradients of the DPO loss"].error <= 1e-6
-        assert all(check.error >= 1000 * check.bound for check in report.checks if check.margin)
+        controls = [check for check in report.checks if check.margin]
+        assert len(controls) >= 3 and all(check.error >= 1000 * check.bound for check in controls)
         names |= set(checks)
     windowed = any({**variant, **variant.get("text_config", {})}.get("sliding_window") for variant in variants)
     assert ("control, log-probs: windows dropped" in names) == windowed

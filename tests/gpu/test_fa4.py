@@ -82,7 +82,7 @@ def test_gradients_of_200_launches(head_dim: int) -> None:
 def test_what_it_cannot_do_is_refused() -> None:
     rows = build_rows([trees((200, 61, 33))]).to(DEVICE)
     model = flexpatch.apply(small(128).float(), backend="fa4")
-    with pytest.raises(UnsupportedModelError, match="16 bits"):
+    with pytest.raises(UnsupportedModelError, match="computes in 16 bits, and this model in"):
         flexpatch.answer_logprobs(model, rows)
     with pytest.raises(UnsupportedModelError, match="heads of 64, 96, 128, and this model's have 32"):
         flexpatch.apply(small(32), backend="fa4")

@@ -1,0 +1,235 @@
+"""Files of dataset rows: JSON Lines, JSON arrays and CSV natively; Parquet and Arrow through the ``datasets`` library.
+
+Text may be gzipped, and may begin with a byte-order mark, of UTF-16 and UTF-32 too. Nothing is written anywhere: no
+copy goes into the cache of ``datasets``.
+"""
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from flexpatch.errors import FlexpatchError, first_line
+
+# UTF-32's little-endian mark begins with UTF-16's, so it comes first.
+WIDE = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+PARQUET, FEATHER, STREAM, ZIP = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff", b"PK\x03\x04"
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Columns whose cells hold more than text: in CSV they are JSON.
+NESTED = ("prompt_ids", "chosen_ids", "rejected_ids", "answer_ids", "answers", "tools", "chat_template_kwargs")
+READ = ("prompt", "chosen", "rejected", *NESTED)
+JSON_FORMS = "(expected one JSON object a line, or one array of them)"
+CONVERT = {
+    "Parquet": "Dataset.from_parquet({path!r})",
+    "Arrow": "load_dataset('arrow', data_files={path!r}, split='train')",
+    "a dataset's folder": "load_from_disk({path!r})",
+}
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a data file, whatever its form.
+
+    Args:
+        path: JSON Lines, a JSON array, CSV (``.csv``, ``.tsv``), Parquet, Arrow, or a folder that ``save_to_disk`` of
+            the ``datasets`` library wrote. In CSV the columns of ``NESTED`` hold JSON, all others text. Of Parquet and
+            Arrow files the columns that :class:`flexpatch.Collator` reads are read; of others the names alone.
+
+    Raises:
+        FlexpatchError: If there are no rows, a line or row cannot be read (the message names it), or the file needs
+            the ``datasets`` library and that is not installed.
+        OSError: If the file cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _checked(path, _folder(path))
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start.startswith((PARQUET, FEATHER, STREAM)):
+        return _checked(path, _table(path, start))
+    suffix = next((suffix for suffix in reversed(path.suffixes) if suffix != ".gz"), "")
+    if suffix.lower() in DELIMITERS:
+        return _checked(path, _csv(path, DELIMITERS[suffix.lower()]))
+    return read_jsonl(path)
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file or of a JSON array, plain or gzipped, with or without a byte-order mark.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FlexpatchError: If there are none, or one is not a JSON object; the message names the line, or the row of the
+            array.
+        OSError: If the file cannot be read.
+    """
+    path = Path(path)
+    rows: list[dict[str, Any]] = []
+    number = 1
+    try:
+        # Bytes, decoded line by line: a text file would be decoded ahead, and name another line.
+        with _text(path) as lines:
+            at = lines.tell()
+            array = lines.read(512).lstrip().startswith(b"[")
+            lines.seek(at)
+            if array:
+                return _checked(path, _array(path, lines.read()))
+            for line in lines:
+                if text := line.decode("utf-8").strip():
+                    rows.append(json.loads(text))
+                    if not isinstance(rows[-1], dict):
+                        raise ValueError(f"expected a JSON object, got {type(rows[-1]).__name__}")
+                number += 1
+    except RecursionError as error:
+        raise FlexpatchError(f"{path}, line {number}: nested too deeply") from error
+    except FlexpatchError:
+        raise
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise FlexpatchError(f"{path}, line {number}: {error} {JSON_FORMS}") from error
+    return _checked(path, rows)
+
+
+def _checked(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not rows:
+        raise FlexpatchError(f"{path} holds no rows")
+    return rows
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[IO[bytes]]:
+    """The file as UTF-8, after its byte-order mark.
+
+    Raises:
+        ValueError: For an archive or a table, or text that its mark belies.
+    """
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as file:
+        start = file.read(8)
+        if start.startswith((PARQUET, FEATHER, STREAM)):
+            raise ValueError("a table, which flexpatch.files.read_rows reads")
+        if start.startswith(ZIP):
+            raise ValueError("a zip archive or a spreadsheet: unpack it, or export it as CSV")
+        wide = next((encoding for mark, encoding in WIDE.items() if start.startswith(mark)), None)
+        file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
+        yield io.BytesIO(file.read().decode(wide).encode()) if wide else file
+
+
+def _array(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """The rows of a file that begins with a bracket."""
+    try:
+        rows = json.loads(_decoded(path, content))
+    except json.JSONDecodeError as error:
+        raise FlexpatchError(f"{path}, line {error.lineno}: {error.msg} {JSON_FORMS}") from error
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise FlexpatchError(f"{path}, row {number}: expected a JSON object, got {type(row).__name__}")
+    return rows
+
+
+def _decoded(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise FlexpatchError(f"{path}, line {line}: {error} (expected UTF-8)") from error
+
+
+def _csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
+    """The rows of a table in text, all of whose cells are text, as they stand."""
+    try:
+        with _text(path) as file:
+            content = file.read()
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise FlexpatchError(f"{path}: {error}") from error
+    reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
+    rows = []
+    most = csv.field_size_limit(len(content) + 1)  # of all readers in this process
+    try:
+        header = next(reader, [])
+        if len(set(header)) != len(header):
+            raise ValueError(f"two columns have the same name: {', '.join(header)[:200]}")
+        for cells in filter(None, reader):
+            if len(cells) != len(header):
+                raise ValueError(f"{len(cells)} cells, but {len(header)} columns")
+            rows.append({name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)})
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise FlexpatchError(f"{path}, line {reader.line_num}: {first_line(error)}") from error
+    finally:
+        csv.field_size_limit(most)
+    return rows
+
+
+def _cell(name: str, cell: str) -> Any:
+    if name not in NESTED:
+        return cell
+    try:
+        return json.loads(cell) if cell else None
+    except ValueError as error:
+        raise ValueError(f"column '{name}' holds {cell!r:.40}; expected JSON: {error}") from error
+
+
+def _table(path: Path, start: bytes) -> list[dict[str, Any]]:
+    """The rows of a Parquet or an Arrow file."""
+    kind = "Parquet" if start.startswith(PARQUET) else "Arrow"
+    datasets = _datasets(path, kind)
+    with _reading(path, kind), open(path, "rb") as file:
+        from pyarrow import ipc, parquet
+
+        if kind == "Parquet":
+            table = parquet.read_table(file)
+        else:
+            table = (ipc.open_file if start.startswith(FEATHER) else ipc.open_stream)(file).read_all()
+        # Not pyarrow's own rows: columns of datasets' types (Json) would come as text.
+        return _rows(datasets.Dataset(datasets.table.InMemoryTable(table)))
+
+
+def _folder(path: Path) -> list[dict[str, Any]]:
+    """The rows of a dataset that was saved as a folder."""
+    splits = sorted(child.name for child in path.iterdir() if (child / "state.json").is_file())
+    if splits:
+        raise FlexpatchError(f"{path} holds the splits {', '.join(splits)[:200]}; give one of them: {path / splits[0]}")
+    if not (path / "state.json").is_file():
+        raise FlexpatchError(f"{path} is a folder, but not of a dataset that save_to_disk wrote; give one of its files")
+    datasets = _datasets(path, "a dataset's folder")
+    with _reading(path, "a dataset's folder"):
+        return _rows(datasets.load_from_disk(str(path)))
+
+
+@contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Whatever datasets and pyarrow raise for damaged files, as one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise FlexpatchError(f"{path} cannot be read as {kind}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _rows(dataset: Any) -> list[dict[str, Any]]:
+    """Rows as dicts. Columns that nobody reads may be images: they keep their names, for messages, and no values."""
+    names = dict.fromkeys(dataset.column_names)
+    known = dataset.with_format(None).select_columns([name for name in names if name in READ])
+    return [names | row for row in known] if known.column_names else [dict(names) for _ in range(len(dataset))]
+
+
+def _datasets(path: Path, kind: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        dataset = CONVERT[kind].format(path=str(path))
+        raise FlexpatchError(
+            f"{path} is {kind}, which the datasets library reads: pip install datasets. Or convert it where that is "
+            f"installed: python -c \"from datasets import *; {dataset}.to_json('data.jsonl')\""
+        ) from error
+    return datasets
