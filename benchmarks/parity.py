@@ -1,26 +1,32 @@
-"""Parity of every registered architecture, as the table in README.
+"""Parity of every registered architecture, rows and folded batches, as the tables in README.
 
     python benchmarks/parity.py                                # CPU, float64
-    python benchmarks/parity.py --device cuda --dtype float32
-    python benchmarks/parity.py --device cuda --dtype bfloat16 --jobs 14
+    python benchmarks/parity.py --device cuda --dtype bfloat16 --jobs 14 --reports runs/parity.jsonl --minutes 8
 
-Each row is the worst of an architecture's tiny random models (one per mask, window and rope variant). Exit code 1 if
-any fails.
+Each row is the worst of an architecture's tiny random models (one per mask, window and rope variant). First variants
+come first. With ``--reports`` each report is kept as it comes, and a later call goes on where an earlier one stopped.
+Exit code 1 if any fails, 3 if some are still to come.
 """
 
 import argparse
 import json
 import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from flexpatch.models import tiny_model, tiny_types
-from flexpatch.parity import Report, check_parity
+from flexpatch.parity import Check, Report, check_parity
 from flexpatch.registry import adapters
+
+HEAD = (
+    "| `model_type` | variants | leaking tokens | log-probs, rows: error (bound), nats | folded | gradients, rows: "
+    "error (bound) | folded | controls off by |\n|---|---|---|---|---|---|---|---|"
+)
 
 
 def main() -> int:
@@ -29,25 +35,53 @@ def main() -> int:
     parser.add_argument("--dtype", default="float64", choices=["float64", "float32", "bfloat16"])
     parser.add_argument("--backend", default="auto", choices=["auto", "flex", "dense"])
     parser.add_argument("--types", nargs="+", choices=tiny_types(), default=tiny_types(), metavar="TYPE")
+    parser.add_argument("--variants", type=int, help="only so many of each type")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--output", type=Path, help="also write the full reports as JSON")
+    parser.add_argument("--minutes", type=float, help="start no more models after so many, and print what is there")
+    parser.add_argument("--reports", type=Path, help="JSON lines: read what they hold, add to them what they lack")
+    parser.add_argument("--table", type=Path, help="write settings and table to this file too")
     options = parser.parse_args()
-    cases = [(t, v) for t in options.types for v in range(len(adapters()[t].tiny[t]))]
-    reports: dict[str, list[Report]] = {}
+    how = dict(device=options.device, dtype=options.dtype, backend=options.backend)
+    cases = [(t, v) for t in options.types for v in range(len(adapters()[t].tiny[t]))[: options.variants]]
+    cases.sort(key=lambda case: case[1])
+    done = kept(options.reports, how)
+    missing = [case for case in cases if case not in done]
+    failed = {}
+    start = time.time()
     # Processes of their own: each compiles its kernels, which is what takes time on a GPU.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        results = [pool.submit(verify, *case, options.device, options.dtype, options.backend) for case in cases]
-        for (model_type, _), result in tqdm(list(zip(cases, results, strict=True)), disable=None):
-            reports.setdefault(model_type, []).append(result.result())
-    settings = next(iter(reports.values()))[0].settings
-    print(" · ".join(f"{key} {value}" for key, value in settings.items()), end="\n\n")
-    print("| `model_type` | variants | leaking tokens | log-probs: error (bound), nats | gradients: error (bound) | "
-          "controls off by |\n|---|---|---|---|---|---|")  # fmt: skip
-    for model_type, variants in reports.items():
-        print(row(model_type, variants))
-    if options.output:
-        options.output.write_text(json.dumps([r.as_dict() for some in reports.values() for r in some], indent=1))
-    return 0 if all(report.passed for some in reports.values() for report in some) else 1
+        results = {pool.submit(verify, *case, **how): case for case in missing}
+        for count, result in enumerate(as_completed(results), 1):
+            case = results[result]
+            if result.cancelled():
+                continue
+            if error := result.exception():
+                failed[case], verdict = error, f"{type(error).__name__}: {error}".split("\n")[0]
+            else:
+                done[case] = report = result.result()
+                verdict = "ok" if report.passed else f"FAILS\n{report}"
+                if options.reports:
+                    keep(options.reports, how, case, report)
+            seconds = time.time() - start
+            print(
+                f"{count}/{len(missing)} {seconds:4.0f} s {case[0]} {case[1]}: {verdict}", file=sys.stderr, flush=True
+            )
+            if options.minutes and seconds > 60 * options.minutes:
+                pool.shutdown(wait=False, cancel_futures=True)
+    done = {case: done[case] for case in cases if case in done}
+    text = table(options.types, done)
+    print(text)
+    if options.table:
+        options.table.parent.mkdir(parents=True, exist_ok=True)
+        options.table.write_text(text + "\n", encoding="utf-8")
+    for case, error in failed.items():
+        print(f"{case[0]} {case[1]} could not be verified: {type(error).__name__}: {error}", file=sys.stderr)
+    if failed or not all(report.passed for report in done.values()):
+        return 1
+    if left := [f"{t} {v}" for t, v in cases if (t, v) not in done]:
+        print(f"{len(left)} still to come: {', '.join(left)}", file=sys.stderr)
+        return 3
+    return 0
 
 
 def verify(model_type: str, variant: int, device: str, dtype: str, backend: str) -> Report:
@@ -55,6 +89,38 @@ def verify(model_type: str, variant: int, device: str, dtype: str, backend: str)
     torch.set_num_threads(1)
     model = tiny_model(model_type, variant, dtype=getattr(torch, dtype)).to(device)
     return check_parity(model, name=model_type, backend=backend)
+
+
+def kept(path: Path | None, how: dict[str, Any]) -> dict[tuple[str, int], Report]:
+    """The reports of earlier calls with the same options and the same libraries."""
+    found = {}
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
+    for entry in map(json.loads, lines):
+        versions = {name: sys.modules[name].__version__ for name in ("torch", "transformers")}
+        if entry["how"] == how and versions.items() <= entry["report"]["settings"].items():
+            checks = [Check(**{k: v for k, v in check.items() if k != "passed"}) for check in entry["report"]["checks"]]
+            report = Report(entry["report"]["model"], entry["report"]["settings"], checks)
+            found[entry["type"], entry["variant"]] = report
+    return found
+
+
+def keep(path: Path, how: dict[str, Any], case: tuple[str, int], report: Report) -> None:
+    """Add one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        print(json.dumps(dict(how=how, type=case[0], variant=case[1], report=report.as_dict())), file=file)
+
+
+def table(types: list[str], done: dict[tuple[str, int], Report]) -> str:
+    """Settings, and a row for each type; README takes it as it is."""
+    if not done:
+        return "nothing was verified"
+    settings = next(iter(done.values())).settings
+    lines = [" · ".join(f"{key} {value}" for key, value in settings.items()), "", HEAD]
+    for model_type in types:
+        if reports := [report for (name, _), report in done.items() if name == model_type]:
+            lines.append(row(model_type, reports))
+    return "\n".join(lines)
 
 
 def row(model_type: str, variants: list[Report]) -> str:
@@ -65,8 +131,12 @@ def row(model_type: str, variants: list[Report]) -> str:
     cells.append(f"{leak:.0f}")
     for kind in ("log-probs", "gradients"):
         some = [check for check in checks if check.margin is None and check.name.startswith(kind)]
-        worst = max(some, key=lambda check: check.error / check.bound)
-        cells.append(f"{worst.error:.0e} ({worst.bound:.0e})")
+        for folded in (False, True):
+            worst = max(
+                (check for check in some if ("folded" in check.name) == folded),
+                key=lambda check: check.error / check.bound,
+            )
+            cells.append(f"{worst.error:.0e} ({worst.bound:.0e})")
     cells.append(f"≥ {min(c.error / c.bound for c in checks if c.margin and c.bound):.0e} × bound")
     if not all(report.passed for report in variants):
         cells[0] += " **FAILS**"

@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 import flexpatch
 from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, patch
+from flexpatch.float64 import Float64 as _Float64
 from flexpatch.fold import (
     Counts,
     Folded,
@@ -34,7 +35,6 @@ from flexpatch.fold import (
     predicting_padding,
 )
 from flexpatch.models import TINY, tiny_model
-from flexpatch.parity import _Float64
 from flexpatch.patch import CACHES
 from flexpatch.registry import adapters
 

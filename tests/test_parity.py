@@ -55,8 +55,8 @@ def folded(model_type: str, variant: int, backend: str) -> Result:
     return result
 
 
-def check(model_type: str, variant: int, backend: str) -> None:
-    """One row of all trees, two rows with padding, a folded batch, and then the ways to break them."""
+def matches(model_type: str, variant: int, backend: str) -> None:
+    """One row of all trees, two rows with padding, and a folded batch."""
     true = oracle(model_type, variant, lifted=True)
     bounds = bounds_of(model_type, variant, lifted=True)
     assert bounds == BOUNDS, f"in float64 the unpatched model itself is {bounds} off in another batch"
@@ -66,17 +66,19 @@ def check(model_type: str, variant: int, backend: str) -> None:
         shared(model_type, variant, backend, rows).matches(true, bounds)
     folded(model_type, variant, backend).matches(true, bounds)
 
+
+def differs(model_type: str, variant: int, backend: str) -> None:
+    """The ways to break a row."""
+    true, one = oracle(model_type, variant, lifted=True), build_rows([trees()])
     adapter = adapters()[model_type]
     broken: dict[str, tuple[Rows, Adapter | None]] = {"answers see their siblings": (see_siblings(one), None)}
     if has_window(model_type, variant):
         broken["no window"] = one, no_window(adapter)
-    if backend == "dense":
-        broken["positions are row indices"] = packed_positions(one), None
-        if has_window(model_type, variant):
-            broken["a window one token too wide"] = one, wider(adapter, 1)
-            broken["a window one token too narrow"] = one, wider(adapter, -1)
+        broken["a window one token too wide"] = one, wider(adapter, 1)
+        broken["a window one token too narrow"] = one, wider(adapter, -1)
+    broken["positions are row indices"] = packed_positions(one), None
     for what, (rows, other) in broken.items():
-        shared(model_type, variant, backend, rows, other).differs(true, bounds, what)
+        shared(model_type, variant, backend, rows, other).differs(true, BOUNDS, what)
 
 
 def has_window(model_type: str, variant: int) -> bool:
@@ -88,21 +90,21 @@ def has_window(model_type: str, variant: int) -> bool:
 class DenseParityTest(unittest.TestCase):
     @parameterized.expand(MODELS, name_func=name)
     def test(self, model_type: str, variant: int) -> None:
-        check(model_type, variant, "dense")
+        matches(model_type, variant, "dense")
+        differs(model_type, variant, "dense")
 
 
 @pytest.mark.usefixtures("flex_on_cpu")
 class FlexParityTest(unittest.TestCase):
     @parameterized.expand(MODELS, name_func=name)
     def test(self, model_type: str, variant: int) -> None:
-        check(model_type, variant, "flex")
-
-    @parameterized.expand(MODELS, name_func=name)
-    def test_verifier(self, model_type: str, variant: int) -> None:
-        """It breaks rows by itself, and fails where that is not noticed."""
+        """The verifier breaks rows by itself, and fails where that is not noticed."""
+        matches(model_type, variant, "flex")
         report = flexpatch.check_parity(tiny_model(model_type, variant), backend="flex")
         assert report.passed, str(report)
         assert report.settings["backend"] == "flex"
+        controls = {check.name for check in report.checks if check.margin}
+        assert ("control, log-probs: windows dropped" in controls) == has_window(model_type, variant)
 
     @parameterized.expand(MODELS, name_func=name)
     def test_logits_to_keep(self, model_type: str, variant: int) -> None:

@@ -1,31 +1,30 @@
 """The table of architectures: what is found, what is refused and why, and that a new family is one new file."""
 
+import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from parameterized import parameterized
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
 
 import flexpatch
 from flexpatch import Adapter, FlexpatchError, UnsupportedModelError, registry
 from flexpatch.models import TINY, tiny_model, tiny_types
-from flexpatch.registry import FULL, SLIDING, adapter_for, adapters
+from flexpatch.registry import FULL, SLIDING, adapter_for, adapters, refused_types
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-FAMILIES = """
-afmoe apertus cohere cohere2 cohere2_moe cwm deepseek_v2 deepseek_v3 dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe
-flex_olmo gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4 gemma4_text gemma4_unified gemma4_unified_text glm glm4
-glm4_moe glm4_moe_lite gpt_neox gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium llama
-minimax_m2 ministral ministral3 mistral mixtral olmo olmo2 olmo3 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe
-seed_oss smollm3 solar_open starcoder2 vaultgemma
-"""
+FILES = sorted(path for path in (REPOSITORY / "adapters").glob("*.py") if path.stem != "__init__")
 
 
 def config(model_type: str, **settings: Any) -> Any:
@@ -33,7 +32,13 @@ def config(model_type: str, **settings: Any) -> Any:
 
 
 def test_all_families_are_found() -> None:
-    assert sorted(adapters()) == FAMILIES.split()
+    """Every adapter that stands in a file is in the table; README's is made of it, and every test of all types too."""
+    known = {adapter.name for adapter in registry._adapters.values()} if adapters() else set()
+    for file in FILES:
+        source = file.read_text(encoding="utf-8")
+        names = re.findall(r"^ *(?:register\()?Adapter\(\s*name=\"(.+?)\"", source, re.MULTILINE)
+        assert len(names) == source.count("Adapter(") > 0, file.name
+        assert set(names) <= known, file.name
     for model_type, adapter in adapters().items():
         assert adapter.tiny[model_type], "nothing to verify it with"
     for model_type in tiny_types():
@@ -97,6 +102,91 @@ def test_refuses_rope_of_any_layer_type(layer_type: str) -> None:
         adapter_for(refused)
 
 
+def config_of(model_type: str) -> Any:
+    """Its configuration by default; ``None`` for the few types that have none."""
+    try:
+        return CONFIG_MAPPING[model_type]()
+    except Exception:
+        return None
+
+
+@functools.cache
+def configs() -> dict[str, Any]:
+    """A configuration of every type that transformers has, made without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = {model_type: config_of(model_type) for model_type in CONFIG_MAPPING}
+    return {model_type: made for model_type, made in found.items() if made is not None}
+
+
+def test_every_type_of_transformers_is_served_or_told_why_not() -> None:
+    """A multimodal type is sent to its text model only if that one is served; others hear that one's reason."""
+    assert len(configs()) > 300
+    seen = Counter()
+    for model_type, made in configs().items():
+        kind, words = expected(made)
+        seen[kind] += 1
+        try:
+            adapter_for(made)
+        except UnsupportedModelError as error:
+            assert re.search(words, str(error)), f"{model_type}, {kind}: {error}"
+        else:
+            assert kind == "served", f"{model_type}, {kind}: taken"
+    assert min(seen[kind] for kind in ("served", "refused", "unknown", "encoder-decoder")) > 3, seen
+    assert min(seen[f"multimodal, {kind}"] for kind in ("served", "refused", "unknown")) > 1, seen
+
+
+def expected(made: Any) -> tuple[str, str]:
+    """What must become of a configuration, and words of the refusal."""
+    model_type = made.model_type
+    if model_type in adapters():
+        # Some are refused for a setting that they have by default, such as dropout.
+        return "served", rf"^model type '{made.get_text_config().model_type}': .*(Set config|so nothing can be shared)"
+    if model_type in refused_types():
+        return "refused", rf"^model type '{model_type}': {re.escape(refused_types()[model_type])}$"
+    if getattr(made, "is_encoder_decoder", False):
+        return "encoder-decoder", rf"^model type '{model_type}' is an encoder-decoder: .*Train it unpatched$"
+    try:
+        text = made.get_text_config()
+    except ValueError:
+        return "several", "several text models.*Train it unpatched$"
+    if text is made:
+        return "unknown", rf"^no adapter for model type '{model_type}'; known: "
+    start = rf"^model type '{model_type}' is a multimodal model, which no adapter serves"
+    neither = f"{start}, and neither is its text model:"
+    if text.model_type in refused_types():
+        reason = re.escape(refused_types()[text.model_type])
+        return "multimodal, refused", f"{neither} model type '{text.model_type}': {reason}$"
+    if text.model_type not in adapters():
+        return "multimodal, unknown", f"{neither} no adapter for .*'{text.model_type}';"
+    # Unless it is refused for a setting.
+    return "multimodal, served", f"{start}; its text model is served: |{neither} model type '{text.model_type}': "
+
+
+def test_the_text_model_of_a_multimodal_checkpoint_as_advised(tmp_path: Path) -> None:
+    """Loaded as its class, it would have random weights."""
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    text = dict(TINY, model_type="llama")
+    made = CONFIG_MAPPING["llava"](
+        text_config=text, vision_config=dict(vision, patch_size=14, model_type="clip_vision_model")
+    )
+    model = LlavaForConditionalGeneration(made).eval()
+    with pytest.raises(UnsupportedModelError, match="its text model is served: make text = AutoModelForCausalLM"):
+        flexpatch.apply(model)
+    advised = AutoModelForCausalLM.from_config(model.config.get_text_config()).eval()
+    advised.model.load_state_dict(model.model.language_model.state_dict())
+    advised.lm_head.load_state_dict(model.lm_head.state_dict())
+    ids = torch.tensor([[3, 4, 5, 6, 7], [3, 4, 5, 8, 9]])
+    with torch.no_grad():
+        true = model(input_ids=ids, use_cache=False).logits
+        assert (flexpatch.apply(advised)(input_ids=ids, use_cache=False).logits - true).abs().max() < 1e-6
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=made.get_text_config())
+        assert (loaded(input_ids=ids, use_cache=False).logits - true).abs().max() > 1e-3, (
+            "the advice can be shorter now"
+        )
+
+
 def test_refuses_unknown_types_and_lists_the_known() -> None:
     known = ", ".join(sorted(adapters()))
     with pytest.raises(UnsupportedModelError, match=f"no adapter for model type 'gpt2'; known: {known}. Write one"):
@@ -148,7 +238,7 @@ def test_duplicates_are_refused(_name: str, entries: dict[str, Any], message: st
 
 def test_support_table_names_every_type_once() -> None:
     table = flexpatch.support_table()
-    for model_type in [*adapters(), "llama4_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"]:
+    for model_type in [*adapters(), *refused_types()]:
         assert table.count(f"`{model_type}`") == 1
 
 

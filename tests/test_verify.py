@@ -1,20 +1,35 @@
 """The verifier: every architecture passes, and a wrong model, mask or weight does not."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from parameterized import parameterized
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import flexpatch
-from flexpatch import parity, verify
-from flexpatch.models import tiny_model, tiny_types
+from flexpatch import verification, verify
+from flexpatch.models import TINY, tiny_model, tiny_types
 from flexpatch.patch import settings_of
 from flexpatch.registry import adapters
 from flexpatch.tree import Rows
+from flexpatch.trials import whole_trees
 
 
 @parameterized.expand(tiny_types())
@@ -42,12 +57,12 @@ def test_low_precision_passes_within_the_stock_models_own_error(model_type: str,
 
 def test_a_wrong_mask_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """An attention that lets the rejected answer see the chosen one must fail every check, and the exit code say so."""
-    honest = parity.model_inputs
+    honest = verification.model_inputs
 
     def leaky(model: torch.nn.Module, rows: Rows, **kwargs: object) -> dict[str, object]:
-        return honest(model, parity.replace(rows, ends=parity._whole_trees(rows), masks={}), **kwargs)
+        return honest(model, replace(rows, ends=whole_trees(rows), masks={}), **kwargs)
 
-    monkeypatch.setattr(parity, "model_inputs", leaky)
+    monkeypatch.setattr(verification, "model_inputs", leaky)
     monkeypatch.setattr("flexpatch.logprobs.model_inputs", leaky)
     report = flexpatch.check_parity(tiny_model("llama"))
     failed = [check.name for check in report.checks if not check.passed]
@@ -59,7 +74,7 @@ def test_a_wrong_mask_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_control_that_is_not_caught_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity, "_whole_trees", lambda rows: rows.ends)  # breaks nothing
+    monkeypatch.setattr(verification, "whole_trees", lambda rows: rows.ends)  # breaks nothing
     report = flexpatch.check_parity(tiny_model("llama"))
     assert not report.passed
     assert "NOT CAUGHT" in str(report)
@@ -67,7 +82,7 @@ def test_a_control_that_is_not_caught_fails(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_misdeclared_adapter_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistral declared without its window: exactly what a wrong adapter file would do."""
-    wrong = parity.replace(adapters()["mistral"], windows=lambda config: {"full_attention": None})
+    wrong = replace(adapters()["mistral"], windows=lambda config: {"full_attention": None})
     monkeypatch.setitem(flexpatch.registry._adapters, "mistral", wrong)
     report = flexpatch.check_parity(tiny_model("mistral", 1))
     assert not report.passed
@@ -115,7 +130,6 @@ def test_json_and_table(capsys: pytest.CaptureFixture[str]) -> None:
     (["no-such-architecture-or-folder"], "no-such-architecture-or-folder"),
     (["missing.gguf"], "there is no GGUF file missing.gguf"),
     (["llama", "--device", "nowhere"], "nowhere"),
-    (["llama", "--backend", "flex"], "FlexAttention"),
 ])  # fmt: skip
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], words: str) -> None:
     command = [sys.executable, "-m", "flexpatch.verify", *arguments]
@@ -125,6 +139,82 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], words
     # bitsandbytes, which peft imports, says at once on some CPUs what else could be installed.
     lines = [line for line in run.stderr.strip().splitlines() if "kernels-community" not in line]
     assert len(lines) == 1
+
+
+@parameterized.expand([
+    (["llama", "--backend", "flex"], "FlexAttention has no backward on the CPU: .*backend='dense'.*, or 'auto'"),
+    (["llama", "--compile"], "nothing would be compiled, so nothing verified. .* without compile"),
+    (["llama", "--compile", "--backend", "dense"], "nothing would be compiled, so nothing verified"),
+    (["mamba"], "model type 'mamba': has state-space layers"),
+    (["phimoe"], "model type 'phimoe': its router draws random numbers"),
+    (["qwen3_5"], "neither is its text model: model type 'qwen3_5_text': has linear-attention layers"),
+    (["gpt2"], "no adapter for model type 'gpt2'"),
+    (["t5"], "model type 't5' is an encoder-decoder"),
+    (["nougat"], "no adapter for model type 'nougat'"),
+])  # fmt: skip
+def test_refused_at_once(arguments: list[str], words: str) -> None:
+    """Before any hub is asked, and before anything is computed."""
+    if arguments[0] not in CONFIG_MAPPING:
+        pytest.skip(f"needs a transformers that knows {arguments[0]}")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.setattr(verify, "load_model", None)
+        patch.setattr("flexpatch.verification.separate_logprobs", None)
+        assert verify.main(arguments) == 2
+    assert re.search(words, said.getvalue()), said.getvalue()
+
+
+@parameterized.expand([("lama", "llama"), ("Qwen-3", "qwen3"), ("mamba-2", "mamba2"), ("nothing-like-it", None)])
+def test_a_name_that_nobody_has(name: str, like: str | None) -> None:
+    """It may be a model of the hub, so the hub is asked first."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise flexpatch.FlexpatchError("no such model")
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
+        patch.setattr(verify, "load_model", load)
+        assert verify.main([name]) == 2
+    assert ("no such model; did you mean the architecture" in said.getvalue()) == (like is not None)
+    assert like is None or f"architecture {like}?" in said.getvalue()
+
+
+@parameterized.expand([
+    (dict(backend="flex"), "FlexAttention has no backward on the CPU"),
+    (dict(backend="flex", compile=True), "FlexAttention has no backward on the CPU"),
+    (dict(compile=True), "nothing would be compiled"),
+    (dict(backend="cuda"), "backend='cuda'; expected one of"),
+])  # fmt: skip
+def test_what_cannot_run_here_leaves_the_model_as_it_was(options: dict[str, Any], words: str) -> None:
+    model = flexpatch.apply(tiny_model("qwen3"), fold=False)
+    before = settings_of(model)
+    with pytest.raises(flexpatch.FlexpatchError, match=words):
+        flexpatch.check_parity(model, **options)
+    assert settings_of(model) == before
+
+
+@parameterized.expand([
+    (None, "expects a loaded causal language model, and got NoneType None"),
+    ("name", "and got str 'name'. .* python -m flexpatch.verify NAME"),
+    (torch.nn.Linear, "and got the class Linear"),
+    (torch.nn.Linear(3, 3), "Linear holds no transformers model"),
+])  # fmt: skip
+def test_what_is_no_model(given: Any, words: str) -> None:
+    with pytest.raises(flexpatch.FlexpatchError, match=words):
+        flexpatch.check_parity(given)
+
+
+@parameterized.expand([
+    (AutoModel, "llama", "LlamaModel has no language model head"),
+    (AutoModelForSequenceClassification, "llama", "LlamaForSequenceClassification has no language model head"),
+    (AutoModelForTokenClassification, "qwen3", "Qwen3ForTokenClassification has no language model head"),
+    (AutoModelForSeq2SeqLM, "t5", "model type 't5' is an encoder-decoder"),
+    (AutoModelForCausalLM, "gpt2", "no adapter for model type 'gpt2'"),
+])  # fmt: skip
+def test_models_without_log_probs(kind: Any, model_type: str, words: str) -> None:
+    sizes = dict(TINY, num_layers=1, d_model=32, d_kv=8, d_ff=32, num_heads=2) if model_type == "t5" else TINY
+    model = kind.from_config(AutoConfig.for_model(model_type, **sizes))
+    with pytest.raises(flexpatch.UnsupportedModelError, match=words):
+        flexpatch.check_parity(model)
+    assert not flexpatch.is_applied(model)
 
 
 def test_a_saved_model_directory(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:
