@@ -21,8 +21,8 @@ FLOAT8_WAY = (
     'Use torchao\'s Float8LinearConfig.from_recipe_name("rowwise") or "rowwise_with_gw_hp", or train in bfloat16'
 )
 BFLOAT16 = (
-    'Train in bfloat16 (accelerate: mixed_precision="bf16"), or in FP8 with accelerate\'s AORecipeKwargs(config='
-    'torchao\'s Float8LinearConfig.from_recipe_name("rowwise"))'
+    "Train torch's own layers in bfloat16 (accelerate: mixed_precision=\"bf16\"), or in FP8 with accelerate's "
+    'AORecipeKwargs(config=torchao\'s Float8LinearConfig.from_recipe_name("rowwise"))'
 )
 COMPRESSED_WAY = "Use a scheme whose activations are dynamic per group, static, or not quantized"
 QUARK_WAY = "Use groups of features (ch_axis=-1), or static scales"
@@ -229,9 +229,9 @@ LAYERS |= {
 # What is wrong with a package's classes that are not listed.
 OTHERS: dict[str, Rule] = {
     "transformer_engine": _refused(
-        "computes in FP8 by scales from all tokens of a call, and of earlier ones", BFLOAT16
+        "may compute in FP8, by scales from all tokens of a call and of earlier ones", BFLOAT16
     ),
-    "intel_transformer_engine": _refused("computes in FP8 by scales from all tokens of a call", BFLOAT16),
+    "intel_transformer_engine": _refused("may compute in FP8, by scales from all tokens of a call", BFLOAT16),
     "msamp": _refused("computes in FP8 by one scale for all tokens of a call", BFLOAT16),
     "torch.ao.nn": _refused(ONE_SCALE, "Use torchao's Int8DynamicActivationInt8WeightConfig(), which has one for each"),
     "torch.ao.quantization": _refused(ONE_SCALE, "Use torchao's QATConfig with activations per token"),

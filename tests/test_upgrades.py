@@ -381,7 +381,7 @@ def _adapters_can_be_off() -> bool:
 
 
 @internal(
-    "bitsandbytes", "Linear8bitLt, with its threshold in state", "refusals", "to refuse outliers of LLM.int8",
+    "bitsandbytes", "Linear8bitLt, with its threshold in state", "quantized_layers", "to refuse outliers of LLM.int8",
     "bitsandbytes.nn.Linear8bitLt",
 )  # fmt: skip
 def _int8_layers_have_a_threshold() -> bool:
@@ -609,6 +609,11 @@ PRIVATE = {
     },
     # One walk over all modules before every call: it reads their attributes, and imports nothing.
     "refusals": {"_gradient_checkpointing_func", "_modules", "_peft_config"},
+    # Of the same walk; and names of functions that older torchao keeps beside a weight.
+    "quantized_layers": {
+        "_input_quantizer", "_int8_asymm_per_token_quant", "_int8_symm_per_token_quant",
+        "_int8_symm_per_token_reduced_range_quant", "_local_tensor", "_modules", "_output_quantizer", "_parameters",
+    },
     # Torch's compiler, not Hugging Face's.
     "attention": {"_dynamo"},
     "compiled": {"_dynamo"},
