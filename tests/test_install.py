@@ -1,7 +1,6 @@
 """``import flexpatch`` finds the package wherever Python is started, also above a checkout that is called flexpatch."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -94,6 +93,5 @@ def test_a_finder_takes_the_checkout_for_the_package(tmp_path: Path) -> None:
     installed = Installed(tmp_path, "editable", finder=True)
     run(str(installed.python), *WAYS["c"], cwd=installed.elsewhere)
     for way in ("c", "script", "module", "spawned"):
-        gone = "No module named flexpatch.tool" if way == "module" else "has no attribute 'apply'"
-        with pytest.raises(AssertionError, match=re.escape(gone)):
+        with pytest.raises(AssertionError, match="module 'flexpatch' has no attribute 'apply'"):
             run(str(installed.python), *WAYS[way], cwd=installed.parent)
