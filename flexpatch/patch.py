@@ -57,6 +57,7 @@ from flexpatch.fold import (
     unfold,
 )
 from flexpatch.masks import bucket, mask_of
+from flexpatch.parallelism import Row, check_call, check_parallelism
 from flexpatch.quantizers import check_quantization
 from flexpatch.refusals import check_mode, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
@@ -76,6 +77,8 @@ SCALES_BY_INDEX = Version(transformers.__version__) < Version("5.4")
 # one's configuration has the name and no hook. The values: run as given; rows; rows whose ids carry what is left to do.
 SEEN = "flexpatch_seen"
 GIVEN, ROWS, PENDING = "given", "rows", "pending"
+# What attention must find of a row.
+ROW = "flexpatch_row"
 
 # Arguments of multimodal backbones: those that say which tokens are images, and what those show. The former, and
 # labels, change nothing where there are no images.
@@ -159,6 +162,7 @@ def apply(
         )
     check_quantization(model)
     check_tuners(model)
+    check_parallelism(model, ALL_ATTENTION_FUNCTIONS)
     layers = _layers(inner.base_model)
     if (compile or checkpointing is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")
@@ -260,6 +264,7 @@ def model_inputs(model: nn.Module, rows: Rows, *, adapter: Adapter | None = None
         raise FlexpatchError(
             f"the rows are on {rows.input_ids.device}, the model on {device}: pass rows.to(model.device)"
         )
+    check_call(inner, ALL_ATTENTION_FUNCTIONS)
     if (reason := check_mode(model)) is not None:
         raise FlexpatchError(f"rows cannot run {reason}")
     check_rows(config, rows)
@@ -458,6 +463,8 @@ class _RowHook:
         if self.compile or self.recomputation is not None:
             call = self.prepare(backbone, call)
         pending = getattr(call.get("input_ids"), _AFTER, None) is not None
+        if _is_rows(call):
+            call[ROW] = Row(call["input_ids"].shape[1], call["attention_mask"])
         return (), call | {SEEN: PENDING if pending else ROWS if rows else GIVEN}
 
     def given(self, call: dict[str, Any], reason: str) -> None:
@@ -500,6 +507,7 @@ class _RowHook:
     @torch.compiler.disable
     def fold(self, backbone: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments, with its batch folded if that is exact and gains."""
+        check_call(backbone, ALL_ATTENTION_FUNCTIONS)  # for every batch: ranks must agree
         config = text_config(backbone)
         ids, given = call.get("input_ids"), call.get("attention_mask")
         cache_by_default = call.get("use_cache") is None and getattr(config, "use_cache", None)
@@ -697,6 +705,8 @@ def _warn(message: str) -> None:
 
 def _after_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a backbone, before those of others: a row's hidden states come out in the caller's layout."""
+    if output is not None and ROW in kwargs:
+        kwargs[ROW].check_reached()
     after = _after_of(backbone, args, kwargs)
     if after is None:
         # None: the forward raised. Without any mark somebody has put other arguments in place of ours.
@@ -881,7 +891,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """What the registered names call. q is (B, H, L, D), k and v are (B, G, L, D); the output is (B, L, H, D)."""
-    seen = kwargs.pop(SEEN, None)
+    seen, row = kwargs.pop(SEEN, None), kwargs.pop(ROW, None)
+    if row is not None:
+        row.check_attention(module, q, k, attention_mask)
     if isinstance(attention_mask, BlockMask):
         return flex(q, k, v, attention_mask, fa4=fa4, **kwargs), None
     if folds and not seen and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling():

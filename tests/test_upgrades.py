@@ -279,7 +279,7 @@ def _experts_can_be_set() -> bool:
 
 
 @internal(
-    "transformers", "modules of experts, named so", "verification", "to check leaks by derivatives where tokens are routed",
+    "transformers", "modules of experts, named so", "verification", "to check leaks by derivatives of routed tokens",
     since="5.17",
 )  # fmt: skip
 def _experts_are_named() -> bool:
