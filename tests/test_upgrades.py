@@ -33,8 +33,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from flexpatch.models import TINY, tiny_model, tiny_types
 from flexpatch.patch import CACHES, _layers, text_config
-from flexpatch.refusals import WHOLE_ROW_LAYERS
 from flexpatch.registry import adapters
+from flexpatch.tuners import REFUSED
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 FILES = sorted((Path(__file__).resolve().parent.parent / "flexpatch").glob("*.py"))
@@ -360,12 +360,12 @@ def _settings_say_what_adapters_do() -> bool:
     return found == [(True, None), (False, [5])]
 
 
-@internal("peft", " and ".join(sorted(WHOLE_ROW_LAYERS)), "refusals", "to refuse adapters that see whole rows")
-def _row_layers_are_where_they_were() -> bool:
-    return len(WHOLE_ROW_LAYERS) > 0 and all(
-        any(inspect.isclass(x) and issubclass(x, nn.Module) and x.__module__ == name for x in vars(module).values())
-        for name, module in ((name, importlib.import_module(name)) for name in WHOLE_ROW_LAYERS)
-    )
+@internal("peft", "peft.tuners and the name of a PeftType, where its layers are", "tuners", "to tell tuners by layers")
+def _layers_are_in_packages_of_their_tuners() -> bool:
+    found = [config.__module__.split(".") for config in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.values()]
+    return {path[2].upper() for path in found if path[:2] == ["peft", "tuners"]} >= REFUSED.keys() - {
+        "SHADOW"
+    }  # newer than some supported peft
 
 
 @internal(
