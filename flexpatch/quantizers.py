@@ -55,9 +55,9 @@ def _whole(why: str) -> Callable[[Any], str]:
 
 # By the names under which transformers registers them.
 METHODS: dict[str, Decision] = {
-    "aqlm": Decision(UNTOUCHED, EXACT, READ),
-    "auto-round": Decision(AS_SET, PARTLY, READ, "`act_bits=16`", _rounds_activations),
-    "awq": Decision(UNTOUCHED, EXACT, READ),
+    "aqlm": Decision(UNTOUCHED, EXACT, DOCUMENTED),
+    "auto-round": Decision(AS_SET, PARTLY, DOCUMENTED, "`act_bits=16`", _rounds_activations),
+    "awq": Decision(UNTOUCHED, EXACT, DOCUMENTED),
     "bitnet": Decision(PER_TOKEN, WITHIN, TESTED),
     "bitsandbytes_4bit": Decision(UNTOUCHED, EXACT, TESTED),
     "bitsandbytes_8bit": Decision(PER_TOKEN, PARTLY, TESTED, "`llm_int8_threshold=0.0`"),
@@ -72,22 +72,22 @@ METHODS: dict[str, Decision] = {
     "fp_quant": Decision(PER_TOKEN, PARTLY, READ, '`backward_dtype="bf16"`'),
     "gemma": Decision(CONSTANT, EXACT, TESTED),
     "gguf": Decision("as they are; rounded per token in calls of up to 8 tokens", WITHIN, READ),
-    "gptq": Decision(UNTOUCHED, EXACT, READ),
-    "higgs": Decision(UNTOUCHED, EXACT, READ),
+    "gptq": Decision(UNTOUCHED, EXACT, DOCUMENTED),
+    "higgs": Decision(UNTOUCHED, EXACT, DOCUMENTED),
     "hqq": Decision(UNTOUCHED, EXACT, TESTED),
-    "metal": Decision(UNTOUCHED, EXACT, READ),
+    "metal": Decision(UNTOUCHED, EXACT, DOCUMENTED),
     "mxfp4": Decision(UNTOUCHED, EXACT, READ),
-    "mxfp8": Decision("rounded per token and block of features", WITHIN, READ),
+    "mxfp8": Decision("rounded per token and block of features", WITHIN, DOCUMENTED),
     "nvfp4": Decision(
-        "rounded or not, by the number of tokens", REFUSED, READ, "another method",
+        "rounded or not, by the number of tokens", REFUSED, DOCUMENTED, "another method",
         _whole("its kernels round activations to 4 bits or not at all, by how many tokens a call has"),
     ),
     "quanto": Decision("as they are, or constant scales", EXACT, TESTED),
     "quark": Decision(AS_SET, PARTLY, READ, "activations per group of features, static, or none"),
-    "sinq": Decision(UNTOUCHED, EXACT, READ),
+    "sinq": Decision(UNTOUCHED, EXACT, DOCUMENTED),
     "spqr": Decision(UNTOUCHED, EXACT, DOCUMENTED),
     "torchao": Decision(AS_SET, PARTLY, TESTED, "`granularity=PerRow()`, or weights alone"),
-    "vptq": Decision(UNTOUCHED, EXACT, READ),
+    "vptq": Decision(UNTOUCHED, EXACT, DOCUMENTED),
 }  # fmt: skip
 # Layers that reach a model by other ways than transformers' quantizers.
 BY_HAND: dict[str, Decision] = {
