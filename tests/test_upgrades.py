@@ -275,8 +275,8 @@ def _experts_can_be_set() -> bool:
 
 
 @internal(
-    "transformers", "modules of experts, named so", "verification", "to check leaks by derivatives where tokens are routed",
-    since="5.17",
+    "transformers", "modules of experts, named so", "verification",
+    "to check leaks by derivatives where tokens are routed", since="5.17",
 )  # fmt: skip
 def _experts_are_named() -> bool:
     routed = [name for name in tiny_types() if "moe" in name or name in ("mixtral", "gpt_oss", "deepseek_v3")]
