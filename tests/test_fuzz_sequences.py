@@ -19,7 +19,7 @@ from fuzzing import fuzz
 from hypothesis import strategies as st
 from oracle import see_siblings
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import flexpatch
 from flexpatch import fold, patch
@@ -159,7 +159,9 @@ def forward(twins: Twins, rng: np.random.Generator) -> None:
     last = torch.from_numpy(rng.integers(3, twins.vocabulary, (len(call["input_ids"]), 2)))
     settings = settings_of(twins.ours)
     # Said in a warning: a patched model in training gives no cache that was not asked for, whatever the batch.
-    dropped = gradients and twins.ours.training and more == {} and settings is not None and settings["fold"]
+    # Its mode is the backbone's: peft wraps a model in eval mode in a module that is in training mode.
+    backbone = next(module for module in twins.ours.modules() if isinstance(module, PreTrainedModel)).base_model
+    dropped = gradients and backbone.training and more == {} and settings is not None and settings["fold"]
 
     def act(model: Any) -> Any:
         with torch.set_grad_enabled(gradients):
