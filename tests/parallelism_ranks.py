@@ -1,6 +1,7 @@
 """What flexpatch says on two ranks under each way of sharing out sequences, and under none.
 
-Run by test_parallelism.py: torchrun --nproc_per_node 2 tests/cpu_ranks.py tests/parallelism_ranks.py FILE
+Run by test_parallelism.py: torchrun --nproc_per_node 2 tests/cpu_ranks.py tests/parallelism_ranks.py FOLDER
+WAY ...
 """
 
 import json
@@ -15,15 +16,12 @@ from unittest import mock
 import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
-from deepspeed import comm
-from deepspeed.runtime.sequence_parallel import parallel_state_sp
-from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from oracle import random_ids
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.experimental import _attention as torch_cp
+from torch.distributed.tensor.experimental import context_parallel
 from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -75,8 +73,9 @@ def accelerate_mesh(model: PreTrainedModel) -> Steps:
 @contextmanager
 def accelerate_configuration(model: PreTrainedModel) -> Steps:
     AcceleratorState._reset_state()
-    with mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"), mock.patch.object(
-        ParallelismConfig, "_validate_accelerator"
+    with (
+        mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"),
+        mock.patch.object(ParallelismConfig, "_validate_accelerator"),
     ):
         Accelerator(cpu=True, parallelism_config=ParallelismConfig(cp_size=2))
         yield model
@@ -86,6 +85,10 @@ def accelerate_configuration(model: PreTrainedModel) -> Steps:
 @contextmanager
 def deepspeed_ulysses(model: PreTrainedModel) -> Steps:
     """As accelerate does for sp_backend="deepspeed"."""
+    from deepspeed import comm
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+
     comm.init_distributed("gloo", verbose=False)
     stock = tiny_model("llama")
     with mock.patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping):
@@ -154,8 +157,9 @@ def meshes_without_parts(model: PreTrainedModel) -> Steps:
     alone = [distributed.new_group([rank]) for rank in range(2)][distributed.get_rank()]
     module._ULYSSES_SEQUENCE_PARALLEL_GROUP = alone  # type: ignore[attr-defined]
     AcceleratorState._reset_state()
-    with mock.patch.dict(sys.modules, {"verl.utils.ulysses": module}), mock.patch.dict(
-        "os.environ", ACCELERATE_USE_CPU="true"
+    with (
+        mock.patch.dict(sys.modules, {"verl.utils.ulysses": module}),
+        mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"),
     ):
         Accelerator(cpu=True, parallelism_config=ParallelismConfig())
         yield model
@@ -170,13 +174,6 @@ def megatron_norms(model: PreTrainedModel) -> Steps:
     parallelize_module(norm, mesh(), SequenceParallel(use_local_output=False))
     norm.register_forward_hook(lambda module, args, output: output.full_tensor())
     yield model
-
-
-REFUSED: list[Callable[[PreTrainedModel], Any]] = [
-    torch_context_manager, torch_dispatcher, torch_module_hooks, accelerate_mesh, accelerate_configuration,
-    deepspeed_ulysses, a_trainers_group, a_trainers_mesh, a_trainers_attention, a_patched_sdpa,
-]  # fmt: skip
-ALLOWED: list[Callable[[PreTrainedModel], Any]] = [ddp, fsdp2, meshes_without_parts, megatron_norms]
 
 
 def answer(function: Callable[[], Any]) -> str | float:
@@ -202,18 +199,17 @@ def tried(way: Callable[[PreTrainedModel], Any]) -> dict[str, str | float]:
     result = {}
     with way(tiny_model("llama")) as model:
         result["apply"] = answer(lambda: fold(flexpatch.apply(model)))
-    for name, call in (("fold", fold), ("rows", rows)):
-        with way(flexpatch.apply(tiny_model("llama"))) as model:
-            result[name] = answer(lambda: call(model))
+    with way(flexpatch.apply(tiny_model("llama"))) as model:
+        result |= {"fold": answer(lambda: fold(model)), "rows": answer(lambda: rows(model))}
     return result
 
 
-def main(file: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     distributed.init_process_group("gloo")
-    results = {way.__name__: tried(way) for way in (*REFUSED, *ALLOWED)}
-    (file.parent / f"{distributed.get_rank()}.json").write_text(json.dumps(results))
+    results = {name: tried(globals()[name]) for name in names}
+    (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(results))
 
 
 STOCK = fold(tiny_model("llama"))
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])
