@@ -156,13 +156,19 @@ def _accelerate() -> Iterator[str]:
             yield f"accelerate's launcher set {variable}={os.environ[variable]}"
 
 
-def _meshes() -> Iterator[tuple[str, int]]:
+def _meshes() -> list[tuple[str, int]]:
     """Dimensions of more than one rank, named for sequences, of all device meshes. Torch keeps no list of meshes."""
-    for thing in gc.get_objects():
-        if type(thing) is DeviceMesh:  # isinstance asks torch, a hundred times slower
-            for dimension, name in enumerate(thing.mesh_dim_names or ()):
-                if MESH.fullmatch(name) and thing.size(dimension) > 1:
-                    yield name, thing.size(dimension)
+    found = _living_meshes()
+    if found:  # some may wait to be collected
+        gc.collect()
+        found = _living_meshes()
+    return found
+
+
+def _living_meshes() -> list[tuple[str, int]]:
+    meshes = [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]  # isinstance is a hundred times slower
+    names = [(mesh, dim, name) for mesh in meshes for dim, name in enumerate(mesh.mesh_dim_names or ())]
+    return [(name, mesh.size(dim)) for mesh, dim, name in names if MESH.fullmatch(name) and mesh.size(dim) > 1]
 
 
 @cache
