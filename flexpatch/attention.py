@@ -14,15 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from flexpatch.devices import card_of, check_hopper, tiles
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 
 # Compiled variants one process may hold: buckets x (full, windowed) x (train, no grad) x head shapes. Torch's own
 # limit of 8 would switch to unfused O(L^2) attention without a word; with fullgraph=True passing ours is an error.
 RECOMPILE_LIMIT = 512
-# Inductor's choice for heads of more than 256 (Gemma 4's have 512) does not fit into shared memory in 16 bits.
-LARGE_HEAD = 256
-# These need less than 100 KB; on an H100 others gain 6% of forward and backward.
-LARGE_HEAD_OPTIONS = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "fwd_num_stages": 2}
 # FlashAttention-4 for FlexAttention: gradients of older ones were wrong in silence, at times or for some head sizes.
 FA4 = "4.0.0b33"
 FA4_HEADS = (64, 96, 128)
@@ -97,11 +94,15 @@ def flex(
         if s_aux is not None:
             raise UnsupportedModelError("backend='fa4' gives sinks no gradient: apply with backend='flex'")
     _check_device(q_BHPD, k_BGPD, v_BGPD)
+    # Constants of a device, a size of heads and a dtype, each of which has a graph of its own anyway.
+    kernels: dict[str, Any] = dict(tiles(q_BHPD.device, q_BHPD.shape[-1], v_BGPD.shape[-1], dtype))
+    if fa4:
+        kernels = {"BACKEND": "FLASH"}
     if torch.compiler.is_compiling():
-        out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, fa4)
+        out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, kernels)
     else:
         with many_recompiles():
-            out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, fa4)
+            out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, kernels)
     return out_BHPD[:, :, :length].transpose(1, 2).contiguous()
 
 
@@ -163,8 +164,7 @@ def check_fa4_call(device: torch.device, dtype: torch.dtype, windows: Iterable[i
         UnsupportedModelError: For 32 bits, or sequences that reach beyond a window: under such masks it failed its
             tests (4.0.0b36, torch 2.11).
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        raise FlexpatchError(f"backend='fa4' runs on Hopper GPUs, not on {device}: apply with backend='auto'")
+    check_hopper(card_of(device))
     if dtype.itemsize != 2:
         raise UnsupportedModelError(
             f"backend='fa4' computes in 16 bits, and this model in {dtype}: load it in torch.bfloat16, or apply with "
@@ -192,18 +192,15 @@ def _attend(
     scaling: float | None,
     softcap: float | None,
     sinks_H: Tensor | None,
-    fa4: bool,
+    kernels: dict[str, Any],
 ) -> Tensor:
-    """What is compiled. Never called uncompiled with gradients: eager flex with a non-linear score_mod under
+    """What is compiled, with options for its kernels. Never called uncompiled with gradients: eager flex with a non-linear score_mod under
     non-reentrant checkpointing gives wrong gradients in silence (torch 2.11 and 2.13)."""
 
     def cap(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
-    kernels: dict[str, Any] = {"BACKEND": "FLASH"} if fa4 else {}
-    if q.shape[-1] > LARGE_HEAD:
-        kernels |= LARGE_HEAD_OPTIONS
     options: dict[str, Any] = dict(
         score_mod=None if softcap is None else cap,
         block_mask=mask,

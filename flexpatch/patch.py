@@ -43,6 +43,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from flexpatch.attention import check_fa4, check_fa4_call, check_fa4_model, flex
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import check_forwards, compile_layers, restore_forward
+from flexpatch.devices import Choice, choose, heads_of, tell
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.fold import (
     WORTH,
@@ -120,8 +121,8 @@ def apply(
         backend: ``"flex"``: compiled FlexAttention; ``"fa4"``: the same on FlashAttention-4's kernels (where
             flash-attn-4 is installed), faster for prompts of thousands of tokens, in 16 bits, without soft caps or
             windows, and with gradients whose last bits differ from run to run; ``"dense"``: the model's own attention
-            under an L x L mask, for devices on which flex cannot train; ``"auto"``: flex on CUDA and XPU, dense
-            elsewhere.
+            under an L x L mask, for devices on which flex cannot train; ``"auto"``: flex on XPU and on CUDA cards that
+            its kernels fit (docs/cards.md), dense elsewhere.
         fold: Whether to fold ordinary batches. Without it they run as they are given.
         compile: Compile decoder layers for rows on the flex backend, whose lengths are then padded to a few (at most a
             quarter longer), and keep all other calls uncompiled. Each length compiles for most of a minute: worth it
@@ -163,6 +164,8 @@ def apply(
     check_quantization(model)
     check_tuners(model)
     check_parallelism(model, ALL_ATTENTION_FUNCTIONS)
+    # Raises here, before anything is changed, if the backend cannot run where the model is.
+    tell(_choice(inner, inner.get_input_embeddings().weight.device, backend), again=True)
     layers = _layers(inner.base_model)
     if (compile or checkpointing is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")
@@ -284,9 +287,7 @@ def _inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter) -> dict[str, A
     layer_types = dict.fromkeys(config.layer_types) if adapter.masks == "by_layer_type" else [FULL]
     if _backend(inner, device) == "fa4":
         check_fa4()  # a pickled model may come from another machine
-        autocast = torch.is_autocast_enabled(device.type)
-        computes = torch.get_autocast_dtype(device.type) if autocast else inner.dtype
-        check_fa4_call(device, computes, [windows[layer] for layer in layer_types], rows.depth)
+        check_fa4_call(device, _computes(inner, device), [windows[layer] for layer in layer_types], rows.depth)
     masks = {layer: mask_of(rows, windows[layer], dtype) for layer in layer_types}
     mask = masks if adapter.masks == "by_layer_type" else masks[FULL]
     for each in masks.values():
@@ -813,10 +814,18 @@ def backend_of(model: nn.Module) -> str:
 
 
 def _backend(inner: PreTrainedModel, device: torch.device) -> str:
-    _, backend, _ = _parse(_implementation(inner))
-    if backend == "auto":
-        return "flex" if device.type in ("cuda", "xpu") else "dense"
-    return backend
+    # Decided anew at each call: the model may have been moved since apply, and then its user is told.
+    return tell(_choice(inner, device, _parse(_implementation(inner))[1]))
+
+
+def _choice(inner: PreTrainedModel, device: torch.device, backend: str) -> Choice:
+    return choose(backend, device, heads_of(_decoder(inner)), _computes(inner, device))
+
+
+def _computes(inner: PreTrainedModel, device: torch.device) -> torch.dtype:
+    """The dtype of attention."""
+    autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if autocast else inner.dtype
 
 
 def _mask_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype | None:

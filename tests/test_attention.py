@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import flexpatch
 from flexpatch import FlexpatchError, Rows, Tree, UnsupportedModelError, attention, build_rows
 from flexpatch.attention import flex
+from flexpatch.devices import Card
 from flexpatch.masks import block_mask, bucket, dense_mask
 from flexpatch.models import tiny_model
 
@@ -261,7 +262,7 @@ class RefusalTest(unittest.TestCase):
                 with pytest.raises(FlexpatchError, match="fa4' runs on Hopper GPUs, not on cpu"):
                     flexpatch.answer_logprobs(model, rows)
             hopper = torch.device("cuda")
-            patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+            patch.setattr(attention, "card_of", lambda device: Card("cuda", "an H100", (9, 0)))
             attention.check_fa4_call(hopper, torch.bfloat16, [None, 300], 300)
             with pytest.raises(UnsupportedModelError, match="300 tokens reach beyond this model's window of 299"):
                 attention.check_fa4_call(hopper, torch.bfloat16, [None, 299], 300)
@@ -270,9 +271,10 @@ class RefusalTest(unittest.TestCase):
             patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
             with pytest.raises(FlexpatchError, match="no fixed order"):
                 attention.check_fa4_call(hopper, torch.bfloat16, [None], 300)
-            patch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-            with pytest.raises(FlexpatchError, match="runs on Hopper GPUs"):
-                attention.check_fa4_call(hopper, torch.bfloat16, [None], 300)
+            for other in (Card("cuda", "an A100", (8, 0)), Card("rocm", "an MI300")):
+                patch.setattr(attention, "card_of", lambda device, other=other: other)
+                with pytest.raises(FlexpatchError, match=f"runs on Hopper GPUs, not on {other.name}"):
+                    attention.check_fa4_call(hopper, torch.bfloat16, [None], 300)
 
     def test_attention_sinks_on_fa4(self) -> None:
         with torch.no_grad(), pytest.raises(UnsupportedModelError, match="gives sinks no gradient"):
