@@ -161,15 +161,13 @@ def _choose(asked: str, card: Card, sizes: frozenset[Sizes], dtype: torch.dtype)
             )
         return Choice("flex", UNTESTED.format(card.name) if card.kind == "rocm" else None)
     if card.kind == "rocm":
-        reason = (
-            reason or "FlexAttention's kernels were never tested on AMD GPUs; backend='flex' takes them all the same"
-        )
+        reason = reason or "its kernels were never tested on AMD GPUs; backend='flex' takes them all the same"
     return Choice("flex") if reason is None else Choice("dense", DENSE.format(card.name, reason))
 
 
 DENSE = (
-    "flexpatch: rows run on the dense backend on this {}: {}. Results are the same. Linear layers compute shared tokens "
-    "once, but attention computes all L x L scores of a row, which takes time and memory: keep rows short"
+    "flexpatch: rows run on the dense backend on this {}: {}. Results are the same. Linear layers compute shared "
+    "tokens once, but attention computes all L x L scores of a row, which takes time and memory: keep rows short"
 )
 UNTESTED = (
     "flexpatch: FlexAttention's kernels were never tested on AMD GPUs such as this {}: run "
@@ -192,8 +190,8 @@ def obstacle(card: Card, sizes: frozenset[Sizes], dtype: torch.dtype) -> str | N
         if min(size) < SMALLEST_HEAD or _tiles(card.shared_kb, size, dtype) is None:
             heads = str(size[0]) if size[0] == size[1] else f"{size[0]} (values: {size[1]})"
             return (
-                f"its kernels for heads of {heads} in {dtype} do not fit into this card's {card.shared_kb} KB of shared "
-                f"memory, or need heads of {SMALLEST_HEAD} or more"
+                f"its kernels for heads of {heads} in {dtype} do not fit into this card's {card.shared_kb} KB of "
+                f"shared memory, or need heads of {SMALLEST_HEAD} or more"
             )
     return None
 
@@ -223,10 +221,8 @@ def tiles(device: torch.device, size: int, value_size: int, dtype: torch.dtype) 
 
     Compiled layers take the result for a constant of their graph, which has one device and one size of heads.
     """
-    if device.type != "cuda" or card_of(device).kind != "cuda":
-        kb = max(TILES)
-    else:
-        kb = card_of(device).shared_kb
+    known = device.type == "cuda" and card_of(device).kind == "cuda"
+    kb = card_of(device).shared_kb if known else max(TILES)
     found = _tiles(kb, (size, value_size), dtype)
     return tuple((found or {}).items())
 
