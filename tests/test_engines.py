@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import accelerate as accelerate_package
 import cpu_ranks
 import pytest
+import tensor_ranks
 import torch
 import transformers
 from cpu_ranks import ROOT, start_python, torchrun
@@ -81,6 +83,9 @@ def table() -> str:
         trainers = ", ".join(kind for name, kind in kinds.items() if {name, f"{name}, lora"} <= set(names))
         more = ", ".join(option for name, option in options.items() if name in names)
         lines.append(f"| {title} | {trainers} | {more} | {bound} |")
+    kinds = {"batches": "batches of a plain loop", "rows": "rows of your own"}
+    split = ", ".join(kind for name, kind in kinds.items() if name in tensor_ranks.CASES)
+    lines.append(f'| tensor parallelism (`tp_plan="auto"`) | {split}; all weights alone | | float64: within 1e-10 |')
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +159,33 @@ def test_ranks_train_what_one_rank_trains(engine: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_other_cases(engine: str, tmp_path: Path) -> None:
     check(engine, tmp_path, [name for name in cases_of(engine) if name not in FAST])
+
+
+def distance(ours: Any, true: Any) -> float:
+    """The relative distance of two results: of all numbers in a list, or of all tensors by name."""
+    if isinstance(true, dict):
+        assert ours.keys() == true.keys(), ours.keys() ^ true.keys()
+        ours, true = ([tensors[name].flatten() for name in true] for tensors in (ours, true))
+    ours, true = (torch.cat([torch.as_tensor(x, dtype=torch.float64).flatten() for x in xs]) for xs in (ours, true))
+    return float((ours - true).norm() / true.norm())
+
+
+@needs_engines
+def test_tensor_parallelism(tmp_path: Path) -> None:
+    """Two ranks that split every layer train what one rank of the unpatched model trains: losses, log-probs of all
+    steps, gradients of the first, weights after the last."""
+    save_model(tmp_path, torch.float64)
+    program = [str(ROOT / "tests" / "tensor_ranks.py"), str(tmp_path), str(tmp_path), *tensor_ranks.CASES]
+    start_python([*torchrun(), *program], tmp_path)
+    true = tensor_ranks.train("stock", tmp_path)
+    for name in tensor_ranks.CASES:
+        ours = torch.load(tmp_path / f"{name}.pt")
+        errors = {kind: distance(ours[kind], true[kind]) for kind in true}
+        print("ERRORS", name, {kind: f"{error:.1e}" for kind, error in errors.items()})
+        if name == "answers see each other":
+            assert min(errors.values()) > CONTROL * EXACT, errors
+        else:
+            assert max(errors.values()) < EXACT, (name, errors)
 
 
 @needs_engines
