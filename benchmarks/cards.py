@@ -1,7 +1,7 @@
 """Shared memory that FlexAttention's kernels need on each card, without the cards.
 
-    python benchmarks/cards.py                       # writes benchmarks/results/cards.md; needs Triton, no GPU
-    python benchmarks/cards.py --heads 128 --assemble
+    python benchmarks/cards.py            # writes benchmarks/results/cards.md and docs/cards.md; needs Triton, no GPU
+    python benchmarks/cards.py --docs     # docs/cards.md alone, from the results
 
 A GPU kernel that needs more shared memory than a thread block may take dies at its first call. How much it needs is
 known once Triton has lowered it, and Triton lowers for any card: Inductor renders our attention (rows' block mask,
@@ -10,6 +10,7 @@ with those of ``flexpatch.devices``, and what Triton tells of each kernel fills 
 ptxas, which shows that a kernel's machine code can be made for that card.
 """
 
+import argparse
 import copy
 import importlib.util
 import re
@@ -19,24 +20,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx, record_original_output_strides
-from torch._inductor.debug import DebugContext
-from torch._inductor.graph import GraphLowering
-from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.virtualized import V
-from torch.utils._pytree import tree_map
 
-from flexpatch import attention
+from flexpatch import attention, devices
 from flexpatch.masks import block_mask
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cards.md"
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
-HEADS = ("16", "32", "64", "80", "96", "128", "160", "192", "192/128", "256", "512")
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "cards.md"
+CARDS = {
+    (8, 0): "A100",
+    (8, 6): "RTX 3090, A10G, A40",
+    (8, 9): "RTX 4090, L4, L40S",
+    (9, 0): "H100, H200",
+    (10, 0): "B200",
+    (12, 0): "RTX 5090",
+}
+HEADS = ("64", "80", "96", "128", "160", "192", "192/128", "256", "512")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 PASSES = ("forward", "backward")
 LENGTH = 512
@@ -78,6 +81,11 @@ def render(size: int, value_size: int, dtype: torch.dtype, windowed: bool) -> di
 
     It is traced on the CPU, where autograd needs no driver; Inductor then gets graphs whose tensors are on a GPU.
     """
+    from torch._inductor.compile_fx import compile_fx, record_original_output_strides
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
     kernels: dict[str, Kernel] = {}
 
     def lower(graph: Any, inputs: Any, **options: Any) -> Any:
@@ -107,7 +115,7 @@ def render(size: int, value_size: int, dtype: torch.dtype, windowed: bool) -> di
 
     with mock.patch("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None):
         attend = torch.compile(attention._attend, backend=backend, fullgraph=True, dynamic=False)
-        attend(q, k, v, mask, None, 30.0 if windowed else None, None, False).sum().backward()
+        attend(q, k, v, mask, None, 30.0 if windowed else None, None, {}).sum().backward()
     return kernels
 
 
@@ -127,6 +135,8 @@ def as_cuda(value: Any, mode: Any) -> Any:
 
 def to_cuda(graph: Any, mode: Any) -> Any:
     """A traced graph whose tensors are on a GPU, and which keeps the log-sum-exp as backward on a GPU needs it."""
+    from torch.utils._pytree import tree_map
+
     for node in graph.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = node.kwargs | {"device": CUDA}
@@ -144,6 +154,7 @@ def to_cuda(graph: Any, mode: Any) -> Any:
 @contextmanager
 def on_a_gpu(capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
     """Inductor and Triton believe in a card. Which one matters for tiles alone, and those are set afterwards."""
+    from torch._inductor.runtime.hints import DeviceProperties
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -184,9 +195,9 @@ def torch_tiles(which: str, size: int, dtype: torch.dtype, capability: tuple[int
     return tiles | {"num_stages": c.num_stages, "num_warps": c.num_warps}
 
 
-def with_options(tiles: dict[str, int], options: dict[str, int], which: str) -> dict[str, int]:
-    """Tiles as Inductor changes them for kernel options."""
-    prefix = which[0] + {"forward": "wd_", "backward": "wd_"}[which]
+def our_tiles(tiles: dict[str, int], options: dict[str, int], which: str) -> dict[str, int]:
+    """Torch's tiles, as Inductor changes them for kernel options."""
+    prefix = {"forward": "fwd_", "backward": "bwd_"}[which]
     return tiles | {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
 
 
@@ -219,3 +230,130 @@ def shared_bytes(kernel: Kernel, tiles: dict[str, int], capability: tuple[int, i
         for stage in ("ttir", "ttgir", "llir"):
             module = stages[stage](module, metadata)
     return metadata["shared"]
+
+
+def sizes_of(head: str) -> tuple[int, int]:
+    """``192/128``: 192 for queries and keys, 128 for values."""
+    size, _, values = head.partition("/")
+    return int(size), int(values or size)
+
+
+class Line(NamedTuple):
+    """One kernel on one card."""
+
+    head: str
+    dtype: str
+    which: str
+    card: str
+    tiles_of: str
+    tiles: str
+    kb: str
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        major, _, minor = self.card.partition(".")
+        return int(major), int(minor)
+
+
+def measure(heads: list[str], dtypes: list[str], assemble: bool) -> Iterator[Line]:
+    """The table's lines."""
+    for head in heads:
+        for dtype in dtypes:
+            sizes = sizes_of(head)
+            kernels = render(*sizes, DTYPES[dtype], True)
+            known: dict[Any, int] = {}
+            for which in PASSES:
+                for capability in CARDS:
+                    stock = torch_tiles(which, sizes[0], DTYPES[dtype], capability)
+                    options = devices.fitting(devices.SHARED_KB[capability], sizes, DTYPES[dtype])
+                    for whose, tiles in (("torch", stock), ("flexpatch", our_tiles(stock, options or {}, which))):
+                        if whose == "flexpatch" and tiles == stock:
+                            continue
+                        # Ampere's and Ada's kernels are lowered alike.
+                        target = (8, 6) if capability[0] == 8 else capability
+                        key = which, target, tuple(tiles.items())
+                        if key not in known:
+                            known[key] = shared_bytes(kernels[which], tiles, target, assemble)
+                        name = " ".join(f"{tile.removeprefix('num_')}={value}" for tile, value in tiles.items())
+                        card = ".".join(map(str, capability))
+                        yield Line(head, dtype, which, card, whose, name, f"{known[key] / devices.KB:.1f}")
+
+
+def read(path: Path = RESULTS) -> list[Line]:
+    """The lines that :func:`main` wrote."""
+    rows = [line.strip("| \n").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
+    return [Line(*row) for row in rows[1:]]
+
+
+def docs(lines: list[Line], version: str) -> str:
+    """docs/cards.md."""
+    text = INTRODUCTION
+    for dtype, title in (("bfloat16", "bfloat16 and float16"), ("float32", "float32")):
+        heads = dict.fromkeys(line.head for line in lines if line.dtype == dtype)
+        text += f"\n## {title}\n\n| head | {' | '.join(CARDS.values())} |\n|---|{'---|' * len(CARDS)}\n"
+        text += f"| *shared memory* | {' | '.join(f'*{devices.SHARED_KB[c]} KB*' for c in CARDS)} |\n"
+        for head in sorted(heads, key=sizes_of):
+            cells = [cell([x for x in lines if x[:2] == (head, dtype) and x.capability == card]) for card in CARDS]
+            text += f"| {head} | {' | '.join(cells)} |\n"
+    return text + f"\nMeasured with {version}.\n"
+
+
+def cell(lines: list[Line]) -> str:
+    """What runs for one head on one card, and the KB that its larger kernel needs."""
+    torch_kb = max(float(line.kb) for line in lines if line.tiles_of == "torch")
+    capability, sizes, dtype = lines[0].capability, sizes_of(lines[0].head), DTYPES[lines[0].dtype]
+    options = devices.fitting(devices.SHARED_KB[capability], sizes, dtype)
+    if options is None:
+        return f"dense (flex: {torch_kb:.0f})"
+    ours = max(float(line.kb) for line in used(lines))
+    changed = any(line.tiles_of == "flexpatch" for line in lines)
+    return f"flex, smaller tiles, {ours:.0f} (torch's: {torch_kb:.0f})" if changed else f"flex, {ours:.0f}"
+
+
+def used(lines: list[Line]) -> list[Line]:
+    """Of the lines of one head on one card those of the tiles that flexpatch gives."""
+    ours = {line.which: line for line in sorted(lines, key=lambda line: line.tiles_of == "flexpatch")}
+    return list(ours.values())
+
+
+INTRODUCTION = """# Cards
+
+What `backend="auto"` runs, and the shared memory in KB that one block of its larger kernel, forward or backward, needs.
+*flex*: with torch's own tiles, or with smaller ones where those would die at the first call (torch's need in brackets).
+*dense*: exact as well, but attention computes all L x L scores of a row; `apply` warns of it, and `backend="flex"` is
+refused. Kernels round heads up to a power of two: a head that is not listed has the row of the next larger one.
+
+Elsewhere: before Ampere (V100, T4), without Triton (Windows without triton-windows), in float64, and for heads under 16
+or over 512, `auto` is dense. On AMD GPUs nobody has run it: `auto` is dense, `backend="flex"` warns. Intel GPUs: flex.
+
+None of these cards but the H100 was at hand: kernels are lowered for them by Triton, which tells what they need, with a
+window and a soft cap (which take half a KB more); no speed was measured elsewhere. `python benchmarks/cards.py`
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", nargs="+", default=list(HEADS), help="192/128: of queries and keys, and of values")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
+    parser.add_argument("--assemble", action="store_true", help="run ptxas as well")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--docs", action="store_true", help="measure nothing")
+    options = parser.parse_args()
+    if not options.docs:
+        import triton
+
+        version = f"torch {torch.__version__}, triton {triton.__version__}"
+        lines = [version, "", f"| {' | '.join(Line._fields)} |".replace("_", " "), "|---" * len(Line._fields) + "|"]
+        print("\n".join(lines), flush=True)
+        for line in measure(options.heads, options.dtypes, options.assemble):
+            lines.append(f"| {' | '.join(line)} |")
+            print(lines[-1], flush=True)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text("\n".join(lines) + "\n")
+    if options.output == RESULTS:
+        DOCS.parent.mkdir(exist_ok=True)
+        DOCS.write_text(docs(read(), RESULTS.read_text().splitlines()[0]))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ on a card that has less than it needs. Torch chooses tiles by a card's generatio
 
 import warnings
 from functools import cache
+from importlib import import_module
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -34,9 +35,9 @@ TILES: dict[int, dict[tuple[int, int], Tiles]] = {
     99: {(64, 2): {}, (128, 2): {}, (256, 2): NARROW | SQUARE, (512, 2): LARGE}
     | {(64, 4): {}, (128, 4): NARROW, (256, 4): LARGE},
     163: {(64, 2): {}, (128, 2): {}, (256, 2): NARROW, (512, 2): LARGE}
-    | {(64, 4): {}, (128, 4): NARROW, (256, 4): LARGE, (512, 4): LARGE},
+    | {(64, 4): {}, (128, 4): NARROW, (256, 4): NARROW, (512, 4): LARGE},
     227: {(64, 2): {}, (128, 2): {}, (256, 2): {}, (512, 2): LARGE}
-    | {(64, 4): {}, (128, 4): {}, (256, 4): {}, (512, 4): LARGE},
+    | {(64, 4): {}, (128, 4): {}, (256, 4): NARROW, (512, 4): LARGE},
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALLEST_HEAD = 16  # of Triton's matrix products
@@ -86,7 +87,7 @@ def _known_kb(capability: tuple[int, int]) -> int:
 def _has_triton() -> bool:
     """Whether Triton imports: torch for Windows comes without, and a broken one is as good as none."""
     try:
-        import triton  # noqa: F401
+        import_module("triton")
     except Exception:
         return False
     return True
@@ -160,8 +161,8 @@ def _choose(asked: str, card: Card, sizes: frozenset[Sizes], dtype: torch.dtype)
                 "exact, but computes all L x L scores of a row"
             )
         return Choice("flex", UNTESTED.format(card.name) if card.kind == "rocm" else None)
-    if card.kind == "rocm":
-        reason = reason or "its kernels were never tested on AMD GPUs; backend='flex' takes them all the same"
+    if card.kind == "rocm" and reason is None:
+        reason = "FlexAttention's kernels were never tested on AMD GPUs; backend='flex' takes them all the same"
     return Choice("flex") if reason is None else Choice("dense", DENSE.format(card.name, reason))
 
 
@@ -187,11 +188,13 @@ def obstacle(card: Card, sizes: frozenset[Sizes], dtype: torch.dtype) -> str | N
     if dtype not in DTYPES:
         return f"its kernels take {', '.join(map(str, DTYPES))}, and this model computes in {dtype}"
     for size in sorted(sizes):
-        if min(size) < SMALLEST_HEAD or _tiles(card.shared_kb, size, dtype) is None:
-            heads = str(size[0]) if size[0] == size[1] else f"{size[0]} (values: {size[1]})"
+        heads = str(size[0]) if size[0] == size[1] else f"{size[0]} (values: {size[1]})"
+        if min(size) < SMALLEST_HEAD:
+            return f"its kernels need heads of {SMALLEST_HEAD} or more, and this model's have {heads}"
+        if fitting(card.shared_kb, size, dtype) is None:
             return (
                 f"its kernels for heads of {heads} in {dtype} do not fit into this card's {card.shared_kb} KB of "
-                f"shared memory, or need heads of {SMALLEST_HEAD} or more"
+                "shared memory"
             )
     return None
 
@@ -200,7 +203,7 @@ def tell(choice: Choice, again: bool = False) -> str:
     """Warn of a choice, once in a process or, if ``again``, once more; returns its backend."""
     if choice.warning is not None and (again or choice.warning not in _told):
         _told.add(choice.warning)
-        warnings.warn(choice.warning, FlexpatchWarning, 4)
+        warnings.warn(choice.warning, FlexpatchWarning, 3)
     return choice.backend
 
 
@@ -221,14 +224,14 @@ def tiles(device: torch.device, size: int, value_size: int, dtype: torch.dtype) 
 
     Compiled layers take the result for a constant of their graph, which has one device and one size of heads.
     """
-    known = device.type == "cuda" and card_of(device).kind == "cuda"
-    kb = card_of(device).shared_kb if known else max(TILES)
-    found = _tiles(kb, (size, value_size), dtype)
+    card = card_of(device)
+    kb = card.shared_kb if card.kind == "cuda" else max(TILES)
+    found = fitting(kb, (size, value_size), dtype)
     return tuple((found or {}).items())
 
 
-def _tiles(shared_kb: int, sizes: Sizes, dtype: torch.dtype) -> Tiles | None:
-    """``None``: nothing fits."""
+def fitting(shared_kb: int, sizes: Sizes, dtype: torch.dtype) -> Tiles | None:
+    """Options with which kernels fit into so much shared memory; ``None`` if nothing does."""
     known = [kb for kb in TILES if kb <= shared_kb]
     if not known:
         return None

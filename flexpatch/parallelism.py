@@ -81,7 +81,8 @@ class Row:
         Raises:
             UnsupportedModelError: If the mask is gone or another, or the tokens are not the row's.
         """
-        self.reached = True
+        if not torch.compiler.is_compiling():  # compilers allow no side effects within a checkpointed layer
+            self.reached = True
         if mask is None or not (isinstance(mask, BlockMask) or self._is_own(mask)):
             raise UnsupportedModelError(
                 f"attention ({type(module).__name__}) got {'no mask' if mask is None else 'another mask'} in place of "
@@ -96,13 +97,14 @@ class Row:
                 "sequence parallelism do. Switch it off, or run the model without flexpatch: flexpatch.remove(model)"
             )
 
-    def check_reached(self) -> None:
-        """Refuse a call whose attention never asked for the row.
+    def check_reached(self, backbone: nn.Module) -> None:
+        """Refuse a call whose attention never asked for the row. Compiled layers cannot tell: they ask once, as they
+        are compiled.
 
         Raises:
             UnsupportedModelError: If somebody's own attention ran instead of the registered one.
         """
-        if not self.reached:
+        if not self.reached and not torch.compiler.is_compiling() and not any(map(_is_compiled, backbone.modules())):
             raise UnsupportedModelError(
                 "a row's mask was not used: another library replaced the attention of this model's layers. Load the "
                 "model without it, or run it without flexpatch: flexpatch.remove(model)"
@@ -114,6 +116,17 @@ class Row:
             return True
         owns = (own for own in self.masks if isinstance(own, Tensor) and own.shape == mask.shape)
         return any(torch.equal(own.to(mask.device, mask.dtype), mask) for own in owns)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module run compiled: by torch.compile, by its own ``compile()``, or by flexpatch."""
+    has = module.__dict__
+    ours = getattr(has.get("forward"), "func", None)
+    return (
+        isinstance(module, torch._dynamo.OptimizedModule)
+        or has.get("_compiled_call_impl") is not None
+        or getattr(ours, "__module__", None) == "flexpatch.compiled"
+    )
 
 
 def _signs(model: nn.Module, functions: Mapping[str, Callable[..., Any]], thorough: bool) -> Iterator[str]:

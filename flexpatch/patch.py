@@ -707,7 +707,7 @@ def _warn(message: str) -> None:
 def _after_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a backbone, before those of others: a row's hidden states come out in the caller's layout."""
     if output is not None and ROW in kwargs:
-        kwargs[ROW].check_reached()
+        kwargs[ROW].check_reached(backbone)
     after = _after_of(backbone, args, kwargs)
     if after is None:
         # None: the forward raised. Without any mark somebody has put other arguments in place of ours.

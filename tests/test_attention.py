@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import flexpatch
 from flexpatch import FlexpatchError, Rows, Tree, UnsupportedModelError, attention, build_rows
 from flexpatch.attention import flex
-from flexpatch.devices import Card
+from flexpatch.devices import LARGE, Card
 from flexpatch.masks import block_mask, bucket, dense_mask
 from flexpatch.models import tiny_model
 
@@ -389,6 +389,33 @@ class CompilationTest(unittest.TestCase):
             flexpatch.answer_logprobs(model.eval(), rows).answers.sum().backward()
             counts.append(self.count)
         assert counts == [4, 4, 4], "expected one graph for (full, windowed) x (gradients, none)"
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+class KernelOptionsTest(unittest.TestCase):
+    """Tiles that fit a device are constants of the graph: none is compiled for them, and no graph breaks."""
+
+    @parameterized.expand([(size, whole) for size in (16, 512) for whole in (True, False)], name_func=name)
+    def test_they_reach_the_kernels(self, size: int, whole: bool) -> None:
+        seen: list[dict[str, Any]] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+            calls = [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.flex_attention]
+            seen.extend(argument for node in calls for argument in node.args if isinstance(argument, dict))
+            return graph
+
+        torch._dynamo.reset()
+        mask = mask_of(rows_of(150))
+        function = flex if whole else attention._attend  # compiled layers hold all of it
+        compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(attention, "_compiled", lambda: compiled)
+            for _ in range(3):
+                qkv = [x.detach() for x in random_qkv(1, 2, 1, 150, size, torch.bfloat16)]
+                (compiled if whole else flex)(*qkv, mask)
+        (options,) = seen
+        expected = dict(LARGE) if size == 512 else {}
+        assert {name: value for name, value in options.items() if name.startswith(("fwd_", "bwd_"))} == expected
 
 
 class RealCompilationTest(unittest.TestCase):

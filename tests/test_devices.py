@@ -13,6 +13,7 @@ import torch
 from oracle import random_ids
 
 import flexpatch
+from benchmarks import cards as cards_benchmark
 from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, devices
 from flexpatch.devices import Card, choose, heads_of
 from flexpatch.models import tiny_model
@@ -85,7 +86,7 @@ REFUSED = {
     "huge heads": (H100, {}, BF16, (1024,), r"heads of 1024 in torch\.bfloat16.*227 KB"),
     "huge values": (H100, {}, BF16, (64, (128, 600)), r"heads of 128 \(values: 600\)"),
     "wide numbers": (R3090, {}, FP32, (256, 512), r"heads of 512 in torch\.float32.*99 KB"),
-    "small heads": (H100, {}, BF16, (8,), r"heads of 16 or more"),
+    "small heads": (H100, {}, BF16, (8,), r"heads of 16 or more.*have 8"),
     "float64": (H100, {}, torch.float64, (64,), r"computes in torch\.float64"),
 }
 
@@ -232,3 +233,62 @@ def test_heads_of_layers_that_do_not_tell() -> None:
     silent = torch.nn.Linear(1, 1)
     silent.config = config  # type: ignore[assignment]
     assert heads_of(silent) == heads(24)
+
+
+TABLE = cards_benchmark.read()
+COMBINATIONS = list(dict.fromkeys((line.head, line.dtype, line.card) for line in TABLE))
+
+
+def lines_of(head: str, dtype: str, card: str) -> list[cards_benchmark.Line]:
+    return [line for line in TABLE if (line.head, line.dtype, line.card) == (head, dtype, card)]
+
+
+def needs(lines: list[cards_benchmark.Line]) -> float:
+    return max(float(line.kb) for line in lines)
+
+
+def test_the_table_is_whole() -> None:
+    heads_in_table = {head for head, _, _ in COMBINATIONS}
+    assert heads_in_table >= {"64", "80", "96", "128", "160", "192", "192/128", "256", "512"}
+    assert len(COMBINATIONS) == len(heads_in_table) * 2 * len(cards_benchmark.CARDS)
+    for combination in COMBINATIONS:
+        assert {line.which for line in lines_of(*combination) if line.tiles_of == "torch"} == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids="-".join)
+def test_what_runs_fits_as_measured(cards: Cards, combination: tuple[str, str, str]) -> None:
+    head, name, _ = combination
+    lines, dtype, sizes = lines_of(*combination), getattr(torch, name), cards_benchmark.sizes_of(head)
+    shared = devices.SHARED_KB[lines[0].capability]
+    cards.put(("a card", lines[0].capability, shared))
+    backend, warning = choose("auto", CUDA, heads(sizes), dtype)
+    if backend == "dense":
+        assert warning is not None and needs(lines) > shared
+        return
+    # The table was measured with the options of today.
+    options = dict(devices.tiles(CUDA, *sizes, dtype))
+    for line in lines:
+        tiles = {name: int(value) for name, value in (tile.split("=") for tile in line.tiles.split())}
+        prefix = {"forward": "fwd_", "backward": "bwd_"}[line.which]
+        wanted = {k.removeprefix(prefix).removeprefix("num_"): v for k, v in options.items() if k.startswith(prefix)}
+        if line in cards_benchmark.used(lines):
+            assert wanted.items() <= tiles.items(), f"measure anew: {line}"
+    assert needs(cards_benchmark.used(lines)) <= shared
+
+
+def test_torch_alone_would_not_fit() -> None:
+    """The control: where flexpatch changes tiles, and where it does not."""
+    dies = {
+        (head, card)
+        for head, dtype, card in COMBINATIONS
+        if dtype == "bfloat16"
+        and needs([line for line in lines_of(head, dtype, card) if line.tiles_of == "torch"])
+        > devices.SHARED_KB[lines_of(head, dtype, card)[0].capability]
+    }
+    assert {("256", "8.6"), ("256", "8.9"), ("256", "12.0"), ("512", "8.6"), ("160", "8.0")} <= dies
+    assert not {("64", "8.6"), ("128", "8.6"), ("128", "8.0"), ("128", "9.0"), ("256", "9.0")} & dies
+
+
+def test_the_page_is_made_from_the_table() -> None:
+    version = cards_benchmark.RESULTS.read_text().splitlines()[0]
+    assert cards_benchmark.DOCS.read_text() == cards_benchmark.docs(TABLE, version)

@@ -26,10 +26,10 @@ from torch import Tensor
 import flexpatch
 from flexpatch import FlexpatchWarning, Tree, build_rows, dpo_loss, lay_out, logprobs, masks, pack, packing, patch
 from flexpatch import tree as tree_module
+from flexpatch.float64 import Float64 as _Float64
 from flexpatch.masks import block_mask, bucket, dense_mask
 from flexpatch.models import tiny_model
 from flexpatch.packing import epoch_bins
-from flexpatch.parity import _Float64
 
 # Trees --------------------------------------------------------------------------------------------------
 

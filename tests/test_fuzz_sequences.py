@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import flexpatch
 from flexpatch import fold, patch
+from flexpatch.float64 import Float64 as _Float64
 from flexpatch.models import tiny_model
-from flexpatch.parity import _Float64
 from flexpatch.patch import settings_of
 
 # Full attention, windows in all layers, windows in some.

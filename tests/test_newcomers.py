@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import flexpatch
+from flexpatch.float64 import Float64 as _Float64
 from flexpatch.fold import build_rows
 from flexpatch.models import TINY, tiny_model
-from flexpatch.parity import _Float64
 
 ROOT = Path(__file__).resolve().parent.parent
 F64 = torch.float64
