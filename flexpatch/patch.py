@@ -525,6 +525,7 @@ class _RowHook:
         if reason := _obstacle(backbone, config, call):
             self.given(call, f"with {reason}")
             return call
+        assert ids is not None, "calls without ids have an obstacle"
         if given is not None and given.shape != ids.shape:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):  # rounded to integers they would give some model's numbers

@@ -295,11 +295,12 @@ class Rows:
         )
 
     def __iter__(self) -> NoReturn:
-        self["its columns"]
+        """Refuse it too where a trainer looks for a column's name."""
+        return self.__getitem__("its columns")
 
     def items(self) -> NoReturn:
-        """Refuse a trainer that takes packed rows for a batch of its own; see ``__getitem__``."""
-        self["items()"]
+        """Refuse it too where a trainer asks for all columns; ``keys`` and ``values`` are this method."""
+        return self.__getitem__("all columns")
 
     keys = values = items
 

@@ -33,8 +33,8 @@ def trees(*lengths: tuple[int, ...]) -> list[Tree]:
 
 @parameterized.expand([(*variant, dtype) for variant in VARIANTS for dtype in (torch.float32, torch.bfloat16)])
 def test_parity_through_compiled_flex(model_type: str, variant: int, dtype: torch.dtype) -> None:
-    """A router that sends a single token elsewhere is off by a whole expert, in the unpatched model too: such models may
-    miss a bound with one seed of five (benchmarks/noise.py looks closer)."""
+    """A router that sends a single token elsewhere is off by a whole expert, in the unpatched model too: such models
+    may miss a bound with one seed of five (benchmarks/noise.py looks closer)."""
 
     def report(seed: int) -> Report:
         model = tiny_model(model_type, variant, dtype=dtype, seed=seed).to(DEVICE)
