@@ -286,21 +286,16 @@ class Rows:
         """Refuse a trainer that takes packed rows for a batch of its own.
 
         Raises:
-            FlexpatchError: Always.
+            FlexpatchError: Always; so do iteration, ``items()``, ``keys()`` and ``values()``.
         """
-        raise FlexpatchError(
-            f"packed rows were asked for {key!r:.40}, as if they were a batch of columns. A stock trainer makes its "
-            "own batches, and flexpatch.apply(model) folds those: leave flexpatch.Collator out of it. In a loop of "
-            "your own pass rows to flexpatch.answer_logprobs(model, rows)"
-        )
+        raise _no_batch(repr(key))
 
     def __iter__(self) -> NoReturn:
-        """Refuse it too where a trainer looks for a column's name."""
-        return self.__getitem__("its columns")
+        raise _no_batch("its columns")
 
     def items(self) -> NoReturn:
-        """Refuse it too where a trainer asks for all columns; ``keys`` and ``values`` are this method."""
-        return self.__getitem__("all columns")
+        """Refuse a trainer that asks for all columns; ``keys`` and ``values`` are this method."""
+        raise _no_batch("all columns")
 
     keys = values = items
 
@@ -315,6 +310,14 @@ class Rows:
     def __getstate__(self) -> dict[str, Any]:
         # A BlockMask holds a closure and cannot leave the process.
         return {f.name: {} if f.name == "masks" else getattr(self, f.name) for f in fields(self)}
+
+
+def _no_batch(asked: str) -> FlexpatchError:
+    return FlexpatchError(
+        f"packed rows were asked for {asked:.40}, as if they were a batch of columns. A stock trainer makes its own "
+        "batches, and flexpatch.apply(model) folds those: leave flexpatch.Collator out of it. In a loop of your own "
+        "pass rows to flexpatch.answer_logprobs(model, rows)"
+    )
 
 
 def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows:
