@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexpatch.errors import UnsupportedModelError
-from flexpatch.parallelism import name_of
+from flexpatch.parallelism import hooks_of
 
 _graphs: list[bool] = []
 
@@ -53,7 +53,7 @@ class Row:
         if wrong is not None:
             raise UnsupportedModelError(
                 f"attention ({type(module).__name__}) {wrong}: something between the model and its attention changed "
-                f"them{_hooks_of(module)}, as context and sequence parallelism do. Take it off, or run the model "
+                f"them{hooks_of(module)}, as context and sequence parallelism do. Take it off, or run the model "
                 "without flexpatch: flexpatch.remove(model)"
             )
 
@@ -79,8 +79,3 @@ class Row:
             return True
         owns = (own for own in self.masks if isinstance(own, Tensor) and own.shape == mask.shape)
         return any(torch.equal(own.to(mask.device, mask.dtype), mask) for own in owns)
-
-
-def _hooks_of(module: nn.Module) -> str:
-    names = ", ".join(dict.fromkeys(map(name_of, module.__dict__["_forward_pre_hooks"].values())))
-    return f" (hooks of this layer: {names})" if names else ""

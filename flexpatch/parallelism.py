@@ -134,6 +134,12 @@ def _hooks(model: nn.Module) -> Iterator[str]:
             )
 
 
+def hooks_of(module: nn.Module) -> str:
+    """Words for an error: what runs before ``module``."""
+    names = ", ".join(dict.fromkeys(map(name_of, module.__dict__["_forward_pre_hooks"].values())))
+    return f" (hooks of this layer: {names})" if names else ""
+
+
 def name_of(function: Any) -> str:
     """Where a function comes from, in words: its module and its name."""
     while isinstance(function, partial):
