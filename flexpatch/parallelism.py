@@ -1,4 +1,4 @@
-"""Sequences that ranks hold parts of, and what a row's attention must find: refused, never a number.
+"""Sequences that ranks hold parts of: refused, however that was switched on.
 
 Context and sequence parallelism (ring attention, Ulysses) give each rank a part of every sequence and let attention
 see all of it by a mask of their own, mostly the causal one. A row's rule would be dropped, and ranks would fold their
@@ -11,16 +11,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from types import BuiltinFunctionType
+from types import BuiltinFunctionType, ModuleType
 from typing import Any
 from weakref import WeakSet
 
-import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch import distributed, nn
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask
 
 from flexpatch.errors import UnsupportedModelError
 
@@ -63,72 +59,6 @@ def check_call(model: nn.Module, functions: Mapping[str, Callable[..., Any]]) ->
     check_parallelism(model, functions, thorough=thorough)
 
 
-class Row:
-    """What attention must find of a row, and whether it was asked. An argument of the call, which reaches all layers.
-
-    Engines rebuild arguments that are containers, and move those with a method ``to``: this is neither.
-    """
-
-    def __init__(self, length: int, masks: Any) -> None:
-        """Args: ``length``: tokens of the row; ``masks``: its mask, or a dict of masks by layer type."""
-        self.length = length
-        self.masks = tuple(masks.values()) if isinstance(masks, dict) else (masks,)
-        self.reached = False
-
-    def check_attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Any) -> None:
-        """Refuse an attention call that is not the row's. Shapes: q (B, H, L, D), k (B, G, L, D).
-
-        Raises:
-            UnsupportedModelError: If the mask is gone or another, or the tokens are not the row's.
-        """
-        if not torch.compiler.is_compiling():  # compilers allow no side effects within a checkpointed layer
-            self.reached = True
-        if mask is None or not (isinstance(mask, BlockMask) or self._is_own(mask)):
-            raise UnsupportedModelError(
-                f"attention ({type(module).__name__}) got {'no mask' if mask is None else 'another mask'} in place of "
-                f"a row's: something between the model and its attention {'drops' if mask is None else 'replaces'} "
-                f"masks{_hooks_of(module)}, as context and sequence parallelism do. Take it off, or run the model "
-                "without flexpatch: flexpatch.remove(model)"
-            )
-        if q.shape[2] != self.length or k.shape[2] != self.length:
-            raise UnsupportedModelError(
-                f"attention ({type(module).__name__}) got {q.shape[2]} queries and {k.shape[2]} keys for a row of "
-                f"{self.length} tokens: something splits or gathers sequences{_hooks_of(module)}, as context and "
-                "sequence parallelism do. Switch it off, or run the model without flexpatch: flexpatch.remove(model)"
-            )
-
-    def check_reached(self, backbone: nn.Module) -> None:
-        """Refuse a call whose attention never asked for the row. Compiled layers cannot tell: they ask once, as they
-        are compiled.
-
-        Raises:
-            UnsupportedModelError: If somebody's own attention ran instead of the registered one.
-        """
-        if not self.reached and not torch.compiler.is_compiling() and not any(map(_is_compiled, backbone.modules())):
-            raise UnsupportedModelError(
-                "a row's mask was not used: another library replaced the attention of this model's layers. Load the "
-                "model without it, or run it without flexpatch: flexpatch.remove(model)"
-            )
-
-    def _is_own(self, mask: Tensor) -> bool:
-        """Whether a dense mask is one of the row's, or a copy in another dtype (FSDP makes such)."""
-        if any(mask is own for own in self.masks):
-            return True
-        owns = (own for own in self.masks if isinstance(own, Tensor) and own.shape == mask.shape)
-        return any(torch.equal(own.to(mask.device, mask.dtype), mask) for own in owns)
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether calls of a module run compiled: by torch.compile, by its own ``compile()``, or by flexpatch."""
-    has = module.__dict__
-    ours = getattr(has.get("forward"), "func", None)
-    return (
-        isinstance(module, torch._dynamo.OptimizedModule)
-        or has.get("_compiled_call_impl") is not None
-        or getattr(ours, "__module__", None) == "flexpatch.compiled"
-    )
-
-
 def _signs(model: nn.Module, functions: Mapping[str, Callable[..., Any]], thorough: bool) -> Iterator[str]:
     """What shows that ranks hold parts of sequences, the cheapest first."""
     yield from _accelerate()
@@ -136,14 +66,15 @@ def _signs(model: nn.Module, functions: Mapping[str, Callable[..., Any]], thorou
     if several:
         sdpa = F.scaled_dot_product_attention
         if not isinstance(sdpa, BuiltinFunctionType):
-            yield f"torch's scaled_dot_product_attention is replaced by {_name(sdpa)}"
-        own = _name(functions["sdpa"])
+            yield f"torch's scaled_dot_product_attention is replaced by {name_of(sdpa)}"
+        own = name_of(functions["sdpa"])
         if not own.startswith("transformers."):
             yield f"{own} stands in place of the attention function 'sdpa'"
         for name in functions:
-            if _is_scheme(_name(functions[name])):
-                yield f"{_name(functions[name])} stands in place of the attention function '{name}'"
-        handlers = getattr(getattr(DTensor, "_op_dispatcher", None), "_custom_op_handlers", {})
+            if _is_scheme(name_of(functions[name])):
+                yield f"{name_of(functions[name])} stands in place of the attention function '{name}'"
+        dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+        handlers = getattr(getattr(dtensor, "_op_dispatcher", None), "_custom_op_handlers", {})
         if any("scaled_dot_product" in str(operation) for operation in handlers):
             yield "torch's context parallel dispatcher is enabled"
         if thorough:
@@ -171,25 +102,23 @@ def _accelerate() -> Iterator[str]:
 
 def _meshes() -> list[tuple[str, int]]:
     """Dimensions of more than one rank, named for sequences, of all device meshes. Torch keeps no list of meshes."""
-    found = _living_meshes()
-    if found:  # some may wait to be collected
-        gc.collect()
-        found = _living_meshes()
-    return found
+    kind = getattr(sys.modules.get("torch.distributed.device_mesh"), "DeviceMesh", None)
 
+    def living() -> list[tuple[str, int]]:
+        meshes = [thing for thing in gc.get_objects() if type(thing) is kind]  # isinstance is a hundred times slower
+        sizes = [(name, mesh.size(i)) for mesh in meshes for i, name in enumerate(mesh.mesh_dim_names or ())]
+        return [(name, size) for name, size in sizes if MESH.fullmatch(name) and size > 1]
 
-def _living_meshes() -> list[tuple[str, int]]:
-    meshes = [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]  # isinstance is a hundred times slower
-    names = [(mesh, dim, name) for mesh in meshes for dim, name in enumerate(mesh.mesh_dim_names or ())]
-    return [(name, mesh.size(dim)) for mesh, dim, name in names if MESH.fullmatch(name) and mesh.size(dim) > 1]
+    # Collected: some may be kept by nobody.
+    return living() and (gc.collect(), living())[1]
 
 
 @cache
 def _groups() -> list[tuple[dict[str, Any], str]]:
     """Global variables of all modules that are named for a group of ranks which share sequences."""
-    spaces = [vars(module) for module in list(sys.modules.values()) if isinstance(module, type(sys))]
-    return [(space, name) for space in spaces for name in space if name[-5:].lower() in ("group", "rride")
-            and GROUP.fullmatch(name)]  # fmt: skip
+    spaces = [vars(module) for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    names = ((space, name) for space in spaces for name in list(space) if name[-5:].lower() in ("group", "rride"))
+    return [(space, name) for space, name in names if GROUP.fullmatch(name)]
 
 
 def _hooks(model: nn.Module) -> Iterator[str]:
@@ -201,16 +130,17 @@ def _hooks(model: nn.Module) -> Iterator[str]:
         if has["_forward_pre_hooks"] or has["_forward_hooks"] or "forward" in has:
             hooks = (*has["_forward_pre_hooks"].values(), *has["_forward_hooks"].values(), has.get("forward"))
             yield from (
-                f"{type(module).__name__} has the hook {name}" for name in map(_name, hooks) if _is_scheme(name)
+                f"{type(module).__name__} has the hook {name}" for name in map(name_of, hooks) if _is_scheme(name)
             )
 
 
-def _hooks_of(module: nn.Module) -> str:
-    names = ", ".join(dict.fromkeys(map(_name, module.__dict__["_forward_pre_hooks"].values())))
+def hooks_of(module: nn.Module) -> str:
+    """Words for an error: what runs before ``module``."""
+    names = ", ".join(dict.fromkeys(map(name_of, module.__dict__["_forward_pre_hooks"].values())))
     return f" (hooks of this layer: {names})" if names else ""
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
     """Where a function comes from, in words: its module and its name."""
     while isinstance(function, partial):
         function = function.func

@@ -40,6 +40,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from flexpatch.arrival import Row
 from flexpatch.attention import check_fa4, check_fa4_call, check_fa4_model, flex
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import check_forwards, compile_layers, restore_forward
@@ -58,7 +59,7 @@ from flexpatch.fold import (
     unfold,
 )
 from flexpatch.masks import bucket, mask_of
-from flexpatch.parallelism import Row, check_call, check_parallelism
+from flexpatch.parallelism import check_call, check_parallelism
 from flexpatch.quantizers import check_quantization
 from flexpatch.refusals import check_mode, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
@@ -708,7 +709,7 @@ def _warn(message: str) -> None:
 def _after_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Forward hook of a backbone, before those of others: a row's hidden states come out in the caller's layout."""
     if output is not None and ROW in kwargs:
-        kwargs[ROW].check_reached(backbone)
+        kwargs[ROW].check_reached()
     after = _after_of(backbone, args, kwargs)
     if after is None:
         # None: the forward raised. Without any mark somebody has put other arguments in place of ours.

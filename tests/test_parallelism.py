@@ -17,13 +17,16 @@ from accelerate.state import AcceleratorState
 from cpu_ranks import ROOT, start_python, torchrun
 from oracle import random_ids
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import flexpatch
-from flexpatch import parallelism
+from flexpatch import arrival, parallelism
+from flexpatch.arrival import Row
+from flexpatch.masks import block_mask
 from flexpatch.models import tiny_model
-from flexpatch.parallelism import GROUP, MESH, Row
+from flexpatch.parallelism import GROUP, MESH
 
 PROMPT, *ANSWERS = random_ids(24, 4, 4, 4)
 IDS = torch.tensor([PROMPT + answer for answer in ANSWERS])
@@ -34,6 +37,12 @@ SLOW = [
     "a_trainers_mesh", "a_patched_sdpa", "ddp", "fsdp2", "megatron_norms",
 ]  # fmt: skip
 ALLOWED = {"ddp", "fsdp2", "meshes_without_parts", "megatron_norms"}
+
+
+@pytest.fixture(autouse=True)
+def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of this process may have compiled layers."""
+    monkeypatch.setattr(arrival, "_graphs", [])
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -62,7 +71,9 @@ def drop_masks(model: PreTrainedModel) -> None:
 def causal_masks(model: PreTrainedModel) -> None:
     def prepare(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         length = kwargs["position_embeddings"][0].shape[1]
-        causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        causal: Any = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        if isinstance(kwargs["attention_mask"], BlockMask):
+            causal = block_mask(torch.full((1, length), length), torch.arange(length)[None], None)
         return args, kwargs | {"attention_mask": causal}
 
     for layer in model.model.layers:

@@ -22,8 +22,10 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from packaging.version import Version
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 from torch.utils.data import DataLoader
@@ -474,6 +476,41 @@ def _modules_keep_their_children() -> bool:
 
 
 @internal(
+    "torch", "_modules, _forward_pre_hooks, _forward_hooks, of a module's own attributes", "parallelism",
+    "to find hooks that drop masks",
+)  # fmt: skip
+def _modules_keep_children_and_hooks() -> bool:
+    module = nn.Sequential(nn.Linear(1, 1))
+    module.register_forward_pre_hook(print)
+    module.register_forward_hook(repr)
+    has = vars(module)
+    hooks = [list(has[name].values()) for name in ("_forward_pre_hooks", "_forward_hooks")]
+    return list(has["_modules"].values()) == [module[0]] and hooks == [[print], [repr]]
+
+
+@internal(
+    "torch", "DTensor._op_dispatcher._custom_op_handlers", "parallelism", "to see that context parallelism is enabled"
+)
+def _dispatcher_has_handlers() -> bool:
+    import torch.distributed.tensor.experimental._attention as cp
+
+    def attends() -> bool:
+        handlers = DTensor._op_dispatcher._custom_op_handlers
+        return any("scaled_dot_product" in str(operation) for operation in handlers)
+
+    before = attends()
+    cp._enable_context_parallel_dispatcher()
+    enabled = attends()
+    cp._disable_context_parallel_dispatcher()
+    return enabled and not before and not attends()
+
+
+@internal("accelerate", "AcceleratorState._shared_state", "parallelism", "to see what sizes accelerate was given")
+def _accelerator_state_is_shared() -> bool:
+    return isinstance(AcceleratorState._shared_state, dict)
+
+
+@internal(
     "torch", "is_in_torch_dispatch_mode", "patch", "to fold a watched batch anew, as selective checkpointing expects"
 )
 def _modes_can_be_seen() -> bool:
@@ -613,6 +650,10 @@ PRIVATE = {
     "quantized_layers": {
         "_input_quantizer", "_int8_asymm_per_token_quant", "_int8_symm_per_token_quant",
         "_int8_symm_per_token_reduced_range_quant", "_local_tensor", "_modules", "_output_quantizer", "_parameters",
+    },
+    # What others have switched on, read with fallbacks where torch and accelerate have no public way to ask.
+    "parallelism": {
+        "_custom_op_handlers", "_forward_hooks", "_forward_pre_hooks", "_modules", "_op_dispatcher", "_shared_state",
     },
     # Torch's compiler, not Hugging Face's.
     "attention": {"_dynamo"},
