@@ -2,6 +2,7 @@
 
     python benchmarks/cards.py            # writes benchmarks/results/cards.md and docs/cards.md; needs Triton, no GPU
     python benchmarks/cards.py --docs     # docs/cards.md alone, from the results
+    python benchmarks/cards.py --check    # runs the tiles of all cards on the GPU at hand, against a float64 softmax
 
 A GPU kernel that needs more shared memory than a thread block may take dies at its first call. How much it needs is
 known once Triton has lowered it, and Triton lowers for any card: Inductor renders our attention (rows' block mask,
@@ -14,6 +15,7 @@ import argparse
 import copy
 import importlib.util
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +29,8 @@ import torch
 from torch import Tensor
 
 from flexpatch import attention, devices
-from flexpatch.masks import block_mask
+from flexpatch.masks import block_mask, dense_mask
+from flexpatch.tree import Tree, build_rows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cards.md"
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cards.md"
@@ -255,34 +258,42 @@ class Line(NamedTuple):
         return int(major), int(minor)
 
 
-def measure(heads: list[str], dtypes: list[str], assemble: bool) -> Iterator[Line]:
-    """The table's lines."""
-    for head in heads:
-        for dtype in dtypes:
-            sizes = sizes_of(head)
-            kernels = render(*sizes, DTYPES[dtype], True)
-            known: dict[Any, int] = {}
-            for which in PASSES:
-                for capability in CARDS:
-                    stock = torch_tiles(which, sizes[0], DTYPES[dtype], capability)
-                    options = devices.fitting(devices.SHARED_KB[capability], sizes, DTYPES[dtype])
-                    for whose, tiles in (("torch", stock), ("flexpatch", our_tiles(stock, options or {}, which))):
-                        if whose == "flexpatch" and tiles == stock:
-                            continue
-                        # Ampere's and Ada's kernels are lowered alike.
-                        target = (8, 6) if capability[0] == 8 else capability
-                        key = which, target, tuple(tiles.items())
-                        if key not in known:
-                            known[key] = shared_bytes(kernels[which], tiles, target, assemble)
-                        name = " ".join(f"{tile.removeprefix('num_')}={value}" for tile, value in tiles.items())
-                        card = ".".join(map(str, capability))
-                        yield Line(head, dtype, which, card, whose, name, f"{known[key] / devices.KB:.1f}")
+def measure(head: str, dtype: str, assemble: bool) -> Iterator[Line]:
+    """The lines of one kind of head."""
+    sizes = sizes_of(head)
+    kernels = render(*sizes, DTYPES[dtype], True)
+    known: dict[Any, int] = {}
+    for which in PASSES:
+        for capability in CARDS:
+            stock = torch_tiles(which, sizes[0], DTYPES[dtype], capability)
+            options = devices.fitting(devices.SHARED_KB[capability], sizes, DTYPES[dtype])
+            for whose, tiles in (("torch", stock), ("flexpatch", our_tiles(stock, options or {}, which))):
+                if whose == "flexpatch" and tiles == stock:
+                    continue
+                # Ampere's and Ada's kernels are lowered alike.
+                target = (8, 6) if capability[0] == 8 else capability
+                key = which, target, tuple(tiles.items())
+                if key not in known:
+                    known[key] = shared_bytes(kernels[which], tiles, target, assemble)
+                name = " ".join(f"{tile.removeprefix('num_')}={value}" for tile, value in tiles.items())
+                card = ".".join(map(str, capability))
+                yield Line(head, dtype, which, card, whose, name, f"{known[key] / devices.KB:.1f}")
 
 
 def read(path: Path = RESULTS) -> list[Line]:
     """The lines that :func:`main` wrote."""
     rows = [line.strip("| \n").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
     return [Line(*row) for row in rows[1:]]
+
+
+def write(path: Path, version: str, lines: list[Line]) -> None:
+    """Add lines to those of other heads and dtypes that the same release has measured."""
+    if path.exists() and path.read_text().startswith(f"{version}\n"):
+        lines = [line for line in read(path) if line[:2] != lines[0][:2]] + lines
+    lines = sorted(lines, key=lambda line: (line.dtype, sizes_of(line.head)))
+    header = f"| {' | '.join(Line._fields).replace('_', ' ')} |\n{'|---' * len(Line._fields)}|\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{version}\n\n{header}" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
 def docs(lines: list[Line], version: str) -> str:
@@ -316,15 +327,76 @@ def used(lines: list[Line]) -> list[Line]:
     return list(ours.values())
 
 
+def check(head: str, dtype: torch.dtype, options: dict[str, int]) -> bool:
+    """Whether kernels with these options are right on the GPU at hand, forward and backward.
+
+    Truth is a float64 softmax. Allowed is twice the error of a dense softmax in the same precision. The control, rows
+    whose answers see each other, must be far beyond that.
+    """
+    rows = build_rows([[Tree.of([1] * 300, [2] * 90, [3] * 41), Tree.of([1] * 7, [2] * 60, [3] * 200)]]).to(CUDA)
+    length = rows.input_ids.shape[1]
+    size, value_size = sizes_of(head)
+    generator = torch.Generator(CUDA).manual_seed(0)
+    shapes = ((8, size), (2, size), (2, value_size))
+    qkv = [
+        torch.randn(1, heads, length, d, device=CUDA, dtype=dtype, generator=generator).requires_grad_()
+        for heads, d in shapes
+    ]
+    weight = torch.randn(1, length, 8, value_size, device=CUDA, generator=generator)
+
+    def dense(wide: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.to(wide) for x in qkv)
+        k, v = (x.repeat_interleave(4, 1) for x in (k, v))
+        seen = dense_mask(rows.ends, rows.position_ids, None)
+        scores = (q @ k.mT * size**-0.5).masked_fill(~seen, -torch.inf)
+        return results((scores.softmax(-1) @ v).transpose(1, 2))
+
+    def results(out: Tensor) -> list[Tensor]:
+        gradients = torch.autograd.grad((out * weight.to(out.dtype)).sum(), qkv)
+        return [x.detach().double() for x in (out, *gradients)]
+
+    def ours(ends: Tensor) -> list[Tensor]:
+        return results(attention.flex(*qkv, block_mask(ends, rows.position_ids, None)))
+
+    truth = dense(torch.float64)
+
+    def errors(found: list[Tensor]) -> list[float]:
+        return [float((x - y).norm() / y.norm()) for x, y in zip(found, truth, strict=True)]
+
+    stock = errors(dense(dtype))
+    with mock.patch.object(attention, "tiles", lambda *call: tuple(options.items())):
+        right, wrong = errors(ours(rows.ends)), errors(ours(torch.full_like(rows.ends, length)))
+    exact = all(x <= 2 * y for x, y in zip(right, stock, strict=True))
+    caught = min(wrong) > 10 * max(stock)
+    shown = "; ".join(f"{x:.1e} ({y:.1e}, {z:.1e})" for x, y, z in zip(right, stock, wrong, strict=True))
+    print(f"{'right' if exact and caught else 'WRONG'}: {head} {dtype} {options}: {shown}", flush=True)
+    return exact and caught
+
+
+def check_all() -> bool:
+    """All options of ``devices.TILES`` on heads that they are given for."""
+    print("output, gradients of q, k, v: error (of a dense softmax, of answers that see each other)")
+    cases = {
+        (head, name, tuple(options.items()))
+        for tiles_kb in devices.TILES
+        for name in ("bfloat16", "float32")
+        for head in ("96", "160", "192/128", "256", "512")
+        if (options := devices.fitting(tiles_kb, sizes_of(head), DTYPES[name]))
+    }
+    failed = [case for case in sorted(cases) if not check(case[0], DTYPES[case[1]], dict(case[2]))]
+    return not failed
+
+
 INTRODUCTION = """# Cards
 
 What `backend="auto"` runs, and the shared memory in KB that one block of its larger kernel, forward or backward, needs.
 *flex*: with torch's own tiles, or with smaller ones where those would die at the first call (torch's need in brackets).
 *dense*: exact as well, but attention computes all L x L scores of a row; `apply` warns of it, and `backend="flex"` is
-refused. Kernels round heads up to a power of two: a head that is not listed has the row of the next larger one.
+refused. Kernels round heads up to a power of two, and tiles are chosen by that size: what is not listed gets the tiles
+of a listed head that rounds alike, but was not measured.
 
-Elsewhere: before Ampere (V100, T4), without Triton (Windows without triton-windows), in float64, and for heads under 16
-or over 512, `auto` is dense. On AMD GPUs nobody has run it: `auto` is dense, `backend="flex"` warns. Intel GPUs: flex.
+Elsewhere: before Ampere (V100, T4), without Triton (Windows without triton-windows), in float64 (for which Triton does
+not compile torch's kernels), and for heads under 16 or over 512, `auto` is dense. On AMD GPUs nobody has run it: `auto` is dense, `backend="flex"` warns. Intel GPUs: flex.
 
 None of these cards but the H100 was at hand: kernels are lowered for them by Triton, which tells what they need, with a
 window and a soft cap (which take half a KB more); no speed was measured elsewhere. `python benchmarks/cards.py`
@@ -338,18 +410,21 @@ def main() -> None:
     parser.add_argument("--assemble", action="store_true", help="run ptxas as well")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--docs", action="store_true", help="measure nothing")
+    parser.add_argument("--check", action="store_true", help="run all of flexpatch's tiles on the GPU at hand")
     options = parser.parse_args()
+    if options.check:
+        sys.exit(0 if check_all() else 1)
     if not options.docs:
         import triton
 
         version = f"torch {torch.__version__}, triton {triton.__version__}"
-        lines = [version, "", f"| {' | '.join(Line._fields)} |".replace("_", " "), "|---" * len(Line._fields) + "|"]
-        print("\n".join(lines), flush=True)
-        for line in measure(options.heads, options.dtypes, options.assemble):
-            lines.append(f"| {' | '.join(line)} |")
-            print(lines[-1], flush=True)
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("\n".join(lines) + "\n")
+        for head in options.heads:
+            for dtype in options.dtypes:
+                lines = []
+                for line in measure(head, dtype, options.assemble):
+                    lines.append(line)
+                    print(f"| {' | '.join(line)} |", flush=True)
+                write(options.output, version, lines)
     if options.output == RESULTS:
         DOCS.parent.mkdir(exist_ok=True)
         DOCS.write_text(docs(read(), RESULTS.read_text().splitlines()[0]))

@@ -184,7 +184,7 @@ def obstacle(card: Card, sizes: frozenset[Sizes], dtype: torch.dtype) -> str | N
         return None
     if card.capability < AMPERE:
         generation = ".".join(map(str, card.capability))
-        return f"its kernels need compute capability 8.0 (Ampere) or later, and this card has {generation}"
+        return f"Triton supports compute capability 8.0 (Ampere) or later, and this card has {generation}"
     if dtype not in DTYPES:
         return f"its kernels take {', '.join(map(str, DTYPES))}, and this model computes in {dtype}"
     for size in sorted(sizes):
