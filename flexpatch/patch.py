@@ -142,6 +142,8 @@ def apply(
     if backend not in BACKENDS:
         raise FlexpatchError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
     hook = _RowHook(compile, None if checkpointing is None else Recomputation(checkpointing))
+    _pretrained(model)
+    check_tuners(model)
     inner = _only_pretrained(model)
     config = text_config(inner)
     adapter = adapter_for(config)
@@ -163,7 +165,6 @@ def apply(
             "or DeepSpeed for several), or pass backend='dense'"
         )
     check_quantization(model)
-    check_tuners(model)
     check_parallelism(model, ALL_ATTENTION_FUNCTIONS)
     # Raises here, before anything is changed, if the backend cannot run where the model is.
     tell(_choice(inner, inner.get_input_embeddings().weight.device, backend), again=True)
@@ -172,7 +173,7 @@ def apply(
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or checkpoint")
     if compile:
         check_forwards(layers)
-    decoder.set_attn_implementation(f"{PREFIX}{'fold' if fold else 'rows'}_{backend}_{original}")
+    _set_implementation(decoder, f"{PREFIX}{'fold' if fold else 'rows'}_{backend}_{original}")
     if config._attn_implementation == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
     previous = _hook_of(inner)
@@ -194,7 +195,7 @@ def remove(model: AnyModel) -> AnyModel:
     """Undo :func:`apply`. A model that was never patched is returned as it is."""
     inner = _only_pretrained(model)
     if is_applied(inner):
-        _decoder(inner).set_attn_implementation(_parse(_implementation(inner))[2])
+        _set_implementation(_decoder(inner), _parse(_implementation(inner))[2])
     _unhook(inner)
     return model
 
@@ -451,7 +452,7 @@ class _RowHook:
             return self.given(kwargs, changed)
         if call is None:
             self.given(kwargs, "given to a forward whose wrapper hides the names of its arguments")
-        if call is None or self.disabled or torch.compiler.is_exporting():
+        if call is None or self.disabled or _is_exporting():
             return args, kwargs | {SEEN: GIVEN}
         rows = _is_rows(call)
         if not rows and name.startswith(f"{PREFIX}fold_") and _without_cache(call):
@@ -685,6 +686,12 @@ def _obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> s
     return None
 
 
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    """Whether torch.export is at work. Asked outside graphs: torch 2.11 has torch.compile say that it is too."""
+    return torch.compiler.is_exporting()
+
+
 def being_recorded(ids: Tensor) -> bool:
     """Whether a call is being traced, exported or captured, or its ids have no values to look at.
 
@@ -882,6 +889,17 @@ def _decoder(inner: PreTrainedModel) -> PreTrainedModel:
     """``inner``, or the text stack of a multimodal model: the module with the text configuration."""
     config = inner.config.get_text_config()
     return next(m for m in inner.modules() if isinstance(m, PreTrainedModel) and m.config is config)
+
+
+def _set_implementation(decoder: PreTrainedModel, name: str) -> None:
+    """Set a decoder's attention, in layers that carry a copy of its configuration too (copied ones: peft's
+    ``layer_replication``)."""
+    before = _implementation(decoder)
+    decoder.set_attn_implementation(name)
+    for module in decoder.modules():
+        config = module.__dict__.get("config")
+        if config is not decoder.config and getattr(config, "_attn_implementation", None) == before:
+            config._attn_implementation = decoder.config._attn_implementation
 
 
 def _implementation(inner: PreTrainedModel) -> str:

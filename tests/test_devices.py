@@ -199,7 +199,7 @@ def test_a_refused_backend_leaves_the_model_as_it_was(cards: Cards) -> None:
     cards.put_models_there()
     model = tiny_model("llama")
     before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModelError, match=r"has 7\.5"):
+    with pytest.raises(UnsupportedModelError, match=r"this card has 7\.5"):
         flexpatch.apply(model, backend="flex")
     assert model.config._attn_implementation == before and not flexpatch.patch.is_applied(model)
     assert not model.base_model._forward_pre_hooks

@@ -161,7 +161,7 @@ def test_only_some_files_know_transformers_and_flex() -> None:
     # verify and parity are leaves that report versions and settings; models loads models; callbacks serves its Trainer.
     assert importers("transformers") <= {"patch", "models", "parity", "verify", "callbacks"}
     assert "patch" in importers("transformers")
-    assert importers(FLEX) == {"attention", "compiled", "masks", "patch"}
+    assert importers(FLEX) == {"arrival", "attention", "compiled", "masks", "patch"}
     for leaf in ("verify", "estimate", "trl", "callbacks"):
         assert importers(f"flexpatch.{leaf}") == set()
     assert importers("trl") == {"trl"}

@@ -635,8 +635,8 @@ def test_refusals() -> None:
     with pytest.raises(UnsupportedModelError, match="NEFTune noise on 'embed_tokens' is active"):
         model(**batch)
     config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", alora_invocation_tokens=[5], target_modules="all-linear")
-    model = flexpatch.apply(peft.get_peft_model(tiny_model("llama"), config))
-    with pytest.raises(UnsupportedModelError, match=r"peft adapter 'default' \(aLoRA\)"):
+    model = peft.get_peft_model(flexpatch.apply(tiny_model("llama")), config)
+    with pytest.raises(UnsupportedModelError, match=r"peft adapter 'default' .*switches on behind its invocation"):
         model(**batch)
 
 

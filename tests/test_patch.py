@@ -146,7 +146,9 @@ class ApplyTest(unittest.TestCase):
         )
         model = transformers.PaliGemmaForConditionalGeneration(config)
         before = implementation(model), implementation(model.model.language_model)
-        with pytest.raises(UnsupportedModelError, match="multimodal model, which no adapter serves; load its text"):
+        with pytest.raises(
+            UnsupportedModelError, match="multimodal model, which no adapter serves, and neither is its text"
+        ):
             flexpatch.apply(model)
         assert (implementation(model), implementation(model.model.language_model)) == before
         flexpatch.remove(model)
