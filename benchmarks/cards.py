@@ -396,7 +396,8 @@ refused. Kernels round heads up to a power of two, and tiles are chosen by that 
 of a listed head that rounds alike, but was not measured.
 
 Elsewhere: before Ampere (V100, T4), without Triton (Windows without triton-windows), in float64 (for which Triton does
-not compile torch's kernels), and for heads under 16 or over 512, `auto` is dense. On AMD GPUs nobody has run it: `auto` is dense, `backend="flex"` warns. Intel GPUs: flex.
+not compile torch's kernels), and for heads under 16 or over 512, `auto` is dense. On AMD GPUs nobody has run it:
+`auto` is dense, `backend="flex"` warns. Intel GPUs: flex.
 
 None of these cards but the H100 was at hand: kernels are lowered for them by Triton, which tells what they need, with a
 window and a soft cap (which take half a KB more); no speed was measured elsewhere. `python benchmarks/cards.py`
