@@ -534,7 +534,9 @@ def _vmap_wraps_tensors() -> bool:
 def _tuners_are_known_by_name() -> bool:
     import peft.tuners._buffer_dict
 
-    model = peft.get_peft_model(tiny_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model = peft.get_peft_model(
+        tiny_model("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
     return "_niter_" in inspect.getsource(peft.LoraConfig) and list(vars(model)["_peft_config"]) == ["default"]
 
 
