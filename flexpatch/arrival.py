@@ -1,4 +1,4 @@
-"""What attention must find of a row: its mask and its tokens, whoever stands between the model and its attention.
+"""Check that a row arrives in attention: its own mask and all its tokens, whoever stands in between.
 
 Context and sequence parallelism of every kind, known or not, drop or replace masks, split or gather sequences, or put
 attention of their own in place of the registered one. Each is an error here, never a number.
@@ -24,7 +24,7 @@ def _note_graph() -> bool:
 
 
 class Row:
-    """What attention must find of a row, and whether it was asked. An argument of the call, which reaches all layers.
+    """A row's mask and length, for attention to compare with what it gets. An argument of the call reaches all layers.
 
     Engines rebuild arguments that are containers, and move those with a method ``to``: this is neither.
     """

@@ -194,8 +194,11 @@ def _attend(
     sinks_H: Tensor | None,
     kernels: dict[str, Any],
 ) -> Tensor:
-    """What is compiled, with options for its kernels. Never called uncompiled with gradients: eager flex with a
-    non-linear score_mod under non-reentrant checkpointing gives wrong gradients in silence (torch 2.11 and 2.13)."""
+    """Compute attention; this function is compiled, with options for its kernels.
+
+    Never call it uncompiled with gradients: eager flex with a non-linear score_mod under non-reentrant checkpointing
+    gives wrong gradients in silence (torch 2.11 and 2.13).
+    """
 
     def cap(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         assert softcap is not None

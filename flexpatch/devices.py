@@ -1,4 +1,4 @@
-"""What attention runs on which card: the backend, and tiles with which FlexAttention's kernels fit.
+"""Choose what attention runs on which card: the backend, and tiles with which FlexAttention's kernels fit.
 
 A kernel of FlexAttention keeps tiles of queries, keys and values in a block's shared memory, and dies at its first call
 on a card that has less than it needs. Torch chooses tiles by a card's generation, and for some heads too large ones.
@@ -62,7 +62,7 @@ class Card(NamedTuple):
 
 
 def card_of(device: torch.device) -> Card:
-    """What is known of a device. Asked of the driver once."""
+    """Describe a device. The driver is asked once."""
     if device.type != "cuda":
         return Card(device.type, device.type)
     return _cuda_card(torch.cuda.current_device() if device.index is None else device.index)
@@ -123,7 +123,7 @@ def _heads_of_layer(module: nn.Module) -> Sizes | None:
 
 
 class Choice(NamedTuple):
-    """What rows of a model run on, and what its user should be told of that."""
+    """The backend of a model's rows, and a warning for its user; ``None`` if there is nothing to say."""
 
     backend: str
     warning: str | None = None

@@ -209,7 +209,7 @@ def _folder(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Whatever datasets and pyarrow raise for damaged files, as one line that names the file."""
+    """Turn errors of datasets and pyarrow for damaged files into one line that names the file."""
     try:
         yield
     except Exception as error:

@@ -60,7 +60,7 @@ def check_call(model: nn.Module, functions: Mapping[str, Callable[..., Any]]) ->
 
 
 def _signs(model: nn.Module, functions: Mapping[str, Callable[..., Any]], thorough: bool) -> Iterator[str]:
-    """What shows that ranks hold parts of sequences, the cheapest first."""
+    """Find signs that ranks hold parts of sequences, the cheapest first."""
     yield from _accelerate()
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if several:

@@ -119,7 +119,7 @@ def _check_options(model: nn.Module, backend: str, compile: bool) -> None:
 
 
 def _settings(model: nn.Module) -> dict[str, str]:
-    """What a report says of the model and where it is."""
+    """Describe the model and its device for the report."""
     parameter = next(model.parameters())
     device = parameter.device
     settings = {

@@ -79,7 +79,7 @@ SCALES_BY_INDEX = Version(transformers.__version__) < Version("5.4")
 # one's configuration has the name and no hook. The values: run as given; rows; rows whose ids carry what is left to do.
 SEEN = "flexpatch_seen"
 GIVEN, ROWS, PENDING = "given", "rows", "pending"
-# What attention must find of a row.
+# Names the argument by which attention checks that it got a row whole.
 ROW = "flexpatch_row"
 
 # Arguments of multimodal backbones: those that say which tokens are images, and what those show. The former, and
@@ -561,7 +561,7 @@ class _RowHook:
             folded = call | dict.fromkeys(IGNORED & call.keys()) | _inputs(backbone, rows, adapter_for(config))
             if dtype is not None:
                 rows.masks.clear()  # dense masks are too large to keep
-            # What hooks of others change in place is this call's.
+            # Copies: a hook of others may change them in place, and the next call gets this fold again.
             folded |= {name: folded[name].clone() for name in ("input_ids", "position_ids")}
             setattr(folded["input_ids"], _AFTER, _After(unfold=(index, padding)))
             self.counts.append(last.counts)
@@ -757,7 +757,7 @@ def _score_hook(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], ou
 
 
 def _after_of(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> _After | None:
-    """What is left to do after a call, wherever another hook has put its ids."""
+    """Find what is left to do after a call, wherever another hook has put its ids."""
     ids = kwargs.get("input_ids") if not args else (_arguments(backbone, args, kwargs) or {}).get("input_ids")
     return getattr(ids, _AFTER, None)
 

@@ -1,4 +1,4 @@
-"""What each class of quantized layers and weights does to activations, and whether tokens stay apart under it.
+"""Decide for each class of quantized layers and weights whether tokens stay apart under it.
 
 A layer keeps tokens apart if it leaves activations as they are, or rounds each token by a scale of its own or by a
 constant. One scale for all tokens of a call lets an answer change how others are rounded. Classes are known by their
@@ -226,7 +226,7 @@ LAYERS |= {
     )
 }
 
-# What is wrong with a package's classes that are not listed.
+# Says what speaks against a package's classes that are not listed.
 OTHERS: dict[str, Rule] = {
     "transformer_engine": _refused(
         "may compute in FP8, by scales from all tokens of a call and of earlier ones", BFLOAT16
@@ -267,7 +267,7 @@ def _find_rule(kind: type) -> Rule | None:
 
 
 def layer_fault(layer: nn.Module) -> str | None:
-    """What is wrong with a layer of its own, its children aside, and the way out.
+    """Find what is wrong with a layer of its own, its children aside, and the way out.
 
     Called for every layer before every call that shares, so it must cost little.
 

@@ -25,7 +25,7 @@ TESTED, READ, DOCUMENTED = "tests", "its code", "its documentation"
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided about one method.
+    """One method's decision.
 
     Attributes:
         activations: What becomes of them.

@@ -1,4 +1,4 @@
-"""What a verification runs: trees, their loss, the same sequences in other batches, rows broken on purpose, errors."""
+"""Inputs and measures of a verification: trees, their loss, other batches of them, broken rows, errors."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def sample_trees(reach: int, vocabulary: int, generator: torch.Generator) -> lis
 
 
 def in_one_batch(model: nn.Module, trees: Sequence[Tree]) -> AnswerLogprobs:
-    """What :func:`flexpatch.logprobs.separate_logprobs` computes one sequence at a time, in a batch of all sequences.
+    """Compute log-probs as :func:`flexpatch.logprobs.separate_logprobs` does, in one batch of all sequences.
 
     None is padded: each is continued with its own tokens to the length of the longest, and no token sees later ones.
     """

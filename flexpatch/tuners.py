@@ -79,7 +79,7 @@ LORA_FILES = {
         "variants",
     ),
 }
-# What all tuners build on.
+# Files that all tuners build on.
 _COMMON = {"_buffer_dict", "lycoris_utils", "mixed", "tuners_utils"}
 
 _UNKNOWN = "is unknown to this version of flexpatch, and nobody has shown that it acts on each token alone"
@@ -104,7 +104,7 @@ def check_tuners(model: nn.Module) -> None:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """What speaks against one module, which is asked before every call and must cost little.
+    """Find what speaks against one module. It is asked before every call and must cost little.
 
     The names of classes and settings tell it, so peft is not imported, and any of its versions will do.
 
@@ -124,7 +124,7 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def as_given(module: nn.Module) -> str | None:
-    """What of peft's is at work on one module for the length of a call, or a few, that must then run as they are given.
+    """Find hooks of peft that are on one module for some calls, which must then run as they are given.
 
     Args:
         module: Any module; its children are not looked at.
@@ -147,7 +147,7 @@ _verdicts: dict[type, tuple[bool, str | None]] = {}
 
 
 def _verdict(kind: type) -> tuple[bool, str | None]:
-    """What :func:`_judge` said of a class, which is asked but once."""
+    """Look up what :func:`_judge` said of a class. Each class is judged once."""
     if kind not in _verdicts:
         _verdicts[kind] = _judge(kind)
     return _verdicts[kind]
@@ -211,7 +211,7 @@ def _layer_refusal(layer: nn.Module) -> str | None:
 
 
 def tuner_table() -> str:
-    """What is exact and what is refused, as a Markdown table for the documentation.
+    """List what is exact and what is refused, as a Markdown table for the documentation.
 
     Returns:
         A row for each tuner in peft's registry that flexpatch knows, then for LoRA's variants.
