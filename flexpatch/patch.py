@@ -367,8 +367,18 @@ def eager_experts(model: AnyModel) -> AnyModel:
     return model
 
 
+def is_torchao(tensor: Tensor) -> bool:
+    """Whether a weight is torchao's: a tensor class of its own, for which few operations are defined."""
+    return type(tensor).__module__.split(".")[0] == "torchao"
+
+
 def dequantize(model: AnyModel) -> AnyModel:
-    """Give the layers of ``model`` whose weights a quantizer packed (bitsandbytes) the numbers that those stand for."""
+    """Give layers whose weights a quantizer packed (bitsandbytes, torchao) the numbers that those stand for."""
+    for name, parameter in list(model.named_parameters()):
+        if is_torchao(parameter):
+            layer, _, last = name.rpartition(".")
+            numbers = parameter.detach().dequantize().to(parameter.dtype)
+            setattr(model.get_submodule(layer), last, nn.Parameter(numbers, requires_grad=False))
     packed = [name for name, parameter in model.named_parameters() if not parameter.is_floating_point()]
     if packed:
         _pretrained(model).dequantize()

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from flexpatch.errors import FlexpatchError
 from flexpatch.logprobs import AnswerLogprobs
+from flexpatch.patch import is_torchao
 from flexpatch.tree import Rows, Tree, lay_out
 
 BETA = 0.1
@@ -93,5 +94,6 @@ def check_weights(model: nn.Module) -> None:
     FlexpatchError: For a weight that is not finite, by its name.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
+        numbers = parameter.detach().dequantize() if is_torchao(parameter) else parameter
+        if not numbers.isfinite().all():
             raise FlexpatchError(f"the weight '{name}' holds NaN or infinite values")
