@@ -47,6 +47,7 @@ def test_the_example_package_is_found_and_verified(installed: Path) -> None:
     assert wrong.returncode == 2 and "its adapter does not say how" in wrong.stderr, wrong.stdout + wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_broken_package_is_named_and_harms_no_other(installed: Path) -> None:
     (installed / "flexpatch_nanochat.py").write_text("import a_module_that_is_missing")
     program = "import flexpatch.registry as r; print(len(r.adapters()))"

@@ -43,6 +43,7 @@ def processes() -> dict[tuple[int, int], Hashes]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_bits_in_two_runs_and_two_processes(threads: int) -> None:
     """Weights and losses after three steps; and of a data set its trees, bins of two epochs, and rows."""
@@ -54,6 +55,7 @@ def test_the_same_bits_in_two_runs_and_two_processes(threads: int) -> None:
     assert one == other
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_the_bits() -> None:
     """What is computed again in backward is what was computed before."""
     hashes = processes()[1, 0]

@@ -53,6 +53,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_shared_and_paired_train_alike_and_broken_does_not(output: Path) -> None:
     settings, runs = drift.read_records([output / "drift.jsonl"])
     assert settings["base"]["last_loss"] < settings["base"]["first_loss"] - 0.5
@@ -71,6 +72,7 @@ def test_shared_and_paired_train_alike_and_broken_does_not(output: Path) -> None
     assert runs["paired", 0].steps[STEPS]["loss"] != runs["paired", 1].steps[STEPS]["loss"]
 
 
+@pytest.mark.slow
 def test_a_run_cut_short_can_be_plotted(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (output / "drift.jsonl").read_text().splitlines()
     cut = tmp_path / "drift.jsonl"
