@@ -89,6 +89,17 @@ def has_window(model_type: str, variant: int) -> bool:
     return any(windows[layer] for layer in getattr(config, "layer_types", None) or windows if layer in windows)
 
 
+# One of each kind of mask, window, head and class. The slow tests take all variants through what these go through.
+KINDS = [
+    case
+    for case in [
+        *(("llama", 0), ("mistral", 1), ("qwen2_moe", 1), ("gemma2", 0), ("gemma3", 0), ("gemma4", 0), ("gemma4", 1)),
+        *(("gemma4_unified", 0), ("gpt_oss", 0), ("deepseek_v3", 0), ("phi3", 2)),
+    ]
+    if case in MODELS
+]
+
+
 class DenseParityTest(unittest.TestCase):
     @parameterized.expand(MODELS, name_func=name)
     def test(self, model_type: str, variant: int) -> None:
@@ -100,16 +111,35 @@ class DenseParityTest(unittest.TestCase):
 class FlexParityTest(unittest.TestCase):
     @parameterized.expand(MODELS, name_func=name)
     def test(self, model_type: str, variant: int) -> None:
-        """The verifier breaks rows by itself, and fails where that is not noticed."""
         matches(model_type, variant, "flex")
+
+    @parameterized.expand(KINDS, name_func=name)
+    def test_verifier(self, model_type: str, variant: int) -> None:
+        self.verify(model_type, variant)
+
+    @pytest.mark.slow
+    @parameterized.expand([case for case in MODELS if case not in KINDS], name_func=name)
+    def test_verifier_of_all(self, model_type: str, variant: int) -> None:
+        self.verify(model_type, variant)
+
+    def verify(self, model_type: str, variant: int) -> None:
+        """The verifier breaks rows by itself, and fails where that is not noticed."""
         report = flexpatch.check_parity(tiny_model(model_type, variant), backend="flex")
         assert report.passed, str(report)
         assert report.settings["backend"] == "flex"
         controls = {check.name for check in report.checks if check.margin}
         assert ("control, log-probs: windows dropped" in controls) == has_window(model_type, variant)
 
-    @parameterized.expand(MODELS, name_func=name)
+    @parameterized.expand(KINDS, name_func=name)
     def test_logits_to_keep(self, model_type: str, variant: int) -> None:
+        self.keep(model_type, variant)
+
+    @pytest.mark.slow
+    @parameterized.expand([case for case in MODELS if case not in KINDS], name_func=name)
+    def test_logits_to_keep_of_all(self, model_type: str, variant: int) -> None:
+        self.keep(model_type, variant)
+
+    def keep(self, model_type: str, variant: int) -> None:
         """Some text stacks drop tokens before their last layers, in a row the wrong ones; and a bare backbone that is
         told of none must keep all."""
         model = tiny_model(model_type, variant)
