@@ -12,6 +12,7 @@ ptxas, which shows that a kernel's machine code can be made for that card.
 """
 
 import argparse
+import ast
 import copy
 import importlib.util
 import re
@@ -62,7 +63,7 @@ class Kernel:
         signature = re.search(r"'signature': (\{.*?\})", self.text)
         known = re.search(r"'configs': \[(\{.*?\})\]", self.text)
         assert signature and known
-        return eval(signature[1]), eval(known[1])
+        return ast.literal_eval(signature[1]), ast.literal_eval(known[1])
 
     def function(self, tiles: dict[str, int], folder: Path) -> Any:
         """The Triton function, with other tiles: they are constants in its text."""
