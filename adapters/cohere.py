@@ -1,12 +1,12 @@
 """Cohere Command R (one mask) and Command R7B, Command A (rope and windows on three of four layers)."""
 
-from flexpatch.registry import Adapter, Head, register, sliding_windows
+from flexpatch.registry import Adapter, LogitTransform, register, sliding_windows
 
 register(
     Adapter(
         name="Cohere",
         masks="single",
-        head=lambda config: Head(scale=config.logit_scale),
+        logit_transform=lambda config: LogitTransform(scale=config.logit_scale),
         tiny={"cohere": [dict(logit_scale=0.5), dict(logit_scale=0.5, use_qk_norm=True)]},
     )
 )
@@ -16,7 +16,7 @@ register(
         name="Cohere 2, dense and mixture of experts",
         masks="by_layer_type",
         windows=sliding_windows,
-        head=lambda config: Head(scale=config.logit_scale),
+        logit_transform=lambda config: LogitTransform(scale=config.logit_scale),
         tiny={
             "cohere2": [dict(sliding_window=8, logit_scale=0.5)],
             "cohere2_moe": [

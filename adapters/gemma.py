@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flexpatch.registry import FULL, SLIDING, Adapter, Head, register, sliding_windows
+from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, register, sliding_windows
 
 SHORT = dict(sliding_window=8, query_pre_attn_scalar=16)
 
@@ -22,7 +22,7 @@ register(
         name="Gemma 2, VaultGemma",
         masks="by_layer_type",
         windows=sliding_windows,
-        head=lambda config: Head(softcap=config.final_logit_softcapping),
+        logit_transform=lambda config: LogitTransform(softcap=config.final_logit_softcapping),
         # Gemma 2 caps its attention scores; sdpa cannot, and older releases of transformers dropped the cap in silence.
         implementations=("eager",),
         reject=bidirectional,
@@ -41,7 +41,7 @@ register(
         name="Gemma 3",
         masks="by_layer_type",
         windows=sliding_windows,
-        head=lambda config: Head(softcap=config.final_logit_softcapping),
+        logit_transform=lambda config: LogitTransform(softcap=config.final_logit_softcapping),
         reject=bidirectional,
         tiny={
             "gemma3_text": [
@@ -71,7 +71,7 @@ register(
         name="Gemma 3n (text), Gemma 4",
         masks="by_layer_type",
         windows=sliding_windows,
-        head=lambda config: Head(softcap=config.final_logit_softcapping),
+        logit_transform=lambda config: LogitTransform(softcap=config.final_logit_softcapping),
         ropes=frozenset({"default", "proportional"}),
         reject=bidirectional,
         tiny={

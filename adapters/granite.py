@@ -1,6 +1,6 @@
 """Granite, dense and mixture of experts: logits are divided by a constant. Hybrids: adapters/recurrent.py."""
 
-from flexpatch.registry import FULL, SLIDING, Adapter, Head, register, sliding_windows
+from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, register, sliding_windows
 
 SCALES = dict(attention_multiplier=0.2, embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=4.0)
 MOE = dict(SCALES, num_local_experts=4, num_experts_per_tok=2)
@@ -9,7 +9,7 @@ register(
     Adapter(
         name="Granite",
         masks="single",
-        head=lambda config: Head(scale=1 / config.logits_scaling),
+        logit_transform=lambda config: LogitTransform(scale=1 / config.logits_scaling),
         tiny={
             "granite": [SCALES],
             "granitemoe": [MOE],
@@ -26,7 +26,7 @@ register(
         name="Granite with windows",
         masks="by_layer_type",
         windows=sliding_windows,
-        head=lambda config: Head(scale=1 / config.logits_scaling),
+        logit_transform=lambda config: LogitTransform(scale=1 / config.logits_scaling),
         # sdpa has no sinks.
         implementations=("eager",),
         tiny={

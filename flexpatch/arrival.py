@@ -1,7 +1,7 @@
-"""Check that a row arrives in attention: its own mask and all its tokens, whoever stands in between.
+"""Check that a row arrives in attention: with its own mask and with all its tokens.
 
 Context and sequence parallelism of every kind, known or not, drop or replace masks, split or gather sequences, or put
-attention of their own in place of the registered one. Each is an error here, never a number.
+an attention of their own in place of the registered one. Each of these is an error here, never a number.
 """
 
 from typing import Any
@@ -13,30 +13,49 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexpatch.errors import UnsupportedModelError
 from flexpatch.parallelism import hooks_of
 
+# Names the argument that each call of a patched model carries to its attention. Its value is a Row, or a word:
+# a model made from a patched one's configuration has the attention's name, but no hooks, and sends nothing.
+CALL = "flexpatch_call"
+GIVEN = "given"  # a batch as it was given
+PENDING = "pending"  # such a batch, whose ids carry exits
+
 _graphs: list[bool] = []
 
 
 @torch.compiler.assume_constant_result
 def _note_graph() -> bool:
-    """Run while a graph is made that holds attention of ours: within the graph nothing may change."""
+    """Run while a graph is made that holds this library's attention: within the graph nothing may change."""
     _graphs.append(True)
     return True
 
 
 class Row:
-    """A row's mask and length, for attention to compare with what it gets. An argument of the call reaches all layers.
+    """Describe a row to attention, which compares what it gets.
 
-    Engines rebuild arguments that are containers, and move those with a method ``to``: this is neither.
+    Engines rebuild arguments that are containers, and move those with a method ``to``: this class is neither.
     """
 
-    def __init__(self, length: int, masks: Any) -> None:
-        """Args: ``length``: tokens of the row; ``masks``: its mask, or a dict of masks by layer type."""
+    def __init__(self, length: int, masks: Any, *, pending: bool = False, fa4: bool = False) -> None:
+        """Args:
+        length: Tokens of the row.
+        masks: Its mask, or a dict of masks by layer type.
+        pending: Whether its ids carry exits (:class:`flexpatch.forward.Exits`).
+        fa4: Whether attention runs on FlashAttention-4's kernels.
+        """
         self.length = length
         self.masks = tuple(masks.values()) if isinstance(masks, dict) else (masks,)
+        self.pending = pending
+        self.fa4 = fa4
         self.reached = False
 
     def check_attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Any) -> None:
-        """Refuse an attention call that is not the row's. Shapes: q (B, H, L, D), k (B, G, L, D).
+        """Refuse an attention call that is not the row's.
+
+        Args:
+            module: The attention layer.
+            q: (B, H, L, D) queries.
+            k: (B, G, L, D) keys.
+            mask: The mask that reached the layer.
 
         Raises:
             UnsupportedModelError: If the mask is gone or another, or the tokens are not the row's.
@@ -58,10 +77,10 @@ class Row:
             )
 
     def check_reached(self) -> None:
-        """Refuse a call whose attention never asked for the row. Not where layers are compiled: graphs set no marks.
+        """Refuse a call whose attention never asked for the row. Compiled layers are let pass: graphs set no marks.
 
         Raises:
-            UnsupportedModelError: If somebody's own attention ran instead of the registered one.
+            UnsupportedModelError: If another attention ran instead of the registered one.
         """
         if not self.reached and not _graphs:
             raise UnsupportedModelError(
@@ -70,7 +89,7 @@ class Row:
             )
 
     def _is_own(self, mask: Any) -> bool:
-        """Whether a mask is the row's, or a copy on another device or in another dtype (engines make such)."""
+        """Tell whether a mask is the row's, or a copy on another device or in another dtype (engines make such)."""
         if torch.compiler.is_compiling():  # in a graph functions cannot be told apart
             return isinstance(mask, (BlockMask, Tensor))
         if isinstance(mask, BlockMask):

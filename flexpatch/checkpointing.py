@@ -1,4 +1,4 @@
-"""How much of a forward to compute again in backward: as much as memory demands, measured.
+"""Choose how many layers to recompute in backward: as many as memory demands, measured.
 
 Sizes are in bytes.
 """
@@ -12,22 +12,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
+from flexpatch.internals import layers_of
 
 # Of the memory that the process could have: allocators lose some to fragments, kernels take workspaces.
 USABLE = 0.9
 
+# The value of a layer's ``gradient_checkpointing`` for one call that keeps its activations. It counts as False and can
+# be told from a user's False, which stays after a call that was interrupted.
+KEPT = 0
 GATHERS = (
-    "flexpatch: under ZeRO-3 checkpointing='auto' computes all layers again: ranks gather weights together, so none "
-    "may decide by its own memory; a number, apply(model, checkpointing=8), is the same on all"
+    "flexpatch: under ZeRO-3 recompute_layers='auto' recomputes all layers: ranks gather weights together, so none "
+    "may decide by its own memory; a number, apply(model, recompute_layers=8), is the same on all"
 )
 
 log = logging.getLogger(__name__)
 
 
 class Memory(NamedTuple):
-    """Of one device: tensors now, what this process holds for them (a peak that nobody resets), what it could hold."""
+    """Memory of one device.
+
+    Attributes:
+        allocated: In tensors now.
+        held: By this process for its tensors, a peak that nobody resets.
+        limit: As much as this process could hold.
+    """
 
     allocated: int
     held: int
@@ -35,13 +46,15 @@ class Memory(NamedTuple):
 
 
 def cuda_memory(device: torch.device) -> Memory:
-    """Raises:
-    FlexpatchError: If ``device`` is not a CUDA device.
+    """Measure a CUDA device.
+
+    Raises:
+        FlexpatchError: If ``device`` is another.
     """
     if device.type != "cuda":
         raise FlexpatchError(
-            f"checkpointing='auto' measures the memory of a CUDA device, and this model is on {device}: say how many "
-            "layers to compute again, flexpatch.apply(model, checkpointing=8)"
+            f"recompute_layers='auto' measures the memory of a CUDA device, and this model is on {device}: give a "
+            "number, flexpatch.apply(model, recompute_layers=8)"
         )
     index = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(index)
@@ -51,14 +64,16 @@ def cuda_memory(device: torch.device) -> Memory:
 
 
 class Recomputation:
-    """How many of a model's checkpointed layers to compute again in backward.
+    """Choose which of a model's checkpointed layers a call recomputes in backward: a stage of calls.
 
-    With ``"auto"`` all are, until the optimizer has made its first step: only then gradients and its state exist. The
-    first call measures what one layer would keep for a token, and all of them what a step holds. From then on a call of
-    T tokens keeps the activations of as many layers as fit between that and ``USABLE`` of the memory.
+    With ``"auto"`` all are recomputed until the optimizer has made its first step: only then gradients and its state
+    exist. The first call measures the bytes that one layer would keep for a token, and every call those that a step
+    holds. From then on a call of T tokens keeps the activations of as many layers as fit between that and ``USABLE``
+    of the memory.
 
     Args:
-        setting: That number, or ``"auto"``.
+        setting: The number of layers to recompute, from the first, or ``"auto"``.
+        memory: Measures a device.
 
     Raises:
         FlexpatchError: For anything else.
@@ -66,20 +81,72 @@ class Recomputation:
 
     def __init__(self, setting: int | str, memory: Callable[[torch.device], Memory] = cuda_memory) -> None:
         if setting != "auto" and (type(setting) is not int or setting < 0):
-            raise FlexpatchError(f"checkpointing={setting!r}; expected a number of layers, 'auto' or None")
+            raise FlexpatchError(f"recompute_layers={setting!r}; expected a number of layers, 'auto' or None")
         self.setting = setting
         self.memory = memory
-        self.layer_bytes = 0.0  # what a layer keeps for one token, beyond what it keeps when checkpointed
+        self.kept: list[Any] = []  # layers whose checkpointing is off for the call that runs
+        self.layer_bytes = 0.0  # kept by a layer for one token, beyond its bytes when checkpointed
         self.tokens = 0  # of the longest row before the first step
         self.held = 0  # by steps that checkpoint all layers
         self.idle = 0  # allocated between steps
         self.weights: Tensor | None = None
         self.stepped = False
 
+    def __call__(
+        self, backbone: PreTrainedModel, call: dict[str, Any]
+    ) -> tuple[dict[str, Any], Callable[[Any], None] | None]:
+        """Switch checkpointing off for layers whose activations this call keeps.
+
+        Args:
+            backbone: The backbone that is called.
+            call: Its arguments by name.
+
+        Returns:
+            The arguments as they are, and what switches checkpointing on again; ``None`` if nothing was switched off.
+        """
+        self.restore()  # an interrupted call may have left some
+        if call.get("input_ids") is None or not (backbone.training and torch.is_grad_enabled()):
+            return call, None
+        layers = layers_of(backbone)
+        if not layers:
+            message = "flexpatch: recompute_layers has no effect: this model's layers were wrapped or replaced"
+            warnings.warn(message, FlexpatchWarning, 2)
+        layers = [layer for layer in layers if layer.gradient_checkpointing]
+        if not layers:
+            return call, None
+        count, measured = self.plan(layers, call["input_ids"], backbone)
+        self.kept = list(layers[count:])
+        for layer in self.kept:
+            layer.gradient_checkpointing = KEPT
+
+        def leave(output: Any) -> None:
+            self.restore()
+            if measured is not None:
+                measured(output is not None)
+
+        return call, leave
+
+    def restore(self) -> None:
+        """Switch checkpointing of kept layers on again, unless somebody has set it since."""
+        while self.kept:
+            layer = self.kept.pop()
+            if type(layer.gradient_checkpointing) is int:
+                layer.gradient_checkpointing = True
+
     def plan(
         self, layers: Sequence[nn.Module], ids: Tensor, model: nn.Module
     ) -> tuple[int, Callable[[bool], None] | None]:
-        """How many layers of this call to compute again, and what to do after its forward, complete or not."""
+        """Choose how many layers of a call to recompute.
+
+        Args:
+            layers: The checkpointed layers.
+            ids: (B, L) token ids.
+            model: The backbone.
+
+        Returns:
+            The number, from the first layer, and a function to call after the forward with whether it ended; ``None``
+            if nothing is measured.
+        """
         if isinstance(self.setting, int):
             return self.setting, None
         if _gathers(layers):
@@ -93,7 +160,7 @@ class Recomputation:
                 log.info("flexpatch: a layer keeps %.1f kB a token", self.layer_bytes / 1e3)
         if self.stepped:
             count = len(layers) - self._kept(memory, tokens, len(layers))
-            log.debug("flexpatch: of %d layers, %d are computed again for %d tokens", len(layers), count, tokens)
+            log.debug("flexpatch: of %d layers, %d are recomputed for %d tokens", len(layers), count, tokens)
             return count, None
         self.tokens = max(self.tokens, tokens)
         if self.layer_bytes or len(layers) < 2:
@@ -101,7 +168,7 @@ class Recomputation:
         return len(layers) - 1, partial(self._measured, _Meter(layers[-2:], self.memory, device), tokens)
 
     def _watch(self, memory: Memory, model: nn.Module) -> None:
-        """Whether an optimizer has changed the weights; the memory held until then."""
+        """Note whether an optimizer has changed the weights, and the memory held until then."""
         weights = _some_weights(model)
         # By value: fused optimizers do not count up the version of a tensor.
         self.stepped = bool(self.layer_bytes) and self.weights is not None and not torch.equal(weights, self.weights)
@@ -116,7 +183,7 @@ class Recomputation:
             self.layer_bytes = max(kept - checkpointed, 1) / tokens
 
     def _kept(self, memory: Memory, tokens: int, layers: int) -> int:
-        """Layers whose activations fit."""
+        """Count the layers whose activations fit."""
         longer = max(0, tokens - self.tokens) * (self.held - self.idle) / self.tokens
         pending = max(0, memory.allocated - self.idle)  # forwards whose backward is still to come
         room = USABLE * memory.limit - self.held - longer - pending
@@ -124,12 +191,12 @@ class Recomputation:
 
 
 def _gathers(layers: Sequence[nn.Module]) -> bool:
-    """Whether DeepSpeed's ZeRO-3 gathers a layer's weights at each call, those of recomputation too."""
+    """Tell whether DeepSpeed's ZeRO-3 gathers a layer's weights at each call, in recomputation too."""
     return any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters())
 
 
 def _some_weights(model: nn.Module) -> Tensor:
-    """A few hundred values of each trained parameter."""
+    """Take a few hundred values of each trained parameter."""
     trained = (p.detach() for p in model.parameters() if p.requires_grad)
     local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
     parts = [p.flatten()[:: p.numel() // 256 + 1].float() for p in local]
@@ -137,7 +204,7 @@ def _some_weights(model: nn.Module) -> Tensor:
 
 
 class _Meter:
-    """What each of some layers keeps allocated after its forward."""
+    """Measures the bytes that each of some layers keeps allocated after its forward."""
 
     def __init__(self, layers: Sequence[nn.Module], memory: Callable[[torch.device], Memory], device: Any) -> None:
         self.now = lambda: memory(device).allocated

@@ -1,23 +1,66 @@
-"""Compiled decoder layers: for rows alone, since generation would compile anew for every token.
+"""Compile decoder layers for rows alone: generation would compile anew for every token.
 
-A layer's ``forward`` is replaced on the object, inside its hooks: those of FSDP stay outside the graph.
+A layer's ``forward`` is replaced on the object, inside its hooks: FSDP's hooks stay outside the graph. Rows are padded
+to a few lengths, each of which has a graph.
+
+Shapes: L tokens of a row, P = bucket(L).
 """
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedModel
 
 from flexpatch.attention import many_recompiles
-from flexpatch.errors import UnsupportedModelError
+from flexpatch.dispatch import a_mask
+from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
+from flexpatch.internals import change_hidden_states
+from flexpatch.masks import bucket
+
+
+def pad_row(backbone: PreTrainedModel, call: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], None] | None]:
+    """Pad a row to the length of its mask: the stage of calls with compiled layers.
+
+    Args:
+        backbone: The backbone that is called.
+        call: Its arguments by name.
+
+    Returns:
+        The arguments, with ids and positions (B, P) in place of (B, L), and what cuts hidden states back to L tokens;
+        the arguments as they are and ``None`` for calls without a block mask.
+
+    Raises:
+        FlexpatchError: If the mask is for rows of another length.
+    """
+    mask, ids = a_mask(call), call.get("input_ids")
+    if ids is None or not isinstance(mask, BlockMask):
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            warnings.warn("flexpatch: compile=True has no effect on the dense backend", FlexpatchWarning, 2)
+        return call, None
+    length, padded = ids.shape[1], mask.seq_lengths[0]
+    if padded != bucket(length):
+        raise FlexpatchError(f"the block mask is for rows of up to {padded} tokens, but these have {length}")
+    # The mask has this length already; tokens past the row's end see only themselves.
+    wider = {name: F.pad(call[name], (0, padded - length)) for name in ("input_ids", "position_ids")}
+
+    def leave(output: Any) -> None:
+        if output is not None:
+            change_hidden_states(output, lambda hidden_BPD: hidden_BPD[:, :length])
+
+    return call | wider, leave
 
 
 def check_forwards(layers: Iterable[nn.Module]) -> None:
-    """Raises:
-    UnsupportedModelError: If another library has replaced the forward of one of ``layers``.
+    """Refuse layers whose forward another library has replaced.
+
+    Raises:
+        UnsupportedModelError: If there is one.
     """
     if any("forward" in vars(layer) and not _is_ours(layer) for layer in layers):
         raise UnsupportedModelError(
@@ -32,7 +75,7 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
 
 
 def restore_forward(module: nn.Module) -> None:
-    """Undo :func:`compile_layers` on any module."""
+    """Undo :func:`compile_layers` on a module, whatever it is."""
     if _is_ours(module):
         del module.forward
 
@@ -64,5 +107,5 @@ def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 @cache
 def _compiled() -> Any:
-    """One function for all layers: those that do the same share a graph."""
+    """Compile one function for all layers: equal layers share a graph."""
     return torch.compile(_plain, fullgraph=True, dynamic=False)

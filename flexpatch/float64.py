@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from flexpatch.errors import FlexpatchError
-from flexpatch.patch import dequantize, eager_experts
+from flexpatch.internals import dequantize, eager_experts
 
 SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax)
 # Dimensions of attention scores: batch, heads, queries, keys. A router's have two.

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers, from answer positions alone, in chunks: no prompt logits, no (T, V) tensor.
+"""Compute log-probabilities of answers from their own positions, in chunks: no prompt logits, no (T, V) tensor.
 
 Shapes: V vocabulary, T scored tokens, A answers, D hidden size, C tokens of a chunk.
 """
@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from flexpatch.attention import many_recompiles
 from flexpatch.errors import FlexpatchError
 from flexpatch.fold import lookup
-from flexpatch.patch import head_of, model_inputs, run_rows, settings_of, text_config
-from flexpatch.registry import PLAIN, Adapter, Head
+from flexpatch.forward import run_rows
+from flexpatch.internals import head_of, text_config
+from flexpatch.patch import model_inputs, settings_of
+from flexpatch.registry import UNCHANGED, LogitTransform
 from flexpatch.tree import Layout, Rows, Tree, lay_out
 
 # Logits of a chunk, by default: 512 MiB in float32, and about five times that with what their gradient needs. Smaller
@@ -39,28 +41,49 @@ class AnswerLogprobs(NamedTuple):
     tokens: Tensor
 
 
-def answer_logprobs(
-    model: nn.Module, rows: Rows, *, chunk_tokens: int | None = None, adapter: Adapter | None = None
-) -> AnswerLogprobs:
-    """Log-probabilities of every answer in ``rows``, each given its own ancestors alone.
+def answer_logprobs(model: nn.Module, rows: Rows, *, chunk_tokens: int | None = None) -> AnswerLogprobs:
+    """Compute the log-probability of every answer in ``rows``, each given its own ancestors alone.
 
     Args:
         model: A causal language model after :func:`flexpatch.apply`.
         rows: Packed rows on the model's device.
         chunk_tokens: As in :func:`token_logprobs`.
-        adapter: See :func:`flexpatch.patch.model_inputs`.
+
+    Returns:
+        Sums over answers (A,) and single tokens (T,), with gradients.
 
     Raises:
-        FlexpatchError, UnsupportedModelError: As :func:`flexpatch.patch.model_inputs`.
+        FlexpatchError, UnsupportedModelError: As :func:`flexpatch.model_inputs`.
     """
-    inputs = model_inputs(model, rows, adapter=adapter)
-    head, form = head_of(model)
+    return score_rows(model, rows, model_inputs(model, rows), chunk_tokens=chunk_tokens)
+
+
+def score_rows(
+    model: nn.Module, rows: Rows, inputs: dict[str, Any], *, chunk_tokens: int | None = None
+) -> AnswerLogprobs:
+    """Compute the log-probability of every answer in ``rows`` from given inputs.
+
+    Args:
+        model: A causal language model after :func:`flexpatch.apply`.
+        rows: Packed rows on the model's device.
+        inputs: From :func:`flexpatch.model_inputs`; the verifier breaks their masks on purpose.
+        chunk_tokens: As in :func:`token_logprobs`.
+
+    Returns:
+        Sums over answers (A,) and single tokens (T,), with gradients.
+
+    Raises:
+        FlexpatchError: For ``chunk_tokens < 1``, or a model whose hooks are gone.
+    """
+    head, transform = head_of(model)
     compiled = bool((settings_of(model) or {}).get("compile"))
 
     def score(hidden_BLD: Tensor) -> Tensor:
         hidden_TD = lookup(hidden_BLD.flatten(0, 1), rows.sources)  # its backward adds in a fixed order
         fused = compiled and hidden_TD.device.type != "cpu"
-        return token_logprobs(head, hidden_TD, rows.targets, form=form, chunk_tokens=chunk_tokens, compiled=fused)
+        return token_logprobs(
+            head, hidden_TD, rows.targets, transform=transform, chunk_tokens=chunk_tokens, compiled=fused
+        )
 
     tokens = run_rows(model, inputs, score)
     return AnswerLogprobs(sum_answers(tokens, rows), tokens)
@@ -71,22 +94,22 @@ def token_logprobs(
     hidden_TD: Tensor,
     targets_T: Tensor,
     *,
-    form: Head = PLAIN,
+    transform: LogitTransform = UNCHANGED,
     chunk_tokens: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Log-probability of each target, from the hidden states that predict them.
+    """Compute the log-probability of each target from the hidden states that predict them.
 
     One chunk of logits exists at a time. If the head is frozen, a chunk's gradient by its hidden states is taken while
     its logits are there, for a log-prob depends on its own hidden state alone: nothing is computed twice. A head that
-    is trained computes each chunk again in backward. It is called as a module, so that its hooks (FSDP, DeepSpeed,
+    is trained recomputes each chunk in backward. It is called as a module, so that its hooks (FSDP, DeepSpeed,
     adapters) run; one whose own weights are sharded takes all tokens in one chunk.
 
     Args:
         head: (C, D) -> (C, V): the model's output embeddings.
         hidden_TD: In the model's dtype.
         targets_T: (T,) int64.
-        form: What the model does to the head's output.
+        transform: The model's own change of the head's output.
         chunk_tokens: Tokens of a chunk; ``None``: as many as have 2^27 logits, compiled 2^29.
         compiled: Whether to compile the softmax: it then reads logits once, and no float32 copy of them is kept.
 
@@ -109,21 +132,21 @@ def token_logprobs(
     pick = _compiled(_pick_by_comparing) if compiled else _pick
 
     def score(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-        return pick(_logits(head, form, hidden_CD), targets_C)
+        return pick(_logits(head, transform, hidden_CD), targets_C)
 
     chunks = list(zip(hidden_TD.split(size), targets_T.split(size), strict=True))
     if not torch.is_grad_enabled() or not (hidden_TD.requires_grad or any(p.requires_grad for p in parameters)):
         return torch.cat([score(*chunk) for chunk in chunks])
     if whole and not any(p.requires_grad for p in parameters):
         slopes = _compiled(_slopes) if compiled else _slopes
-        return _FrozenHead.apply(hidden_TD, targets_T, partial(_logits, head, form), slopes, size)
+        return _FrozenHead.apply(hidden_TD, targets_T, partial(_logits, head, transform), slopes, size)
     if len(chunks) == 1:
         return score(hidden_TD, targets_T)
     return torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probs of all chunks, with their gradients by the hidden states taken in forward, for unit gradients."""
+    """Log-probs of all chunks. Their gradients by the hidden states are taken in forward, for unit gradients."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, targets_T: Tensor, logits_of: Any, slopes_of: Any, size: int) -> Tensor:
@@ -145,30 +168,30 @@ class _FrozenHead(torch.autograd.Function):
         return (slopes_TD * gradient_T[:, None]).to(slopes_TD.dtype), None, None, None, None
 
 
-def _logits(head: nn.Module, form: Head, hidden_CD: Tensor) -> Tensor:
-    """As the model's own forward makes them, in its dtype."""
+def _logits(head: nn.Module, transform: LogitTransform, hidden_CD: Tensor) -> Tensor:
+    """Make logits as the model's own forward does, in its dtype."""
     logits_CV = head(hidden_CD)
-    if form.scale != 1:
-        logits_CV = logits_CV * form.scale
-    if form.softcap is not None:
-        logits_CV = torch.tanh(logits_CV / form.softcap) * form.softcap
+    if transform.scale != 1:
+        logits_CV = logits_CV * transform.scale
+    if transform.softcap is not None:
+        logits_CV = torch.tanh(logits_CV / transform.softcap) * transform.softcap
     return logits_CV
 
 
 def _pick(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """log softmax at each target, in at least float32."""
+    """Take the log softmax at each target, in at least float32."""
     wide_CV = _widen(logits_CV)
     return wide_CV.gather(-1, targets_C[:, None])[:, 0] - wide_CV.logsumexp(-1)
 
 
 def _pick_by_comparing(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
-    """The same for compilers, which would not fuse the backward of a gather."""
+    """Compute :func:`_pick` for compilers, which would not fuse the backward of a gather."""
     wide_CV = _widen(logits_CV)
     return torch.where(_is_target(wide_CV, targets_C), wide_CV, 0.0).sum(-1) - wide_CV.logsumexp(-1)
 
 
 def _slopes(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax at each target, and its derivative by the logits: onehot(target) - softmax, in their dtype."""
+    """Take the log softmax at each target, and its derivative by the logits: onehot(target) - softmax."""
     wide_CV = _widen(logits_CV)
     sums_C = wide_CV.logsumexp(-1)
     own_CV = _is_target(wide_CV, targets_C)
@@ -198,7 +221,7 @@ def _widen(logits: Tensor) -> Tensor:
 def separate_logprobs(
     model: nn.Module, trees: Sequence[Tree | Layout], *, pad_id: int = 0, batch_size: int | None = None
 ) -> AnswerLogprobs:
-    """The same numbers the ordinary way: every answer with its prompt as a sequence of its own, right-padded.
+    """Compute log-probabilities the ordinary way: every answer with its prompt as a right-padded sequence of its own.
 
     It is the reference :func:`answer_logprobs` is checked against, and the ``--paired`` side of the example. On a
     patched model its batches fold like any others: for an independent reference call :func:`flexpatch.remove` first.
@@ -240,6 +263,6 @@ def separate_logprobs(
 
 
 def sum_answers(tokens: Tensor, rows: Rows) -> Tensor:
-    """(T,) token values, answer by answer, to (A,) sums. Not an index_add: the same bits in every run on CUDA."""
+    """Add (T,) token values, answer by answer, to (A,) sums. Its bits are those of every other run, also on CUDA."""
     lengths_A = (rows.answer_tokens < len(tokens)).sum(-1)
     return torch.segment_reduce(tokens, "sum", lengths=lengths_A, unsafe=True)

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.utils import cached_file
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError, first_line
-from flexpatch.patch import eager_experts
+from flexpatch.internals import eager_experts
 from flexpatch.registry import adapter_for, adapters, refused_types, unknown
 
 SAFE = "model.safetensors"

@@ -22,9 +22,9 @@ float64 by a thousand bounds. If a model's own error makes its bounds so wide th
 fails: it would show nothing.
 """
 
+from importlib import metadata
 from typing import Any
 
-import peft
 import torch
 import transformers
 from torch import nn
@@ -32,10 +32,12 @@ from torch import nn
 from flexpatch.attention import flex
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.float64 import checkpoints
+from flexpatch.internals import head_of, text_config
 from flexpatch.masks import block_mask
-from flexpatch.patch import apply, backend_of, head_of, remove, settings_of, text_config
+from flexpatch.patch import apply, backend_of, remove, settings_of
 from flexpatch.registry import adapter_for
 from flexpatch.report import Check, Report
+from flexpatch.trials import has_adapters
 from flexpatch.verification import Verification
 
 __all__ = ["Check", "Report", "check_parity"]
@@ -128,8 +130,8 @@ def _settings(model: nn.Module) -> dict[str, str]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "dtype": str(parameter.dtype).removeprefix("torch."),
     }
-    if isinstance(model, peft.PeftModel):
-        settings["peft"] = peft.__version__
+    if has_adapters(model):
+        settings["peft"] = metadata.version("peft")
     if checkpoints(model):
         settings["checkpointing"] = "on"
     return settings

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flexpatch.errors import FlexpatchError, first_line
+from flexpatch.internals import base_weights
 from flexpatch.logprobs import answer_logprobs
 from flexpatch.packing import pack
-from flexpatch.patch import weights
 from flexpatch.tree import Layout, build_rows
 
 
@@ -102,7 +102,7 @@ def _digest(values: Tensor) -> str:
 def _key(model: nn.Module, layouts: Sequence[Layout]) -> str:
     """Hash of everything the log-probs depend on."""
     digest = hashlib.blake2b(b"2", digest_size=16)  # of the file's form
-    settings, tensors = weights(model)
+    settings, tensors = base_weights(model)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

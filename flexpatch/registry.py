@@ -30,8 +30,8 @@ def never(config: Any) -> str | None:
     return None
 
 
-class Head(NamedTuple):
-    """What a model does to the output of its last linear layer: logits = softcap(scale * output).
+class LogitTransform(NamedTuple):
+    """The change that a model makes to its head's output: logits = softcap(scale * output).
 
     Attributes:
         scale: A factor.
@@ -42,12 +42,12 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
-PLAIN = Head()
+UNCHANGED = LogitTransform()
 
 
-def plain_head(config: Any) -> Head:
-    """The head rule of a model whose logits are the output of its last linear layer."""
-    return PLAIN
+def unchanged_logits(config: Any) -> LogitTransform:
+    """The logit transform of a model whose logits are its head's output."""
+    return UNCHANGED
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,7 +65,7 @@ class Adapter:
         windows: ``config`` -> window in tokens (``None``: unlimited) for each layer type. A ``"single"`` family has
             the one key ``"full_attention"``, whose window, if set, holds in every layer. A query at position p sees
             keys at positions > p - window, as in transformers.
-        head: ``config`` -> what follows the model's last linear layer.
+        logit_transform: ``config`` -> the change that the model makes to its head's output.
         ropes: Rope types whose frequencies are exact under restarted positions. ``"longrope"`` may be listed: calls
             that straddle its switching length are refused one by one.
         implementations: The attention implementations of the model's own that are right for it, in order of preference.
@@ -78,7 +78,7 @@ class Adapter:
     tiny: Mapping[str, Sequence[Mapping[str, Any]]]
     masks: Literal["single", "by_layer_type"]
     windows: Callable[[Any], Mapping[str, int | None]] = no_windows
-    head: Callable[[Any], Head] = plain_head
+    logit_transform: Callable[[Any], LogitTransform] = unchanged_logits
     ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
     implementations: tuple[str, ...] = ("sdpa", "eager")
     reject: Callable[[Any], str | None] = never

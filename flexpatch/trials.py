@@ -1,6 +1,7 @@
-"""Inputs and measures of a verification: trees, their loss, other batches of them, broken rows, errors."""
+"""Make the inputs and measures of a verification: trees, their loss, other batches of them, broken rows, errors."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexpatch.errors import FlexpatchError
+from flexpatch.internals import is_torchao
 from flexpatch.logprobs import AnswerLogprobs
-from flexpatch.patch import is_torchao
 from flexpatch.tree import Rows, Tree, lay_out
 
 BETA = 0.1
@@ -18,8 +19,14 @@ Gradients = dict[str, Tensor]
 
 
 def sample_trees(reach: int, vocabulary: int, generator: torch.Generator) -> list[Tree]:
-    """Trees with uneven answers, one-token runs, a nested level, and answers that begin alike. The first prompt is
-    longer than ``reach``, so that windows cut it and index distances differ from position distances."""
+    """Draw trees with uneven answers, one-token runs, a nested level, and answers that begin alike.
+
+    Args:
+        reach: Tokens that the first prompt exceeds, so that windows cut it and index distances differ from position
+            distances.
+        vocabulary: Ids are drawn from 3 to this, exclusive.
+        generator: Of the ids.
+    """
 
     def ids(length: int) -> list[int]:
         return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
@@ -57,31 +64,43 @@ def in_one_batch(model: nn.Module, trees: Sequence[Tree]) -> AnswerLogprobs:
 
 
 def dpo(answers: Tensor, reference: Tensor) -> Tensor:
-    """DPO loss of one sample: its first answer chosen over each other, summed."""
+    """Compute the DPO loss of one sample: its first answer chosen over each other, summed.
+
+    Args:
+        answers: (A,) log-probs of its answers, in nats.
+        reference: (A,) log-probs under the reference.
+
+    Returns:
+        A scalar.
+    """
     rewards = BETA * (answers - reference.to(answers))
     return -F.logsigmoid(rewards[:1] - rewards[1:]).sum()
 
 
 def whole_trees(rows: Rows) -> Tensor:
-    """The ends of naive packing, where every token of a tree sees all before it."""
+    """Make the ends (B, L) of naive packing, where every token of a tree sees all tokens before it."""
     roots = torch.where(rows.position_ids == 0, torch.arange(rows.ends.shape[1], device=rows.ends.device), 0)
     return rows.ends.gather(-1, roots.cummax(-1).values)
 
 
 def worst_error(ours: Tensor, oracle: Tensor) -> float:
-    """The largest difference of log-probs, in nats."""
+    """Return the largest difference of log-probs, in nats."""
     return float((ours.double() - oracle.double()).abs().max())
 
 
 def distance(ours: Gradients, oracle: Gradients) -> tuple[float, str]:
-    """||ours - oracle|| / ||oracle|| over all parameters together, and the parameter that adds most to it."""
+    """Return ||ours - oracle|| / ||oracle|| over all parameters together, and the parameter that adds most to it."""
     squares = {name: float((ours[name].double() - oracle[name].double()).square().sum()) for name in oracle}
     norm = sum(float(gradient.double().square().sum()) for gradient in oracle.values())
     return math.sqrt(sum(squares.values()) / norm), max(squares, key=lambda name: squares[name])
 
 
 def take_gradients(model: nn.Module) -> Gradients:
-    """Gradients of all trainable parameters, moved to the CPU and cleared on the model."""
+    """Move the gradients of all trainable parameters to the CPU, and clear them on the model.
+
+    Raises:
+        FlexpatchError: If no parameter has one.
+    """
     gradients = {n: p.grad.cpu() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     model.zero_grad(set_to_none=True)
     if not gradients:
@@ -89,9 +108,17 @@ def take_gradients(model: nn.Module) -> Gradients:
     return gradients
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Tell whether peft wraps ``model``. peft is not imported for it: who has such a model has imported it."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
 def check_weights(model: nn.Module) -> None:
-    """Raises:
-    FlexpatchError: For a weight that is not finite, by its name.
+    """Refuse weights that are not finite.
+
+    Raises:
+        FlexpatchError: Naming the first one.
     """
     for name, parameter in model.named_parameters():
         numbers = parameter.detach().dequantize() if is_torchao(parameter) else parameter

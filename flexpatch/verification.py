@@ -7,15 +7,16 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import peft
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flexpatch.dispatch import row_inputs
 from flexpatch.errors import FlexpatchError
 from flexpatch.float64 import Float64, checkpoints, wide_copy
-from flexpatch.logprobs import answer_logprobs, separate_logprobs, sum_answers
-from flexpatch.patch import apply, backend_of, model_inputs, remove, savings, text_config
+from flexpatch.internals import pretrained, text_config
+from flexpatch.logprobs import answer_logprobs, score_rows, separate_logprobs, sum_answers
+from flexpatch.patch import apply, backend_of, model_inputs, remove, savings
 from flexpatch.registry import Adapter, adapter_for
 from flexpatch.report import Check, Report
 from flexpatch.tree import Rows, build_rows
@@ -24,6 +25,7 @@ from flexpatch.trials import (
     check_weights,
     distance,
     dpo,
+    has_adapters,
     in_one_batch,
     sample_trees,
     take_gradients,
@@ -93,7 +95,7 @@ class Verification:
         means = "" if self.exact else ", mean"
 
         apply(self.model, **self.options)
-        broken = replace(self.rows, ends=whole_trees(self.rows), masks={})
+        broken = replace(self.rows, ends=whole_trees(self.rows))
         self.report.settings["backend"] = backend = backend_of(self.model)
         if self.options["compile"] and backend != "dense":
             self.report.settings["compiled"] = "layers"
@@ -108,7 +110,7 @@ class Verification:
             if not self.exact:
                 name = f"log-probs, {layout}, worst token"
                 self._add(name, worst_error(ours, oracle), worst_bound, self._where(ours, oracle))
-        if isinstance(self.model, peft.PeftModel):
+        if has_adapters(self.model):
             self._adapters_off(worst_bound)
         error, worst = distance(self._gradients(self.rows, stock), oracle_gradients)
         self._add("gradients of the DPO loss", error, gradient_bound, f"worst in {worst}")
@@ -165,7 +167,10 @@ class Verification:
     @torch.no_grad()
     def _logprobs(self, rows: Rows, adapter: Adapter | None = None) -> Tensor:
         self.bar.update()
-        return answer_logprobs(self.model, rows, adapter=adapter).tokens
+        if adapter is None:
+            return answer_logprobs(self.model, rows).tokens
+        inputs = row_inputs(pretrained(self.model), rows, adapter, self.options["backend"])
+        return score_rows(self.model, rows, inputs).tokens
 
     def _gradients(self, rows: Rows, stock: Tensor) -> Gradients:
         reference = sum_answers(stock, self.rows) + self.noise
@@ -231,7 +236,7 @@ class Verification:
         yield "answers see each other", broken, None
         length = self.rows.input_ids.shape[1]
         indices = torch.arange(length, device=self.device)[None]
-        yield "packed indices as positions", replace(self.rows, position_ids=indices, depth=length, masks={}), None
+        yield "packed indices as positions", replace(self.rows, position_ids=indices, depth=length), None
         if self._reach():
             unlimited = replace(self.adapter, windows=lambda config: dict.fromkeys(self.adapter.windows(config)))
             yield "windows dropped", self.rows, unlimited

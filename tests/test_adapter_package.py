@@ -42,7 +42,7 @@ def test_the_example_package_is_found_and_verified(installed: Path) -> None:
     assert found.returncode == 0, found.stdout + found.stderr
     assert "nanochat (tiny random model 1 of 1)" in found.stdout
     module = installed / "flexpatch_nanochat.py"
-    module.write_text(module.read_text().replace("head=", "# head="))
+    module.write_text(module.read_text().replace("logit_transform=", "# logit_transform="))
     wrong = verify(installed)
     assert wrong.returncode == 2 and "its adapter does not say how" in wrong.stderr, wrong.stdout + wrong.stderr
 

@@ -16,10 +16,15 @@ from transformers import AutoModel
 import flexpatch
 from flexpatch.logprobs import sum_answers, token_logprobs
 from flexpatch.models import tiny_model
-from flexpatch.registry import PLAIN, Head
+from flexpatch.registry import UNCHANGED, LogitTransform
 
 T, D, V = 23, 16, 101
-FORMS = {"plain": PLAIN, "scale": Head(scale=0.25), "cap": Head(softcap=3.0), "both": Head(scale=2.0, softcap=5.0)}
+FORMS = {
+    "plain": UNCHANGED,
+    "scale": LogitTransform(scale=0.25),
+    "cap": LogitTransform(softcap=3.0),
+    "both": LogitTransform(scale=2.0, softcap=5.0),
+}
 HEADS = ("frozen", "trained", "bias", "lora", "embedding trained")
 
 
@@ -32,7 +37,7 @@ def head_of(kind: str) -> nn.Module:
     return wrapped.double().base_model.model[0]
 
 
-def whole(head: nn.Module, hidden: Tensor, targets: Tensor, form: Head) -> Tensor:
+def whole(head: nn.Module, hidden: Tensor, targets: Tensor, form: LogitTransform) -> Tensor:
     logits = form.scale * head(hidden)
     if form.softcap is not None:
         logits = form.softcap * torch.tanh(logits / form.softcap)
@@ -51,9 +56,11 @@ def results(head: nn.Module, logps: Any) -> list[Tensor]:
 @parameterized.expand([(kind, form, size) for kind in HEADS for form in FORMS for size in (1, 7, T, None)])
 def test_chunks_are_exact(kind: str, form: str, size: int | None) -> None:
     head = head_of(kind)
-    ours = results(head, lambda *given: token_logprobs(*given, form=FORMS[form], chunk_tokens=size))
+    ours = results(head, lambda *given: token_logprobs(*given, transform=FORMS[form], chunk_tokens=size))
     true = results(head, lambda *given: whole(*given, FORMS[form]))
-    wrong = results(head, lambda *given: token_logprobs(*given, form=Head(softcap=2.0), chunk_tokens=size))
+    wrong = results(
+        head, lambda *given: token_logprobs(*given, transform=LogitTransform(softcap=2.0), chunk_tokens=size)
+    )
     for a, b, c in zip(ours, true, wrong, strict=True):
         assert (a - b).abs().max() < 1e-12
         assert (c - b).abs().max() > 1e-3
@@ -63,7 +70,7 @@ def test_chunks_are_exact(kind: str, form: str, size: int | None) -> None:
 def test_compiled(kind: str, size: int | None) -> None:
     head = head_of(kind)
     form = FORMS["both"]
-    ours = results(head, lambda *given: token_logprobs(*given, form=form, chunk_tokens=size, compiled=True))
+    ours = results(head, lambda *given: token_logprobs(*given, transform=form, chunk_tokens=size, compiled=True))
     for a, b in zip(ours, results(head, lambda *given: whole(*given, form)), strict=True):
         assert (a - b).abs().max() < 1e-12
 
@@ -82,7 +89,7 @@ def test_without_gradients() -> None:
     with torch.no_grad():
         tokens = token_logprobs(head, hidden, targets, chunk_tokens=5)
     assert not tokens.requires_grad
-    assert (tokens - whole(head, hidden, targets, PLAIN)).abs().max() < 1e-12
+    assert (tokens - whole(head, hidden, targets, UNCHANGED)).abs().max() < 1e-12
 
 
 @parameterized.expand([(0,), (-3,)])
@@ -178,7 +185,7 @@ def test_a_model_without_a_head() -> None:
 def test_scaled_logits_of_which_an_adapter_does_not_know(name: str, value: float) -> None:
     model = flexpatch.apply(tiny_model("llama"))
     setattr(model.config, name, value)
-    with pytest.raises(flexpatch.UnsupportedModelError, match=rf"{name}.*head="):
+    with pytest.raises(flexpatch.UnsupportedModelError, match=rf"{name}.*logit_transform="):
         flexpatch.answer_logprobs(model, flexpatch.build_rows([trees()]))
 
 

@@ -1,0 +1,171 @@
+"""Decide which ordinary calls of a model fold, and say why others run as they are given.
+
+Shapes: N sequences, S columns.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from transformers import PreTrainedModel
+
+from flexpatch.fold import WORTH, Counts, Folded, follow_columns, longest_hole, moved
+from flexpatch.internals import SCALES_BY_INDEX
+from flexpatch.refusals import longrope_limit, scaling_limit
+from flexpatch.registry import Adapter
+
+# Names of the arguments of multimodal backbones that say which tokens are images.
+TYPES = ("token_type_ids", "mm_token_type_ids")
+# Where there are no images these arguments change nothing.
+IGNORED = {*TYPES, "labels"}
+# Names of the arguments of multimodal backbones that hold images, sound or video.
+MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs")
+IMAGES = "images, sound or video"
+# Names of a call's cache: the second from transformers 5.24 on.
+CACHES = ("past_key_values", "cache")
+# The reason of a batch that ran as it was given because folding would keep more than ``WORTH`` of it. Nobody is warned.
+LITTLE = "with too little to share"
+
+
+def without_cache(call: dict[str, Any]) -> bool:
+    """Tell whether a call neither has a cache nor asks for one."""
+    return not call.get("use_cache") and all(call.get(name) is None for name in CACHES)
+
+
+def obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> str | None:
+    """Find what keeps a call from being folded, whatever its batch holds.
+
+    Args:
+        backbone: The model's backbone.
+        config: The configuration of its text stack.
+        call: The call's arguments by name.
+
+    Returns:
+        The reason as the end of a sentence; ``None`` if there is none.
+    """
+
+    def asked(name: str) -> Any:
+        return call[name] if call.get(name) is not None else getattr(config, name, None)
+
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    if ids is None:
+        return "inputs_embeds, which do not tell which tokens are equal"
+    if ids.ndim != 2:
+        return f"input_ids of {ids.ndim} dimensions"
+    if being_recorded(ids):
+        return "input_ids that are being traced or exported, or have no values"
+    if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
+        return "an attention_mask of the caller's own (not one number for each token)"
+    if asked("use_cache"):
+        return "use_cache not given, whose cache may be wanted (pass False, or set model.config.use_cache = False)"
+    positions = call.get("position_ids")
+    if positions is not None and (positions.is_floating_point() or positions.shape not in (ids.shape, ids[:1].shape)):
+        return "position_ids that are not integers, one for each token"
+    for name in ("output_attentions", "output_router_logits"):
+        if asked(name):
+            return f"{name}=True"
+    if asked("return_dict") is False:
+        return "return_dict=False"
+    multimodal = config is not backbone.config
+    if multimodal and any(call.get(name) is not None for name in MEDIA):
+        return IMAGES
+    for name, value in call.items():
+        known = name in ("input_ids", "attention_mask", "position_ids") or (multimodal and name in IGNORED)
+        if isinstance(value, Tensor) and not known and value.ndim and len(value) == len(ids):
+            return f"the argument {name}"
+    return None
+
+
+def batch_obstacle(positions: np.ndarray | None, mask: np.ndarray | None, types: list[np.ndarray | None]) -> str | None:
+    """Find what keeps a batch from being folded, whatever folding would gain.
+
+    Args:
+        positions: (N, S) position ids; ``None``: not given.
+        mask: (N, S) bool, True for tokens; ``None``: no padding.
+        types: (N, S) kinds of tokens, 0 for text, one array for each argument in ``TYPES``.
+
+    Returns:
+        The reason as the end of a sentence; ``None`` if there is none.
+    """
+    if any(each is not None and each.any() for each in types):
+        return f"with {IMAGES}"
+    if positions is not None and not follow_columns(positions, mask):
+        return "with position_ids that do not count a sequence's columns (packed rows, for example)"
+    return None
+
+
+def fold_obstacle(
+    folded: Folded,
+    positions: np.ndarray | None,
+    mask: np.ndarray | None,
+    columns: int,
+    *,
+    config: Any,
+    adapter: Adapter,
+    eager: bool,
+) -> str | None:
+    """Find what would make a folded batch inexact.
+
+    Args:
+        folded: The batch as one row.
+        positions: (N, S) position ids; ``None``: not given.
+        mask: (N, S) bool, True for tokens; ``None``: no padding.
+        columns: S.
+        config: The configuration of the model's text stack.
+        adapter: The record of its architecture.
+        eager: Whether ordinary calls run on eager attention.
+
+    Returns:
+        The reason as the end of a sentence; ``None`` if there is none.
+    """
+    window = min(filter(None, adapter.windows(config).values()), default=None)
+    if eager and window is not None and longest_hole(mask) >= window:
+        # Where no key is in reach, eager attention averages over the whole row of the batch.
+        return f"with padding longer than a window of {window} inside a sequence, under eager attention"
+    reach = columns if positions is None else int(positions.max()) + 1
+    if (limit := longrope_limit(config)) is not None and (folded.rows.depth <= limit) != (reach <= limit):
+        return "with padding or position_ids beyond the length at which longrope switches its frequencies"
+    limit = scaling_limit(config)
+    longest = max(columns, folded.rows.input_ids.shape[1]) if SCALES_BY_INDEX else reach
+    if limit is not None and longest > limit and (SCALES_BY_INDEX or moved(positions, mask)):
+        where = "at all" if SCALES_BY_INDEX else "and do not begin at position 0"
+        return f"that reach beyond {limit}, from where on this model scales queries, {where},"
+    return None
+
+
+def gains(config: Any, counts: Counts, columns: int, mask_dtype: torch.dtype | None) -> bool:
+    """Tell whether one row of ``counts.computed`` tokens costs at most ``WORTH`` of the batch.
+
+    Block masks skip what is hidden. The dense backend computes all pairs of the row: to a layer of D hidden units a
+    pair costs 4 D FLOPs, a token about 24 D^2.
+
+    Args:
+        config: The configuration of the model's text stack.
+        counts: Tokens of the batch and of the row.
+        columns: S.
+        mask_dtype: ``None`` for block masks; another for the dense backend.
+    """
+    if mask_dtype is None:
+        return counts.computed <= WORTH * counts.padded
+    token = 6 * config.hidden_size
+    return counts.computed * (token + counts.computed) <= WORTH * counts.padded * (token + columns)
+
+
+@torch.compiler.assume_constant_result
+def is_exporting() -> bool:
+    """Tell whether torch.export is at work. Asked outside graphs: torch 2.11 has torch.compile say that it is too."""
+    return torch.compiler.is_exporting()
+
+
+def being_recorded(ids: Tensor) -> bool:
+    """Tell whether a call is being traced, exported or captured, or its ids have no values to look at.
+
+    A fold depends on a batch's ids: whoever records one batch's operations would replay that fold on other ids.
+    """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting() or get_proxy_mode() is not None:
+        return True
+    if type(ids) not in (Tensor, nn.Parameter) or ids.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(ids):
+        return True
+    return ids.is_cuda and torch.cuda.is_current_stream_capturing()

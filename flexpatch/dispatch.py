@@ -1,0 +1,218 @@
+"""Give layers what a row needs, and send each attention call to the kernel that takes it.
+
+``apply`` sets an attention implementation whose name tells the model's original one, such as ``flexpatch_sdpa``. A
+block mask goes to FlexAttention. Everything else (generation, caches, batches as they are given, dense masks) goes to
+the original, unchanged.
+
+This module and ``internals`` alone import names from below the top level of transformers.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from flexpatch import parallelism
+from flexpatch.arrival import CALL, Row
+from flexpatch.attention import check_fa4, check_fa4_call, check_fa4_model, flex
+from flexpatch.devices import Choice, choose, heads_of, tell
+from flexpatch.errors import FlexpatchWarning, UnsupportedModelError
+from flexpatch.internals import SCALES_BY_INDEX, attention_dtype, attention_name, decoder_of, device_of, text_config
+from flexpatch.masks import mask_of
+from flexpatch.refusals import scaling_limit
+from flexpatch.registry import FULL, Adapter
+from flexpatch.tree import Rows
+
+# No name may hold "flash": transformers would take it for FlashAttention, and pass no masks.
+PREFIX = "flexpatch_"
+BACKENDS = ("auto", "flex", "fa4", "dense")
+# Implementations that accept a dense 4-D mask, and so can serve both backends.
+ORIGINALS = ("sdpa", "eager")
+# Names the attribute of dense masks by which a row's is told from a caller's own.
+OWN = "flexpatch_rows"
+
+
+def is_ours(name: str) -> bool:
+    """Tell whether an attention implementation is one that :func:`flexpatch.apply` sets."""
+    return name.startswith(PREFIX)
+
+
+def original_of(name: str) -> str:
+    """Return the original that an attention implementation's name tells; a name that is not ours tells itself."""
+    return name.removeprefix(PREFIX)
+
+
+def check_original(original: str, adapter: Adapter) -> None:
+    """Refuse an attention implementation that is not right for ordinary calls of this architecture.
+
+    Args:
+        original: The model's own implementation, such as ``"sdpa"``.
+        adapter: The record of its architecture.
+
+    Raises:
+        UnsupportedModelError: Naming one that is.
+    """
+    if original not in adapter.implementations:
+        raise UnsupportedModelError(
+            f"attn_implementation='{original}' cannot be kept for the ordinary calls of this architecture; call "
+            f"model.set_attn_implementation('{adapter.implementations[0]}') first"
+        )
+
+
+def check_backend(inner: PreTrainedModel, asked: str) -> None:
+    """Refuse a backend that cannot run a model where it is, and tell the user of a choice that he may not expect.
+
+    Args:
+        inner: The model.
+        asked: One of ``BACKENDS``.
+
+    Raises:
+        FlexpatchError, UnsupportedModelError: With the way out.
+    """
+    config = text_config(inner)
+    if asked == "fa4":
+        check_fa4()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        check_fa4_model(head_dim, getattr(config, "attn_logit_softcapping", None))
+    if asked != "dense" and len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1:
+        raise UnsupportedModelError(
+            "device_map puts this model on several devices, but a block mask lives on one. Load it on one device (FSDP "
+            "or DeepSpeed for several), or pass backend='dense'"
+        )
+    tell(_choice(inner, device_of(inner), asked), again=True)
+
+
+def check_ranks(model: nn.Module, *, call: bool = True) -> None:
+    """Refuse a model whose ranks hold parts of sequences.
+
+    Args:
+        model: Any module.
+        call: Whether this is before a call: later calls of a model look less thoroughly than its first.
+
+    Raises:
+        UnsupportedModelError: If context or sequence parallelism is on.
+    """
+    check = parallelism.check_call if call else parallelism.check_parallelism
+    check(model, ALL_ATTENTION_FUNCTIONS)
+
+
+def backend_at(inner: PreTrainedModel, device: torch.device, asked: str) -> str:
+    """Return ``"flex"``, ``"fa4"`` or ``"dense"``: the backend of rows on ``device``.
+
+    Decided anew at each call, because a model may be moved after ``apply``; its user is then told of a change.
+    """
+    return tell(_choice(inner, device, asked))
+
+
+def _choice(inner: PreTrainedModel, device: torch.device, asked: str) -> Choice:
+    return choose(asked, device, heads_of(decoder_of(inner)), attention_dtype(inner, device))
+
+
+def mask_dtype(inner: PreTrainedModel, device: torch.device, asked: str) -> torch.dtype | None:
+    """Return the kind of mask that :func:`flexpatch.masks.mask_of` must build: the ``dtype`` of its argument."""
+    if backend_at(inner, device, asked) != "dense":
+        return None
+    return torch.bool if original_of(attention_name(inner)) == "sdpa" else inner.dtype
+
+
+def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str) -> dict[str, Any]:
+    """Make the arguments with which a model runs ``rows``.
+
+    Args:
+        inner: A patched model.
+        rows: Packed rows on its device.
+        adapter: The record of its architecture.
+        asked: The backend that ``apply`` was given.
+
+    Returns:
+        ``input_ids`` and ``position_ids`` (B, L) int64, ``attention_mask`` (a mask, or a dict of masks by layer type)
+        and ``use_cache=False``.
+
+    Raises:
+        FlexpatchError, UnsupportedModelError: If the backend, or this release of transformers, cannot run the rows.
+    """
+    config, device = text_config(inner), rows.input_ids.device
+    limit = scaling_limit(config)
+    if limit is not None and SCALES_BY_INDEX and rows.input_ids.shape[1] > limit:
+        raise UnsupportedModelError(
+            f"rows of more than {limit} tokens, from where on this model scales queries by their position, are not "
+            f"exact in transformers {transformers.__version__}: upgrade it to 5.4 or later, or make shorter rows"
+        )
+    windows = adapter.windows(config)
+    layer_types = dict.fromkeys(config.layer_types) if adapter.masks == "by_layer_type" else [FULL]
+    if backend_at(inner, device, asked) == "fa4":
+        check_fa4()  # a pickled model may come from another machine
+        check_fa4_call(device, attention_dtype(inner, device), [windows[layer] for layer in layer_types], rows.depth)
+    dtype = mask_dtype(inner, device, asked)
+    masks = {layer: mask_of(rows, windows[layer], dtype) for layer in layer_types}
+    mask = masks if adapter.masks == "by_layer_type" else masks[FULL]
+    for each in masks.values():
+        if isinstance(each, Tensor):
+            setattr(each, OWN, True)
+    return dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
+
+
+def a_mask(call: Mapping[str, Any]) -> Any:
+    """Return the mask of a call, or one of its masks by layer type."""
+    mask = call.get("attention_mask")
+    return next(iter(mask.values())) if isinstance(mask, dict) else mask
+
+
+def is_row_call(call: Mapping[str, Any]) -> bool:
+    """Tell whether a call's mask was made by :func:`row_inputs`."""
+    mask = a_mask(call)
+    return isinstance(mask, BlockMask) or getattr(mask, OWN, False)
+
+
+def _attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, *args: Any, original: str, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Compute attention for a layer. q is (B, H, L, D), k and v are (B, G, L, D); the output is (B, L, H, D)."""
+    call = kwargs.pop(CALL, None)
+    if isinstance(call, Row):
+        call.check_attention(module, q, k, attention_mask)
+    if isinstance(attention_mask, BlockMask):
+        return flex(q, k, v, attention_mask, fa4=isinstance(call, Row) and call.fa4, **kwargs), None
+    if call is None and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling():
+        warn_as_given(
+            "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
+        )
+    function = _eager_of(module) if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
+    return function(module, q, k, v, attention_mask, *args, **kwargs)
+
+
+def warn_as_given(reason: str) -> None:
+    """Say, once for each reason, that batches run as they are given."""
+    warnings.warn(f"flexpatch: batches {reason} run as they are given", FlexpatchWarning, 2)
+
+
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
+    """Find the eager attention in the file that defines ``module``'s class. Its bases are searched too, because FSDP2
+    and others swap a module's class for a subclass that is defined elsewhere."""
+    for base in type(module).__mro__:
+        function = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise UnsupportedModelError(f"no eager attention found for {type(module).__name__}; load the model with 'sdpa'")
+
+
+def _register(masks: Mapping[str, Callable[..., Any]] = ALL_MASK_ATTENTION_FUNCTIONS) -> None:
+    """Make the names known. At import, so that an unpickled patched model works in a process that never called apply.
+
+    The mask function too: without it transformers would pass no mask at all to ordinary calls, padding included.
+    """
+    for original in ORIGINALS:
+        AttentionInterface.register(f"{PREFIX}{original}", partial(_attention, original=original))
+        AttentionMaskInterface.register(f"{PREFIX}{original}", masks[original])
+
+
+_register()

@@ -1,0 +1,191 @@
+"""The stage that folds: an ordinary batch enters as one row, its hidden states leave as a batch.
+
+It keeps counts of tokens, and the latest batch with its row, for the next call to compare its own batch with. No
+result depends on either.
+"""
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from transformers import PreTrainedModel
+
+from flexpatch.calls import IGNORED, LITTLE, TYPES, batch_obstacle, fold_obstacle, gains, obstacle
+from flexpatch.dispatch import check_ranks, mask_dtype, original_of, row_inputs, warn_as_given
+from flexpatch.errors import FlexpatchError, FlexpatchWarning
+from flexpatch.fold import Counts, Folded, check_ids, fold_batch, see_themselves, unfold
+from flexpatch.internals import attention_name, change_hidden_states, device_of, layers_of, text_config
+from flexpatch.refusals import check_mode, longrope_limit, scaling_limit
+from flexpatch.registry import adapter_for
+
+Exit = Callable[[Any], None]
+
+
+@dataclass
+class _Latest:
+    """The latest batch, as it was given and folded, or why it was not folded."""
+
+    counts: Counts
+    folded: Folded | None = None
+    key: Any = None
+    arrays: Any = None
+
+
+class Folding:
+    """Folds batches where that is exact and gains.
+
+    Attributes:
+        backend: As :func:`flexpatch.apply` was given it.
+        counts: Tokens of the latest 10,000 batches.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.counts: deque[Counts] = deque(maxlen=10_000)
+        self.latest: _Latest | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the latest batch out of copies of a model: masks hold functions that cannot be pickled."""
+        return vars(self) | {"latest": None}
+
+    def given(self, call: dict[str, Any], reason: str) -> None:
+        """Count, and say once, that a batch runs as it was given.
+
+        Args:
+            call: Its arguments by name.
+            reason: The end of a sentence. A part in parentheses at its end says what to do about it.
+        """
+        warn_as_given(reason)
+        tokens = next((x.shape[:2].numel() for x in map(call.get, ("input_ids", "inputs_embeds")) if x is not None), 0)
+        self.counts.append(Counts(tokens, tokens, tokens, reason.split(" (")[0]))
+
+    def __call__(self, backbone: PreTrainedModel, call: dict[str, Any]) -> tuple[dict[str, Any], Exit | None]:
+        """Fold the batch of a call without a cache.
+
+        Args:
+            backbone: The backbone that is called.
+            call: Its arguments by name.
+
+        Returns:
+            The arguments to call it with, and what brings its output back into the batch's layout; ``None`` for a
+            batch that runs as it was given.
+
+        Raises:
+            FlexpatchError: For ids outside the vocabulary, naming row and column, and for tensors of wrong shapes or
+                dtypes.
+            UnsupportedModelError: For states of the model in which sharing a prefix would change results.
+        """
+        check_ranks(backbone)  # for every batch: ranks must agree
+        config = text_config(backbone)
+        _decline_cache(backbone, config, call)
+        ids, given = call.get("input_ids"), call.get("attention_mask")
+        if given is None and ids is not None and len(ids) == 1 and call.get("position_ids") is None:
+            return call, None  # one sequence has nothing to share
+        if reason := obstacle(backbone, config, call):
+            self.given(call, f"with {reason}")
+            return call, None
+        assert ids is not None, "calls without ids have an obstacle"
+        if given is not None and given.shape != ids.shape:
+            raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
+        if ids.dtype not in (torch.int64, torch.int32):  # rounded to integers they would give some model's numbers
+            raise FlexpatchError(f"input_ids are {ids.dtype}; token ids are torch.int64 or torch.int32")
+        latest = self._fold(backbone, config, call)
+        if latest.folded is not None and (reason := check_mode(backbone)) is not None:
+            self.given(call, reason)
+            return call, None
+        if latest.folded is None and latest.counts.reason != LITTLE:
+            self.given(call, latest.counts.reason or "")
+            return call, None
+        self.counts.append(latest.counts)
+        if latest.folded is None:
+            return call, None
+        rows = latest.folded.rows
+        inputs = row_inputs(backbone, rows, adapter_for(config), self.backend)
+        if any(isinstance(mask, Tensor) for mask in rows.masks.values()):
+            rows.masks.clear()  # dense masks (L x L) are too large to keep
+        # Copies: a hook of others may change them in place, and the next call gets this fold again.
+        inputs |= {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
+        leave = partial(_unfold, latest.folded.index, latest.folded.padding)
+        return call | dict.fromkeys(IGNORED & call.keys()) | inputs, leave
+
+    def _fold(self, backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> _Latest:
+        """Fold a call's batch, or find it to be the latest one again.
+
+        Trainers run a batch through the policy and then the reference: it is folded once. Not under a mode that
+        watches operations (selective checkpointing), which expects the same ones every time.
+        """
+        ids, given = call["input_ids"], call.get("attention_mask")
+        types = [call.get(name) for name in TYPES if config is not backbone.config]
+        batch = [ids, None if given is None else given != 0, call.get("position_ids"), *types]
+        # One copy for all: on a GPU each would wait for everything launched before.
+        each = [x.expand_as(ids).to(ids.device, torch.int64) for x in batch if x is not None]
+        arrays = torch.stack(each).numpy(force=True)
+        # A dispatched model moves its inputs by itself: ids on the CPU do not mean that it computes there.
+        home = device_of(backbone)
+        device = ids.device if ids.device.type != "cpu" or home.type == "meta" else home
+        dtype = mask_dtype(backbone, device, self.backend)
+        watched = is_in_torch_dispatch_mode()
+        present = [x is not None for x in batch]
+        key = (
+            present, dtype, device, config.vocab_size, longrope_limit(config), scaling_limit(config),
+            torch.is_inference_mode_enabled(), watched,
+        )  # fmt: skip
+        latest = self.latest
+        if watched or latest is None or latest.key != key or not np.array_equal(latest.arrays, arrays):
+            rest = iter(arrays)
+            latest = _folded(backbone, config, [next(rest) if there else None for there in present], dtype, device)
+            self.latest = latest = replace(latest, key=key, arrays=arrays)
+        return latest
+
+
+def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> None:
+    """Set ``use_cache=False`` in training, where a caller did not say whether a cache is wanted.
+
+    Not for batches that fold alone: whether a caller gets a cache must not depend on what a batch holds.
+    """
+    by_default = call.get("use_cache") is None and getattr(config, "use_cache", None)
+    if not (by_default and backbone.training and torch.is_grad_enabled()):
+        return
+    call["use_cache"] = False
+    if not any(layer.gradient_checkpointing for layer in layers_of(backbone)):  # or stock drops caches too
+        warnings.warn(
+            "flexpatch: in training, calls without use_cache run with use_cache=False, so past_key_values is None. "
+            "Pass use_cache=True to get a cache, from calls that are not folded",
+            FlexpatchWarning,
+            2,
+        )
+
+
+def _folded(backbone: PreTrainedModel, config: Any, arrays: list[Any], dtype: Any, device: torch.device) -> _Latest:
+    """Fold a batch. ``arrays``: (N, S) ids, mask, positions and kinds of tokens; ``None`` for one that is not given."""
+    ids, mask, positions, *types = arrays
+    mask = None if mask is None else mask != 0
+    check_ids(ids, mask, config.vocab_size)
+    reason = batch_obstacle(positions, mask, types)
+    folded = None
+    if reason is None:
+        folded = fold_batch(ids, mask, lambda counts: gains(config, counts, ids.shape[1], dtype))
+        reason = LITTLE if folded is None else None
+    if folded is not None:
+        eager = original_of(attention_name(backbone)) == "eager"
+        if eager:
+            see_themselves(folded)
+        reason = fold_obstacle(
+            folded, positions, mask, ids.shape[1], config=config, adapter=adapter_for(config), eager=eager
+        )
+    if folded is None or reason is not None:
+        return _Latest(Counts(ids.size, ids.size, ids.size, reason))
+    return _Latest(folded.counts, replace(folded, rows=folded.rows.to(device), index=folded.index.to(device)))
+
+
+def _unfold(index: Tensor, padding: int | None, output: Any) -> None:
+    """Bring the hidden states of a row back into the batch's layout; there is no output if the forward raised."""
+    if output is not None:
+        change_hidden_states(output, lambda hidden_1LD: unfold(hidden_1LD, index, padding))

@@ -1,0 +1,241 @@
+"""Run one call through a backbone: stages change it on the way in, their exits change its output on the way out.
+
+A **stage** takes the backbone and the call's arguments. It returns the arguments and an **exit**, which takes the
+output (``None`` if the forward raised), or ``None`` for an exit that has nothing to do. Exits run in reverse. Those of
+our own stages run before other libraries' hooks on the backbone, which so see the caller's layout; a caller's exits
+(:func:`run_rows`) run after them.
+
+Exits travel on the call's ``input_ids`` and nowhere else: other arguments reach every layer, compiled ones included.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedModel
+
+from flexpatch.arrival import CALL, GIVEN, PENDING, Row
+from flexpatch.calls import is_exporting, without_cache
+from flexpatch.checkpointing import Recomputation
+from flexpatch.compiled import pad_row, restore_forward
+from flexpatch.dispatch import a_mask, is_ours, is_row_call
+from flexpatch.errors import FlexpatchError
+from flexpatch.folding import Exit, Folding
+from flexpatch.internals import arguments_of, attention_name, takes_argument
+
+# Names the attribute of a call's ``input_ids`` that holds its exits.
+EXITS = "flexpatch_exits"
+
+
+@dataclass
+class Exits:
+    """Exits of one call, each list in the order in which their stages ran.
+
+    Attributes:
+        own: Of our own stages.
+        callers: Of whoever called the model.
+    """
+
+    own: list[Exit] = field(default_factory=list)
+    callers: list[Exit] = field(default_factory=list)
+
+
+class BackboneHook:
+    """Forward pre-hook of a backbone. It holds all options of :func:`flexpatch.apply`, and is pickled with the model.
+
+    Args:
+        backend, fold, compile, recompute_layers: As :func:`flexpatch.apply` takes them.
+
+    Raises:
+        FlexpatchError: For unknown options.
+    """
+
+    def __init__(self, *, backend: str, fold: bool, compile: bool, recompute_layers: int | str | None) -> None:
+        self.backend = backend
+        self.fold = fold
+        self.compile = compile
+        self.folding = Folding(backend)
+        self.recomputation = None if recompute_layers is None else Recomputation(recompute_layers)
+        self.disabled = 0  # how many blocks of flexpatch.disabled the model is in
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave blocks of ``flexpatch.disabled`` out of copies of a model."""
+        return vars(self) | {"disabled": 0}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options, as :func:`flexpatch.apply` takes them."""
+        recompute_layers = None if self.recomputation is None else self.recomputation.setting
+        return dict(backend=self.backend, fold=self.fold, compile=self.compile, recompute_layers=recompute_layers)
+
+    def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Change the arguments of a backbone's call. Torch calls this before the backbone's forward."""
+        if not is_ours(attention_name(backbone)):
+            changed = "of a model whose attention implementation was changed after flexpatch.apply (apply it again)"
+            return self.folding.given(kwargs, changed)
+        call = arguments_of(backbone, args, kwargs)
+        if call is None:
+            self.folding.given(kwargs, "given to a forward whose wrapper hides the names of its arguments")
+        if call is None or self.disabled or is_exporting():
+            return args, kwargs | {CALL: GIVEN}
+        # Asked first, so that a compiled model's other calls (generation) keep one graph.
+        folds = self.fold and without_cache(call) and not is_row_call(call)
+        pads = self.compile and (folds or is_row_call(call))
+        if folds or pads or (self.recomputation is not None and backbone.training and torch.is_grad_enabled()):
+            call = self._enter(backbone, call, folds)
+        exits = exits_of(backbone, (), call)
+        pending = exits is not None
+        if not is_row_call(call):
+            return (), call | {CALL: PENDING if pending else GIVEN}
+        if takes_argument(backbone, call, "logits_to_keep"):
+            # Given a number, Gemma 4 drops tokens before its last layers, and which ones it drops is wrong for rows.
+            call["logits_to_keep"] = torch.empty(0, dtype=torch.long)
+        fa4 = self.backend == "fa4" and isinstance(a_mask(call), BlockMask)
+        return (), call | {CALL: Row(call["input_ids"].shape[1], call["attention_mask"], pending=pending, fa4=fa4)}
+
+    @torch.compiler.disable
+    def _enter(self, backbone: PreTrainedModel, call: dict[str, Any], folds: bool) -> dict[str, Any]:
+        """Send a call through the stages that are set."""
+        stages: list[Callable[..., tuple[dict[str, Any], Exit | None]]] = []
+        stages += [self.folding] if folds else []
+        stages += [pad_row] if self.compile else []
+        stages += [self.recomputation] if self.recomputation is not None else []
+        carried = exits_of(backbone, (), call)
+        exits = Exits(callers=[] if carried is None else carried.callers)
+        for stage in stages:
+            call, leave = stage(backbone, call)
+            if leave is not None:
+                exits.own.append(leave)
+        if exits.own or exits.callers:
+            call["input_ids"] = with_exits(call["input_ids"], exits)
+        return call
+
+
+def with_exits(ids: Tensor, exits: Exits) -> Tensor:
+    """Return ``ids`` as another tensor object that carries ``exits``: the caller's own carries nothing."""
+    ids = ids.detach()
+    setattr(ids, EXITS, exits)
+    return ids
+
+
+def exits_of(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Exits | None:
+    """Find the exits of a call, wherever another hook has put its ids."""
+    ids = kwargs.get("input_ids") if not args else (arguments_of(backbone, args, kwargs) or {}).get("input_ids")
+    return getattr(ids, EXITS, None)
+
+
+def run_own_exits(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Run our own stages' exits: a forward hook of the backbone, before other libraries' hooks.
+
+    Args:
+        backbone, args, kwargs: Of the call, after all pre-hooks.
+        output: Its output; ``None`` if the forward raised.
+
+    Raises:
+        FlexpatchError: If something took the exits away.
+        UnsupportedModelError: If attention never asked for the row.
+    """
+    mark = kwargs.get(CALL)
+    if output is not None and isinstance(mark, Row):
+        mark.check_reached()
+    exits = exits_of(backbone, args, kwargs)
+    if exits is None:
+        # Without any mark somebody has put other arguments in place of ours.
+        pending = mark.pending if isinstance(mark, Row) else mark == PENDING or (mark is None and is_row_call(kwargs))
+        if output is not None and pending:
+            raise FlexpatchError(
+                "something replaced input_ids between flexpatch's hook on the backbone and its forward, so the row's "
+                "hidden states cannot be brought back into the batch's layout. Register that hook before "
+                "flexpatch.apply(model), or apply with fold=False"
+            )
+        return None
+    while exits.own:
+        exits.own.pop()(output)
+    return output
+
+
+def run_callers_exits(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Run a caller's exits: a forward hook of the backbone, after other libraries' hooks.
+
+    Args:
+        backbone, args, kwargs, output: Of the call, as those hooks left them.
+    """
+    exits = exits_of(backbone, args, kwargs)
+    while exits is not None and exits.callers:
+        exits.callers.pop()(output)
+    return output
+
+
+def run_rows(model: nn.Module, inputs: dict[str, Any], score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Run rows and return ``score(hidden states)`` instead of logits.
+
+    ``score`` is called within the model's forward, where parameters that an engine shards or offloads are at hand.
+
+    Args:
+        model: A model after :func:`flexpatch.apply`.
+        inputs: From :func:`flexpatch.model_inputs`.
+        score: Takes the last hidden states (B, L, D). Called once.
+
+    Returns:
+        The tensor that ``score`` returned.
+
+    Raises:
+        FlexpatchError: If the model's hooks are gone.
+    """
+    scores: list[Tensor] = []
+
+    def leave(output: Any) -> None:
+        scores.append(score(output.last_hidden_state))
+        output.hidden_states = (scores[0],)
+
+    ids = with_exits(inputs["input_ids"], Exits(callers=[leave]))
+    # No position keeps its logits, so the head itself sees an empty tensor.
+    output = model(**(inputs | {"input_ids": ids}), logits_to_keep=ids.new_empty(0))
+    if not scores:
+        raise FlexpatchError("flexpatch's hooks on this model did not run: call flexpatch.apply(model)")
+    # Engines hook into what a forward returns, and may round it (accelerate's FSDP2, in bfloat16): gradients take the
+    # way through it, values do not.
+    scored, returned = scores.pop(), output.hidden_states[0]
+    if returned.dtype == scored.dtype:
+        return returned
+    returned = returned.to(scored.dtype)
+    return returned + (scored - returned).detach()
+
+
+def hook_of(inner: nn.Module) -> BackboneHook | None:
+    """Find the hook that :func:`flexpatch.apply` put on a model's backbone."""
+    hooks = (hook for module in inner.modules() for hook in module._forward_pre_hooks.values())
+    return next((hook for hook in hooks if isinstance(hook, BackboneHook)), None)
+
+
+def register_hooks(backbone: nn.Module, hook: BackboneHook) -> None:
+    """Put all hooks on a backbone.
+
+    Args:
+        backbone: The backbone.
+        hook: The one with the options.
+    """
+    backbone.register_forward_pre_hook(hook, with_kwargs=True)
+    backbone.register_forward_hook(run_own_exits, with_kwargs=True, prepend=True, always_call=True)
+    backbone.register_forward_hook(run_callers_exits, with_kwargs=True)
+
+
+def remove_hooks(inner: nn.Module) -> None:
+    """Take all hooks and replaced forwards off a model.
+
+    Hooks are found by their types: a handle would be state, and a copied model would have none. All modules are
+    searched, because the backbone may have been wrapped since.
+    """
+    for module in inner.modules():
+        hooks = module._forward_pre_hooks, module._forward_hooks
+        flags = module._forward_pre_hooks_with_kwargs, module._forward_hooks_with_kwargs
+        for registered, with_kwargs in zip(hooks, flags, strict=True):
+            for key, hook in list(registered.items()):
+                if isinstance(hook, BackboneHook) and hook.recomputation is not None:
+                    hook.recomputation.restore()
+                if isinstance(hook, BackboneHook) or hook in (run_own_exits, run_callers_exits):
+                    del registered[key], with_kwargs[key]
+                    module._forward_hooks_always_called.pop(key, None)
+        restore_forward(module)
