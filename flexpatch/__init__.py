@@ -18,7 +18,8 @@ from flexpatch.parity import Report, check_parity
 from flexpatch.patch import apply, disabled, is_applied, model_inputs, remove, savings
 from flexpatch.reference import reference_logprobs
 from flexpatch.registry import Adapter, register, support_table
-from flexpatch.tree import Layout, Rows, Tree, build_rows, lay_out
+from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Layout, Tree, lay_out
 
 __all__ = [
     "Adapter",

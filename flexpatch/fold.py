@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flexpatch.errors import FlexpatchError
-from flexpatch.tree import Layout, Rows, build_rows, merge_prefixes
+from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Layout, merge_prefixes
 
 # A row is worth folding a batch for if it costs at most this share of it.
 WORTH = 0.9

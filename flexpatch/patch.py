@@ -63,7 +63,7 @@ from flexpatch.parallelism import check_call, check_parallelism
 from flexpatch.quantizers import check_quantization
 from flexpatch.refusals import check_mode, check_rows, longrope_limit, scaling_limit
 from flexpatch.registry import FULL, PLAIN, Adapter, Head, adapter_for, decoder_config
-from flexpatch.tree import Rows
+from flexpatch.rows import Rows
 from flexpatch.tuners import check_tuners
 
 PREFIX = "flexpatch_"

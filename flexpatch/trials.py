@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from flexpatch.errors import FlexpatchError
 from flexpatch.logprobs import AnswerLogprobs
 from flexpatch.patch import is_torchao
-from flexpatch.tree import Rows, Tree, lay_out
+from flexpatch.rows import Rows
+from flexpatch.tree import Tree, lay_out
 
 BETA = 0.1
 
