@@ -31,7 +31,8 @@ from torch import Tensor
 
 from flexpatch import attention, devices
 from flexpatch.masks import block_mask, dense_mask
-from flexpatch.tree import Tree, build_rows
+from flexpatch.rows import build_rows
+from flexpatch.tree import Tree
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cards.md"
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "cards.md"

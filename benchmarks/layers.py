@@ -40,7 +40,8 @@ from transformers.models.mistral import modeling_mistral as mistral
 
 from flexpatch.attention import flex
 from flexpatch.masks import BLOCK, block_mask, bucket, dense_mask
-from flexpatch.tree import Tree, build_rows
+from flexpatch.rows import build_rows
+from flexpatch.tree import Tree
 
 SHAPE = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, intermediate_size=14336)
 SMALL = dict(hidden_size=512, num_attention_heads=4, num_key_value_heads=1, head_dim=128, intermediate_size=1792)

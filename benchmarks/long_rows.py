@@ -55,7 +55,8 @@ from transformers.modeling_utils import AttentionInterface
 import flexpatch
 from flexpatch.masks import BLOCK, block_mask
 from flexpatch.parity import FACTOR
-from flexpatch.tree import Rows, Tree, build_rows
+from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Tree
 
 DOCUMENT = "one document"
 WIDE = "causal_float32"

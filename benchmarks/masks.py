@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from flexpatch.attention import flex
 from flexpatch.masks import block_mask, bucket, mask_mod
-from flexpatch.tree import Rows, Tree, build_rows
+from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Tree
 
 
 def main() -> int:

@@ -53,7 +53,8 @@ from transformers.modeling_utils import AttentionInterface
 import flexpatch
 from flexpatch.logprobs import AnswerLogprobs, sum_answers, token_logprobs
 from flexpatch.parity import FACTOR
-from flexpatch.tree import Rows, Tree, build_rows, lay_out
+from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Tree, lay_out
 
 WIDE = dict(
     hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
@@ -350,7 +351,7 @@ def log_probs(causal: Any, rows: Rows, call: dict[str, Any] | None) -> AnswerLog
     if call is None:
         return flexpatch.answer_logprobs(causal, rows)
     hidden = causal.base_model(input_ids=rows.input_ids, use_cache=False, **call).last_hidden_state
-    hidden = hidden.flatten(0, 1).index_select(0, rows.sources)
+    hidden = hidden.flatten(0, 1).index_select(0, rows.predictors)
     compiled = "forward" in vars(causal.model.layers[0])
     tokens = token_logprobs(causal.get_output_embeddings(), hidden, rows.targets, compiled=compiled)
     return AnswerLogprobs(sum_answers(tokens, rows), tokens)

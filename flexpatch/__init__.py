@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from flexpatch.patch import apply, disabled, is_applied, model_inputs, remove, savings
     from flexpatch.reference import reference_logprobs
     from flexpatch.registry import Adapter, register, support_table
-    from flexpatch.tree import Rows, Tree, build_rows, lay_out
+    from flexpatch.rows import Rows, build_rows
+    from flexpatch.tree import Tree, lay_out
 
 __all__ = [
     "Adapter",
@@ -67,11 +68,12 @@ _MODULES = {
     "patch": ["apply", "disabled", "is_applied", "model_inputs", "remove", "savings"],
     "reference": ["reference_logprobs"],
     "registry": ["Adapter", "register", "support_table"],
-    "tree": ["Rows", "Tree", "build_rows", "lay_out"],
+    "rows": ["Rows", "build_rows"],
+    "tree": ["Tree", "lay_out"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 # Result types that stood here before, by the modules that have them. To be dropped after one release.
-_MOVED = dict(AnswerLogprobs="logprobs", Layout="tree", PreferenceLoss="losses", Report="report", Savings="fold")
+_MOVED = dict(AnswerLogprobs="logprobs", Layout="tree", PreferenceLoss="losses", Report="report", Savings="counts")
 
 
 def __getattr__(name: str) -> Any:

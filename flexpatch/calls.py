@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import PreTrainedModel
 
-from flexpatch.fold import WORTH, Counts, Folded, follow_columns, longest_hole, moved
+from flexpatch.counts import WORTH, Counts
+from flexpatch.fold import Folded, follow_columns, longest_hole, moved
 from flexpatch.internals import SCALES_BY_INDEX
 from flexpatch.refusals import longrope_limit, scaling_limit
 from flexpatch.registry import Adapter

@@ -28,7 +28,8 @@ import numpy as np
 from torch import Tensor
 
 from flexpatch.errors import FlexpatchError, first_line
-from flexpatch.tree import Layout, Rows, Tree, build_rows, lay_out
+from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Layout, Tree, lay_out
 
 # Ends the prompt of HH-RLHF rows, which are whole dialogues as plain text.
 TURN = "\n\nAssistant:"

@@ -30,7 +30,7 @@ from flexpatch.internals import SCALES_BY_INDEX, attention_dtype, attention_name
 from flexpatch.masks import mask_of
 from flexpatch.refusals import scaling_limit
 from flexpatch.registry import FULL, Adapter
-from flexpatch.tree import Rows
+from flexpatch.rows import Rows
 
 # No name may hold "flash": transformers would take it for FlashAttention, and pass no masks.
 PREFIX = "flexpatch_"

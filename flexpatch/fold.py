@@ -8,9 +8,8 @@ Shapes: N sequences, S columns, L tokens of the row, D hidden size.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -18,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flexpatch.counts import Counts
 from flexpatch.errors import FlexpatchError
-from flexpatch.tree import Layout, Rows, build_rows, merge_prefixes
+from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Layout, merge_prefixes
 
-# A row is worth folding a batch for if it costs at most this share of it.
-WORTH = 0.9
 # Positions are merged with ids, as the high half of an int64, where a mask has holes.
 _ID_BITS = 32
 # Marks the key of padding that predicts a token. Positions stay below it.
@@ -46,25 +45,6 @@ class Folded:
     index: Tensor
     padding: int | None
     counts: Counts
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Tokens of one batch: ``padded`` as given (N * S), ``real`` with an output that may be read, ``computed`` by the
-    model. ``reason``: why the batch ran as it was given, as the end of a sentence; ``None`` where it was folded."""
-
-    padded: int
-    real: int
-    computed: int
-    reason: str | None = None
-
-    def padding(self) -> int:
-        """Padding tokens left out, when folded. One of them stays, for all padding to point to."""
-        return self.padded - self.real
-
-    def shared(self) -> int:
-        """Tokens left out because an equal one stands for them, when folded."""
-        return self.real - self.computed
 
 
 def predicting_padding(mask: np.ndarray) -> np.ndarray:
@@ -233,56 +213,6 @@ def _filled_lookup(hidden_LD: Tensor, index: Tensor, padding: int | None) -> Ten
     """:func:`lookup` with ``SORTED`` indices. What is looked up for nothing passes on a gradient of zero."""
     filled = F.pad(index.flatten(), (0, SORTED - index.numel()))
     return F.embedding(filled, hidden_LD, padding_idx=padding)[: index.numel()].unflatten(0, index.shape)
-
-
-@dataclass(frozen=True)
-class Savings:
-    """What folding saved over some batches.
-
-    Attributes:
-        batches: Calls without a cache.
-        folded: How many of them were folded; the others ran as they were given.
-        padded: Tokens the unpatched model computes: rows times columns.
-        computed: Tokens that were computed.
-        padding: Tokens saved as padding.
-        shared: Tokens saved because sequences share them.
-        reasons: Why batches ran as they were given, the most frequent reason first -> how many did.
-    """
-
-    batches: int
-    folded: int
-    padded: int
-    computed: int
-    padding: int
-    shared: int
-    reasons: Mapping[str, int] = field(default_factory=dict, compare=False)
-
-    @classmethod
-    def of(cls, counts: Iterable[Counts]) -> Savings:
-        """Sum over batches."""
-        every = list(counts)
-        folded = [c for c in every if c.reason is None and c.computed < c.padded]
-        padding, shared = (sum(getattr(c, kind)() for c in folded) for kind in ("padding", "shared"))
-        padded, computed = (sum(getattr(c, kind) for c in every) for kind in ("padded", "computed"))
-        reasons = dict(Counter(c.reason for c in every if c.reason is not None).most_common())
-        return cls(len(every), len(folded), padded, computed, padding, shared, reasons)
-
-    @property
-    def factor(self) -> float:
-        """How many times fewer tokens were computed."""
-        return self.padded / self.computed if self.computed else 1.0
-
-    def __str__(self) -> str:
-        whole = max(self.padded, 1)
-        given = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.items())
-        head = f"{self.folded} of {self.batches} batches folded: "
-        if not self.folded:
-            return head + (given or "none has run yet")
-        return (
-            f"{head}{self.computed:,} tokens computed instead of {self.padded:,}, {self.factor:.2f} times fewer; "
-            f"{self.padding / whole:.0%} were padding, {self.shared / whole:.0%} shared prefixes"
-            + (f"; as given: {given}" if given else "")
-        )
 
 
 def follow_columns(positions: np.ndarray, mask: np.ndarray | None) -> bool:

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
 from flexpatch.calls import IGNORED, LITTLE, TYPES, batch_obstacle, fold_obstacle, gains, obstacle
+from flexpatch.counts import Counts
 from flexpatch.dispatch import check_ranks, mask_dtype, original_of, row_inputs, warn_as_given
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
-from flexpatch.fold import Counts, Folded, check_ids, fold_batch, see_themselves, unfold
+from flexpatch.fold import Folded, check_ids, fold_batch, see_themselves, unfold
 from flexpatch.internals import attention_name, change_hidden_states, device_of, layers_of, text_config
 from flexpatch.refusals import check_mode, longrope_limit, scaling_limit
 from flexpatch.registry import adapter_for

@@ -20,7 +20,8 @@ from flexpatch.forward import run_rows
 from flexpatch.internals import head_of, text_config
 from flexpatch.patch import model_inputs, settings_of
 from flexpatch.registry import UNCHANGED, LogitTransform
-from flexpatch.tree import Layout, Rows, Tree, lay_out
+from flexpatch.rows import Rows
+from flexpatch.tree import Layout, Tree, lay_out
 
 # Logits of a chunk, by default: 512 MiB in float32, and about five times that with what their gradient needs. Smaller
 # chunks save little more and keep a GPU less busy.
@@ -79,7 +80,7 @@ def score_rows(
     compiled = bool((settings_of(model) or {}).get("compile"))
 
     def score(hidden_BLD: Tensor) -> Tensor:
-        hidden_TD = lookup(hidden_BLD.flatten(0, 1), rows.sources)  # its backward adds in a fixed order
+        hidden_TD = lookup(hidden_BLD.flatten(0, 1), rows.predictors)  # its backward adds in a fixed order
         fused = compiled and hidden_TD.device.type != "cpu"
         return token_logprobs(
             head, hidden_TD, rows.targets, transform=transform, chunk_tokens=chunk_tokens, compiled=fused

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexpatch.tree import Rows
+from flexpatch.rows import Rows
 
 BLOCK = 128
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from flexpatch.compiled import check_forwards, compile_layers
+from flexpatch.counts import Savings
 from flexpatch.dispatch import (
     BACKENDS,
     PREFIX,
@@ -26,7 +27,6 @@ from flexpatch.dispatch import (
     row_inputs,
 )
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
-from flexpatch.fold import Savings
 from flexpatch.forward import BackboneHook, hook_of, register_hooks, remove_hooks
 from flexpatch.internals import (
     AnyModel,
@@ -41,7 +41,7 @@ from flexpatch.internals import (
 from flexpatch.quantizers import check_quantization
 from flexpatch.refusals import check_mode, check_rows
 from flexpatch.registry import adapter_for
-from flexpatch.tree import Rows
+from flexpatch.rows import Rows
 from flexpatch.tuners import check_tuners
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.internals import base_weights
 from flexpatch.logprobs import answer_logprobs
 from flexpatch.packing import pack
-from flexpatch.tree import Layout, build_rows
+from flexpatch.rows import build_rows
+from flexpatch.tree import Layout
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def _key(model: nn.Module, layouts: Sequence[Layout]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     for layout in layouts:
-        for array in (layout.ids, layout.ends, layout.sources, layout.targets):
+        for array in (layout.ids, layout.ends, layout.predictors, layout.targets):
             digest.update(len(array).to_bytes(8, "little") + array.tobytes())
         digest.update(json.dumps(layout.answer_lengths).encode())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from torch import nn
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.quantized_layers import layer_fault
 from flexpatch.registry import ropes
-from flexpatch.tree import Rows
+from flexpatch.rows import Rows
 from flexpatch.tuners import as_given, refusal
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from flexpatch.errors import FlexpatchError
 from flexpatch.internals import is_torchao
 from flexpatch.logprobs import AnswerLogprobs
-from flexpatch.tree import Rows, Tree, lay_out
+from flexpatch.rows import Rows
+from flexpatch.tree import Tree, lay_out
 
 BETA = 0.1
 

@@ -19,7 +19,7 @@ from flexpatch.logprobs import answer_logprobs, score_rows, separate_logprobs, s
 from flexpatch.patch import apply, backend_of, model_inputs, remove, savings
 from flexpatch.registry import Adapter, adapter_for
 from flexpatch.report import Check, Report
-from flexpatch.tree import Rows, build_rows
+from flexpatch.rows import Rows, build_rows
 from flexpatch.trials import (
     Gradients,
     check_weights,
@@ -196,7 +196,7 @@ class Verification:
         self.bar.update()
         own = rows.answer_tokens[0]
         own = own[own < len(rows.targets)]
-        start = int(rows.sources[own[1]])  # what predicts an answer's second token is its first
+        start = int(rows.predictors[own[1]])  # what predicts an answer's second token is its first
         inside = torch.zeros_like(rows.input_ids, dtype=torch.bool)
         inside[0, start : start + len(own)] = True
         inputs = model_inputs(self.model, rows)

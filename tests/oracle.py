@@ -135,7 +135,7 @@ def separate(model: nn.Module, samples: Sequence[Tree]) -> AnswerLogprobs:
 
 def read(logits: Tensor, rows: Rows) -> AnswerLogprobs:
     """Log-probs of the answers from the logits of all tokens."""
-    tokens = logits.flatten(0, 1)[rows.sources].log_softmax(-1).gather(-1, rows.targets[:, None])[:, 0]
+    tokens = logits.flatten(0, 1)[rows.predictors].log_softmax(-1).gather(-1, rows.targets[:, None])[:, 0]
     answers = [tokens[answer[answer < len(tokens)]].sum() for answer in rows.answer_tokens]
     return AnswerLogprobs(torch.stack(answers), tokens)
 

@@ -15,9 +15,10 @@ from parameterized import parameterized
 from tokenizers_offline import make_tokenizer
 
 import flexpatch
-from flexpatch import estimate
-from flexpatch.estimate import PRESETS, Cost, Model, Sample
-from flexpatch.fold import Counts, fold_batch
+from flexpatch import costs, estimate
+from flexpatch.costs import PRESETS, Cost, Model, Sample
+from flexpatch.counts import Counts
+from flexpatch.fold import fold_batch
 from flexpatch.models import tiny_model
 from flexpatch.tree import Layout
 
@@ -76,7 +77,7 @@ def test_a_padded_and_a_folded_batch(seed: int) -> None:
     ids, mask = padded_arrays(layouts)
     folded = fold_batch(ids, mask)
     assert folded is not None
-    stock, row = estimate.padded(samples), estimate.folded(samples)
+    stock, row = costs.padded(samples), costs.folded(samples)
     assert Counts(stock.tokens, int(mask.sum()), row.tokens) == folded.counts
     assert row.pairs == visible_pairs(folded.rows) - (folded.padding is not None)
     N, S = ids.shape
@@ -88,7 +89,7 @@ def test_a_batch_that_folding_hardly_shrinks_runs_as_given() -> None:
     rng = np.random.default_rng(0)
     rows = [{"prompt_ids": [n], "answer_ids": rng.integers(9, 99, (2, 30)).tolist()} for n in range(4)]
     samples = [Sample.of(layout) for layout in layouts_of(rows)]
-    assert estimate.folded(samples) == estimate.padded(samples) == Cost(8 * 31, 8 * 31 * 16, 8 * 31)
+    assert costs.folded(samples) == costs.padded(samples) == Cost(8 * 31, 8 * 31 * 16, 8 * 31)
 
 
 @pytest.mark.usefixtures("flex_on_cpu")
@@ -105,8 +106,8 @@ def test_folding_counts_what_apply_counts() -> None:
     savings = flexpatch.savings(model)
     samples = [[Sample.of(layout) for layout in layouts] for layouts in batches]
     assert savings.folded == 2
-    assert savings.padded == sum(estimate.padded(batch).tokens for batch in samples)
-    assert savings.computed == sum(estimate.folded(batch).tokens for batch in samples)
+    assert savings.padded == sum(costs.padded(batch).tokens for batch in samples)
+    assert savings.computed == sum(costs.folded(batch).tokens for batch in samples)
 
 
 @parameterized.expand([(seed,) for seed in range(8)])
@@ -181,7 +182,7 @@ def test_flops_of_a_model() -> None:
 def test_sizes_of_a_saved_model(tmp_path: Path) -> None:
     tiny_model("qwen3_moe").config.save_pretrained(tmp_path)
     config = tiny_model("qwen3_moe").config
-    sizes = estimate.model_of(str(tmp_path))
+    sizes = costs.model_of(str(tmp_path))
     assert sizes.ffn == config.num_experts_per_tok * config.moe_intermediate_size
     assert sizes[:2] == (64, 4) and sizes[3:] == (4, 2, 16, 151)
 
@@ -294,7 +295,7 @@ def test_sizes_that_are_none(size: Any) -> None:
         path = Path(folder) / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": size, "head_dim": None}))
         with pytest.raises(flexpatch.FlexpatchError, match=f"cannot load {folder}: "):
-            estimate.model_of(folder)
+            costs.model_of(folder)
 
 
 @parameterized.expand(
@@ -313,9 +314,9 @@ def test_sizes_that_transformers_lets_pass(sizes: dict[str, Any], message: str) 
     known = tiny_model("llama", dtype=torch.float32).config.to_dict() | {"head_dim": None} | sizes
     given = SimpleNamespace(to_dict=lambda: {key: value for key, value in known.items() if value is not ...})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(estimate, "load_config", lambda *args, **kwargs: SimpleNamespace(get_text_config=lambda: given))
+        patch.setattr(costs, "load_config", lambda *args, **kwargs: SimpleNamespace(get_text_config=lambda: given))
         with pytest.raises(flexpatch.FlexpatchError, match=f"^the configuration of odd {message}"):
-            estimate.model_of("odd")
+            costs.model_of("odd")
 
 
 def test_help_states_the_rule(capsys: pytest.CaptureFixture[str]) -> None:

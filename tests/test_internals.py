@@ -22,7 +22,8 @@ from flexpatch.masks import block_mask
 from flexpatch.models import tiny_model, tiny_types
 from flexpatch.patch import _decoder, _layers, text_config
 from flexpatch.registry import FULL, SLIDING, adapters
-from flexpatch.tree import Tree, build_rows
+from flexpatch.rows import build_rows
+from flexpatch.tree import Tree
 
 NAME = "test_internals_probe"
 HERE = f"transformers {transformers.__version__}, on which flexpatch/patch.py relies"

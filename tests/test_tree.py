@@ -42,7 +42,8 @@ def check_layout(layout: Layout, tree: Tree) -> None:
     assert layout.answer_lengths == [len(sequence) - start for sequence, start in scored]
     predicted = [sequence[: k + 1] for sequence, start in scored for k in range(start, len(sequence))]
     found = [
-        (*prefixes[source], target) for source, target in zip(layout.sources, layout.targets.tolist(), strict=True)
+        (*prefixes[predictor], target)
+        for predictor, target in zip(layout.predictors, layout.targets.tolist(), strict=True)
     ]
     assert found == predicted
 
@@ -54,7 +55,7 @@ def test_a_prompt_and_three_answers() -> None:
     assert layout.positions.tolist() == [*(0, 1, 2), 3, 4, 4, 5, 3]
     assert layout.ends.tolist() == [*(8, 8, 8), 7, 5, 7, 7, 8]
     assert [path.tolist() for path in layout.answers] == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 5, 6], [0, 1, 2, 7]]
-    assert layout.sources.tolist() == [*(2, 3), *(2, 3, 5), 2]
+    assert layout.predictors.tolist() == [*(2, 3), *(2, 3, 5), 2]
     assert layout.targets.tolist() == [*(4, 5), *(4, 6, 7), 8]
 
 
@@ -69,7 +70,7 @@ def test_layout_is_the_set_of_prefixes() -> None:
         ("an end one too far", lambda x: replace(x, ends=x.ends + 1)),
         ("an answer that ends with its sibling", lambda x: replace(x, ends=np.full_like(x.ends, len(x)))),
         ("positions that do not restart", lambda x: replace(x, positions=np.arange(len(x)))),
-        ("answers predicted by themselves", lambda x: replace(x, sources=x.sources + 1)),
+        ("answers predicted by themselves", lambda x: replace(x, predictors=x.predictors + 1)),
         ("targets of other answers", lambda x: replace(x, targets=np.roll(x.targets, 1))),
         ("answers swapped", lambda x: replace(x, answers=x.answers[::-1])),
         ("lengths swapped", lambda x: replace(x, answer_lengths=x.answer_lengths[::-1])),
@@ -130,7 +131,7 @@ def check_rows(rows: Rows, bins: list[list[Tree]], pad_id: int) -> None:
     layouts = [lay_out(tree) for trees in bins for tree in trees]
     B, L = rows.input_ids.shape
     assert (len(bins), max(sum(len(lay_out(tree)) for tree in trees) for trees in bins)) == (B, L)
-    sources, prefixes = rows.sources.tolist(), []
+    predictors, prefixes = rows.predictors.tolist(), []
     for b, trees in enumerate(bins):
         ids, positions = rows.input_ids[b].numpy(), rows.position_ids[b].numpy()
         row = row_prefixes(ids, positions)
@@ -143,7 +144,7 @@ def check_rows(rows: Rows, bins: list[list[Tree]], pad_id: int) -> None:
         assert row[: len(mine)] == mine
         padding = slice(len(mine), L)
         assert (ids[padding] == pad_id).all() and (positions[padding] == 0).all()
-        assert not set(range(b * L + len(mine), b * L + L)) & set(sources)
+        assert not set(range(b * L + len(mine), b * L + L)) & set(predictors)
         index = np.arange(L)
         by_ends = (index[None, :] <= index[:, None]) & (index[:, None] < rows.ends[b].numpy()[None, :])
         assert (by_ends == visible(row)).all()
@@ -157,12 +158,12 @@ def check_rows(rows: Rows, bins: list[list[Tree]], pad_id: int) -> None:
     assert rows.sequence_lengths == [len(sequence) for _, sequence, _ in expected]
     scored = []
     for tokens, (_, sequence, length) in zip(rows.answer_tokens.tolist(), expected, strict=True):
-        assert tokens[length:] == [len(sources)] * (len(tokens) - length)
+        assert tokens[length:] == [len(predictors)] * (len(tokens) - length)
         scored += tokens[:length]
         for at, token in enumerate(tokens[:length], start=len(sequence) - length):
-            assert prefixes[sources[token]][1] == sequence[:at]
+            assert prefixes[predictors[token]][1] == sequence[:at]
             assert rows.targets[token] == sequence[at]
-    assert scored == list(range(len(sources)))
+    assert scored == list(range(len(predictors)))
     assert rows.tokens == sum(map(len, layouts))
     assert rows.separate_tokens == sum(layout.separate_tokens for layout in layouts)
     assert rows.depth == max(len(sequence) for trees in bins for tree in trees for _, sequence, _ in runs(tree))
@@ -182,7 +183,7 @@ def test_rows_hold_their_trees() -> None:
 
 @parameterized.expand(
     [
-        ("sources", lambda rows: rows.sources + 1),
+        ("predictors", lambda rows: rows.predictors + 1),
         ("targets", lambda rows: rows.targets.flip(0)),
         ("ends", lambda rows: rows.ends + 1),
         ("position_ids", lambda rows: torch.arange(rows.input_ids.shape[1]).expand_as(rows.input_ids)),

@@ -28,7 +28,7 @@ from flexpatch import verification, verify
 from flexpatch.models import TINY, tiny_model, tiny_types
 from flexpatch.patch import settings_of
 from flexpatch.registry import adapters
-from flexpatch.tree import Rows
+from flexpatch.rows import Rows
 from flexpatch.trials import whole_trees
 
 

@@ -16,7 +16,7 @@ from flexpatch import FlexpatchError, UnsupportedModelError
 from flexpatch.attention import flex
 from flexpatch.masks import block_mask, dense_mask
 from flexpatch.parity import check_parity
-from flexpatch.tree import build_rows
+from flexpatch.rows import build_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 DEVICE = torch.device("cuda")

@@ -19,7 +19,8 @@ from flexpatch.models import tiny_model, tiny_types
 from flexpatch.parity import check_parity
 from flexpatch.registry import adapters
 from flexpatch.report import Report
-from flexpatch.tree import Tree, build_rows
+from flexpatch.rows import build_rows
+from flexpatch.tree import Tree
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 DEVICE = torch.device("cuda")

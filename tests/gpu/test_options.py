@@ -18,7 +18,8 @@ from flexpatch.logprobs import token_logprobs
 from flexpatch.masks import bucket
 from flexpatch.models import tiny_model
 from flexpatch.parity import check_parity
-from flexpatch.tree import Rows, Tree, build_rows
+from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Tree
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 DEVICE = torch.device("cuda")

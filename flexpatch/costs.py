@@ -1,0 +1,119 @@
+"""FLOPs of a model, and the work of a dataset row in padded, folded and packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexpatch.counts import WORTH
+from flexpatch.errors import FlexpatchError
+from flexpatch.models import load_config
+from flexpatch.tree import Layout, Tree, lay_out
+
+
+class Model(NamedTuple):
+    """The sizes that FLOPs depend on. ``ffn`` is the width of the gated MLP that one token goes through."""
+
+    hidden: int
+    layers: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+
+    def flops(self, cost: Cost) -> int:
+        """FLOPs of the forward passes."""
+        linear = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads) + 3 * self.hidden * self.ffn
+        layer = 2 * linear * cost.tokens + 4 * self.heads * self.head_size * cost.pairs
+        return self.layers * layer + 2 * self.hidden * self.vocabulary * cost.logits
+
+
+PRESETS = {  # Llama 3's
+    "1b": Model(2048, 16, 8192, 32, 8, 64, 128256),
+    "3b": Model(3072, 28, 8192, 24, 8, 128, 128256),
+    "8b": Model(4096, 32, 14336, 32, 8, 128, 128256),
+    "70b": Model(8192, 80, 28672, 64, 8, 128, 128256),
+}
+
+
+class Cost(NamedTuple):
+    """Work: ``tokens`` through the layers, ``pairs`` (query, key) of attention, ``logits`` through the head."""
+
+    tokens: int
+    pairs: int
+    logits: int
+
+    @classmethod
+    def total(cls, costs: Iterable[Cost]) -> Cost:
+        """Sum over batches or dataset rows."""
+        return cls(*map(sum, zip(*costs, strict=True)))
+
+
+class Sample(NamedTuple):
+    """What is kept of one dataset row: lengths in tokens, its sequences (int32 ids), and its work in packed rows."""
+
+    prompt: int
+    answers: list[int]
+    sequences: list[Any]
+    shared: Cost
+    unshared: Cost
+
+    @classmethod
+    def of(cls, layout: Layout) -> Sample:
+        """From a layout of the collator's: a prompt and its answers."""
+        sequences = [layout.ids[path].astype(np.int32) for path in layout.answers]
+        lengths, answers = [len(sequence) for sequence in sequences], layout.answer_lengths
+        shared = Cost(len(layout), int((layout.positions + 1).sum()), len(layout.predictors))
+        unshared = Cost(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(answers))
+        return cls(lengths[0] - answers[0], answers, sequences, shared, unshared)
+
+    def saved(self) -> float:
+        """Share of its tokens that sharing leaves out."""
+        return 1 - self.shared.tokens / self.unshared.tokens
+
+
+def padded(batch: Sequence[Sample]) -> Cost:
+    """Work of a batch as stock trainers run it: every answer with its prompt, padded to the longest."""
+    lengths = [len(sequence) for sample in batch for sequence in sample.sequences]
+    N, S = len(lengths), max(lengths)
+    return Cost(N * S, N * S * (S + 1) // 2, N * S)
+
+
+def folded(batch: Sequence[Sample]) -> Cost:
+    """Work of the same batch after :func:`flexpatch.apply`: one row, in which all that begins alike is merged."""
+    given = padded(batch)
+    # A root above all sequences makes one tree of them. It is not counted, and it shifts positions by one.
+    forest = lay_out(Tree.of([0], *(sequence for sample in batch for sequence in sample.sequences)))
+    row = Cost(len(forest) - 1, int(forest.positions.sum()), given.logits)
+    return row if row.tokens <= WORTH * given.tokens else given
+
+
+def model_of(name: str, *, trust_remote_code: bool = False) -> Model:
+    """A preset's sizes, or those in a model's configuration; no weights are read.
+
+    Raises:
+        FlexpatchError: If the configuration cannot be read, or lacks a size.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    config = load_config(name, trust_remote_code=trust_remote_code).get_text_config().to_dict()
+    try:
+        hidden, layers, heads = (config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+        ffn, vocabulary = config["intermediate_size"], config["vocab_size"]
+        if experts := config.get("num_experts_per_tok"):
+            ffn = experts * config.get("moe_intermediate_size", ffn) + config.get("shared_expert_intermediate_size", 0)
+        head_size = config.get("head_dim") or hidden // heads
+    except KeyError as error:
+        raise FlexpatchError(f"the configuration of {name} has no {error}; try {', '.join(PRESETS)}") from error
+    except (TypeError, ZeroDivisionError) as error:
+        raise FlexpatchError(f"the configuration of {name} has sizes that are no numbers: {error}") from error
+    sizes = Model(hidden, layers, ffn, heads, config.get("num_key_value_heads") or heads, head_size, vocabulary)
+    for size, value in sizes._asdict().items():
+        if not isinstance(value, int) or value < 1:
+            raise FlexpatchError(
+                f"the configuration of {name} gives {size} = {value!r:.40}; expected a positive integer"
+            )
+    return sizes
