@@ -7,7 +7,7 @@ A step is forward and backward of LoRA DPO (rank 16 in all linear layers, a refe
 gradient checkpointing), without optimizer, over one row of shared tokens: one long document (a prompt of three quarters
 of the row and two answers of an eighth), or pairs with lengths like those of LENGTHS.json. *Stock* computes the same
 pairs unpatched, right-padded, on sdpa, with the same checkpointing, in micro-batches of at most --tokens padded tokens,
-or one pair if that has more; its head sees answers alone. *Auto* is checkpointing="auto" after its first optimizer
+or one pair if that has more; its head sees answers alone. *Auto* is recompute_layers="auto" after its first optimizer
 step. A step that takes less than ten seconds is run twice, and the second counts.
 
 Checked before, for every row length, with layers of the same width: the block mask, against the rule in int64 for every
@@ -182,7 +182,7 @@ def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> 
         batches = make_batches(job, "padded pairs" if setting == "stock" else "shared packed", case.pairs, options)
         step = partial(train_step, job, batches)
         if setting == "auto":
-            flexpatch.apply(job.causal, backend=options.backend, compile=options.compile, checkpointing="auto")
+            flexpatch.apply(job.causal, backend=options.backend, compile=options.compile, recompute_layers="auto")
             first_step(job, step)
         record |= time_step(job, step, options) | {
             "tokens_computed": sum(rows.input_ids.numel() for rows, _ in batches)
@@ -197,7 +197,7 @@ def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> 
 
 
 def first_step(job: Job, step: Any) -> None:
-    """Training's first, with an optimizer: what checkpointing="auto" measures."""
+    """Training's first, with an optimizer: what recompute_layers="auto" measures."""
     step()
     trained = [parameter for parameter in job.causal.parameters() if parameter.requires_grad]
     torch.optim.AdamW(trained, lr=1e-3).step()
@@ -360,7 +360,7 @@ def save(results: dict[str, Any], options: argparse.Namespace) -> None:
 def table(results: dict[str, Any]) -> str:
     lines = [
         "| row | pairs like | tokens ÷ | s a step | tokens/s | useful TFLOP/s (of a matrix product's) | peak GB "
-        '| `checkpointing="auto"`: s, layers recomputed, GB | stock: s, GB | speed-up |',
+        '| `recompute_layers="auto"`: s, layers recomputed, GB | stock: s, GB | speed-up |',
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     found = {(step["size"], step["case"], step["setting"]): step for step in results["steps"]}

@@ -61,7 +61,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 MODES = ("stock", "one line", "packed")
-OPTIONS: dict[str, dict[str, Any]] = {"one line": {}, "packed": dict(compile=True, checkpointing="auto")}
+OPTIONS: dict[str, dict[str, Any]] = {"one line": {}, "packed": dict(compile=True, recompute_layers="auto")}
 
 
 def main() -> None:
@@ -395,8 +395,8 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
     lines.append(
         f"\nDPOTrainer, {kind}, reference {reference}. Stock: the fastest of batches of {sizes} pairs, with and "
         f"without gradient checkpointing{flash}; one line: the largest that fits without; packed: {options.budget:,} "
-        'tokens a batch, compiled layers, checkpointing="auto"; *tokens*: how many times fewer the folded batches of '
-        "the one line hold."
+        'tokens a batch, compiled layers, recompute_layers="auto"; *tokens*: how many times fewer the folded batches '
+        "of the one line hold."
     )
     return "\n".join(lines)
 

@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from trl import DPOConfig
 
 import flexpatch
-from flexpatch import Tree, patch
+from flexpatch import Tree
 from flexpatch.checkpointing import GATHERS, Memory, Recomputation
 from flexpatch.fold import Folded, fold_batch
 from flexpatch.models import tiny_model
@@ -75,7 +75,7 @@ class Case:
         return YARDSTICKS["accumulation" if self.settings == ACCUMULATION else self.kind] + ", lora" * self.lora
 
 
-AUTO = dict(options=dict(checkpointing="auto"), settings=dict(gradient_checkpointing=True))
+AUTO = dict(options=dict(recompute_layers="auto"), settings=dict(gradient_checkpointing=True))
 # DDP's search for unused parameters and LoRA do not go together with it, in stock training either.
 REENTRANT = dict(
     gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True),
@@ -98,13 +98,15 @@ CASES = {
     "packed, lora": Case("packed", lora=True),
     "own rows": Case("loop"),
     "own rows, lora": Case("loop", lora=True),
-    "checkpointing=auto": Case(**AUTO),
-    "checkpointing=auto, lora": Case(lora=True, **AUTO),
-    "packed, checkpointing=auto": Case("packed", **AUTO),
-    "checkpointing=2": Case(options=dict(checkpointing=2), settings=dict(gradient_checkpointing=True)),
+    "recompute_layers=auto": Case(**AUTO),
+    "recompute_layers=auto, lora": Case(lora=True, **AUTO),
+    "packed, recompute_layers=auto": Case("packed", **AUTO),
+    "recompute_layers=2": Case(options=dict(recompute_layers=2), settings=dict(gradient_checkpointing=True)),
     "compile": Case(options=COMPILE),
     "compile, lora": Case(lora=True, options=COMPILE),
-    "packed, compile, checkpointing=auto": Case("packed", options=COMPILE | AUTO["options"], settings=AUTO["settings"]),
+    "packed, compile, recompute_layers=auto": Case(
+        "packed", options=COMPILE | AUTO["options"], settings=AUTO["settings"]
+    ),
     "reentrant": Case(settings=REENTRANT),
     "reentrant, lora": Case(lora=True, settings=REENTRANT),
     "accumulation": Case(settings=ACCUMULATION),
@@ -214,12 +216,12 @@ def broken(case: Case) -> Iterator[None]:
     last = RANK == RANKS - 1
     functions: dict[str, Callable[..., Any]] = {}
     if case.broken == "siblings" and last:
-        functions["fold_batch"] = _see_siblings
-    if "checkpointing" in case.options and not torch.cuda.is_available():
-        functions["Recomputation"] = partial(Recomputation, memory=partial(_memory, 1e12 if last else 0))
+        functions["folding.fold_batch"] = _see_siblings
+    if "recompute_layers" in case.options and not torch.cuda.is_available():
+        functions["forward.Recomputation"] = partial(Recomputation, memory=partial(_memory, 1e12 if last else 0))
     with ExitStack() as stack:
         for name, function in functions.items():
-            stack.enter_context(mock.patch.object(patch, name, function))
+            stack.enter_context(mock.patch(f"flexpatch.{name}", function))
         if "compile" in case.options and not torch.cuda.is_available():
             monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
             let_flex_train_on_cpu(monkeypatch)

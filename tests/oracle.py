@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import flexpatch
-from flexpatch import Adapter, AnswerLogprobs, Rows, Tree
+from flexpatch import Adapter, Rows, Tree
+from flexpatch.dispatch import row_inputs
 from flexpatch.float64 import Float64
+from flexpatch.internals import pretrained
+from flexpatch.logprobs import AnswerLogprobs, score_rows
 from flexpatch.models import tiny_model, tiny_types
+from flexpatch.patch import settings_of
 from flexpatch.registry import adapters
 from flexpatch.trials import in_one_batch
 from flexpatch.verification import FLOAT64_FACTOR, GRADIENT_BOUND, LOGPROB_BOUND
@@ -65,6 +69,15 @@ def gradient(model: nn.Module, answers: Tensor) -> Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
 
 
+def answers_under(model: nn.Module, rows: Rows, adapter: Adapter | None) -> AnswerLogprobs:
+    """Log-probs of a patched model's rows under another record of its architecture, broken on purpose, if given."""
+    if adapter is None:
+        return flexpatch.answer_logprobs(model, rows)
+    settings = settings_of(model)
+    assert settings is not None
+    return score_rows(model, rows, row_inputs(pretrained(model), rows, adapter, settings["backend"]))
+
+
 @dataclass(frozen=True)
 class Result:
     """Log-probs and a loss's gradient of one model on :func:`trees`."""
@@ -75,7 +88,7 @@ class Result:
 
     @classmethod
     def packed(cls, model: nn.Module, rows: Rows, adapter: Adapter | None = None) -> "Result":
-        return cls.of(model, flexpatch.answer_logprobs(model, rows, adapter=adapter))
+        return cls.of(model, answers_under(model, rows, adapter))
 
     @classmethod
     def of(cls, model: nn.Module, logps: AnswerLogprobs) -> "Result":

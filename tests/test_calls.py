@@ -16,7 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import flexpatch
-from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, patch
+from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError
+from flexpatch.calls import being_recorded
+from flexpatch.forward import hook_of
 from flexpatch.models import tiny_model
 
 # Float32 models whose unpatched copies are the oracle: what runs as given has the same bits.
@@ -25,7 +27,7 @@ ROUNDED = 1e-4
 
 @pytest.fixture(autouse=True)
 def _fold_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch, "_gains", lambda *args: args[1].computed < args[1].padded)
+    monkeypatch.setattr("flexpatch.folding.gains", lambda *args: args[1].computed < args[1].padded)
 
 
 def twins(model_type: str = "llama") -> tuple[nn.Module, nn.Module]:
@@ -139,7 +141,7 @@ def test_the_first_token_behind_a_hole_keeps_its_log_prob(model_type: str, backe
     assert flexpatch.savings(model).folded == 1
     with pytest.MonkeyPatch.context() as control:
         control.setattr("flexpatch.fold.predicting_padding", lambda mask: mask & False)
-        model.base_model._forward_pre_hooks[next(iter(model.base_model._forward_pre_hooks))].last = None
+        hook_of(model).folding.latest = None
         assert (read(model)[0] - tokens).abs().max() > 0.01
 
 
@@ -193,7 +195,7 @@ def test_recorded_models_run_any_batch(recorder: str) -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:flexpatch", "ignore::DeprecationWarning")
 def test_a_recorded_fold_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of the above."""
-    monkeypatch.setattr(patch, "being_recorded", lambda ids: False)
+    monkeypatch.setattr("flexpatch.calls.being_recorded", lambda ids: False)
     stock, model = twins()
     recorded = torch.jit.trace(Logits(model), tuple(batch().values()), check_trace=False)
     other = batch(0, 1)
@@ -205,13 +207,13 @@ def test_a_recorded_fold_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None
 def test_ids_without_values_are_recorded() -> None:
     """They have nothing to fold by: fake and meta tensors, and those that vmap makes."""
     ids = batch()["input_ids"]
-    assert not patch.being_recorded(ids)
-    assert patch.being_recorded(ids.to("meta"))
+    assert not being_recorded(ids)
+    assert being_recorded(ids.to("meta"))
     with FakeTensorMode() as mode:
-        assert patch.being_recorded(mode.from_tensor(ids))
+        assert being_recorded(mode.from_tensor(ids))
     within: list[bool] = []
-    torch.func.vmap(lambda row: within.append(patch.being_recorded(row)) or row)(ids)
-    make_fx(lambda x: within.append(patch.being_recorded(x)) or x + 1)(ids)
+    torch.func.vmap(lambda row: within.append(being_recorded(row)) or row)(ids)
+    make_fx(lambda x: within.append(being_recorded(x)) or x + 1)(ids)
     assert within == [True, True]
 
 
@@ -343,7 +345,7 @@ def test_reentrant_checkpointing_is_found_within_wrappers(wrapper: str) -> None:
 @pytest.mark.parametrize("again", [0, 1])
 def test_an_interrupted_step_leaves_no_setting_behind(again: int) -> None:
     """Ctrl-C skips our hook after the backbone. What the user sets before the next step holds."""
-    model = flexpatch.apply(tiny_model("llama", dtype=torch.float32), checkpointing=again).train()
+    model = flexpatch.apply(tiny_model("llama", dtype=torch.float32), recompute_layers=again).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = model.model.layers
 

@@ -12,7 +12,6 @@ from parameterized import parameterized
 from torch import nn
 
 import flexpatch
-from flexpatch import patch
 from flexpatch.checkpointing import Memory, Recomputation, cuda_memory
 from flexpatch.models import tiny_model
 
@@ -94,16 +93,16 @@ def test_forwards_still_to_be_differentiated_count() -> None:
 
 @parameterized.expand([(-1,), ("all",), (True,), (1.5,)])
 def test_bad_settings(setting: Any) -> None:
-    with pytest.raises(flexpatch.FlexpatchError, match=re.escape(f"checkpointing={setting!r}; expected")):
-        flexpatch.apply(tiny_model("llama"), checkpointing=setting)
+    with pytest.raises(flexpatch.FlexpatchError, match=re.escape(f"recompute_layers={setting!r}; expected")):
+        flexpatch.apply(tiny_model("llama"), recompute_layers=setting)
 
 
 def test_auto_needs_a_device_that_can_be_measured() -> None:
     with pytest.raises(flexpatch.FlexpatchError, match="a CUDA device, and this model is on cpu"):
         cuda_memory(torch.device("cpu"))
-    model = flexpatch.apply(tiny_model("llama"), checkpointing="auto").train()
+    model = flexpatch.apply(tiny_model("llama"), recompute_layers="auto").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with pytest.raises(flexpatch.FlexpatchError, match="checkpointing=8"):
+    with pytest.raises(flexpatch.FlexpatchError, match="recompute_layers=8"):
         model(**batch(), use_cache=False)
 
 
@@ -113,7 +112,7 @@ def test_ranks_that_gather_weights_together_decide_nothing_by_themselves() -> No
     assert forward(policy, device, model, 10) == 0
     model[0].weight = nn.Parameter(torch.zeros(1))
     model[0].weight.ds_id = 0  # as DeepSpeed marks them
-    with pytest.warns(flexpatch.FlexpatchWarning, match="under ZeRO-3 checkpointing='auto' computes all layers again"):
+    with pytest.warns(flexpatch.FlexpatchWarning, match="under ZeRO-3 recompute_layers='auto' recomputes all layers"):
         assert forward(policy, device, model, 10) == LAYERS
     assert forward(Recomputation(2), device, model, 10) == 2
 
@@ -148,7 +147,7 @@ def test_the_first_layers_are_computed_again(count: int, rows: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     every, expected = recomputed(model, rows)
     assert every == list(range(LAYERS))
-    flexpatch.apply(model, checkpointing=count)
+    flexpatch.apply(model, recompute_layers=count)
     some, gradient = recomputed(model, rows)
     assert some == list(range(min(count, LAYERS)))
     assert (gradient - expected).norm() < 1e-15 * expected.norm()
@@ -158,7 +157,7 @@ def test_the_first_layers_are_computed_again(count: int, rows: bool) -> None:
 @parameterized.expand([(RuntimeError,), (KeyboardInterrupt,)])
 def test_a_failed_forward_leaves_nothing_behind(kind: type[BaseException]) -> None:
     """Out of memory, say: the model's own setting comes back, at once or by the next call."""
-    model = flexpatch.apply(deep("llama", LAYERS), checkpointing=2).train()
+    model = flexpatch.apply(deep("llama", LAYERS), recompute_layers=2).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def fail(*_: Any) -> None:
@@ -177,8 +176,8 @@ def test_a_failed_forward_leaves_nothing_behind(kind: type[BaseException]) -> No
 
 
 def test_a_failed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch, "Recomputation", partial(Recomputation, memory=Device(1e9)))
-    model = flexpatch.apply(deep("llama", LAYERS), checkpointing="auto").train()
+    monkeypatch.setattr("flexpatch.forward.Recomputation", partial(Recomputation, memory=Device(1e9)))
+    model = flexpatch.apply(deep("llama", LAYERS), recompute_layers="auto").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     handle = model.model.layers[-1].mlp.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -191,7 +190,7 @@ def test_a_failed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_layers_that_were_replaced_are_not_silently_ignored() -> None:
-    model = flexpatch.apply(deep("llama", 2), checkpointing=1).train()
+    model = flexpatch.apply(deep("llama", 2), recompute_layers=1).train()
     model.model.layers = nn.ModuleList(_Wrapped(layer) for layer in model.model.layers)
     with pytest.warns(flexpatch.FlexpatchWarning, match="checkpointing has no effect"):
         model(**batch(), use_cache=False)
@@ -207,7 +206,7 @@ class _Wrapped(nn.Module):
 
 
 def test_a_model_that_does_not_checkpoint_is_left_alone() -> None:
-    model = flexpatch.apply(deep("llama", LAYERS), checkpointing=3).train()
+    model = flexpatch.apply(deep("llama", LAYERS), recompute_layers=3).train()
     assert recomputed(model, True)[0] == []
     assert not any(layer.gradient_checkpointing for layer in model.model.layers)
 
@@ -215,8 +214,8 @@ def test_a_model_that_does_not_checkpoint_is_left_alone() -> None:
 def test_auto_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way, with a device on which nothing seems to cost memory but what this test says."""
     device = Device(1e9)
-    monkeypatch.setattr(patch, "Recomputation", partial(Recomputation, memory=device))
-    model = flexpatch.apply(deep("llama", LAYERS), checkpointing="auto").train()
+    monkeypatch.setattr("flexpatch.forward.Recomputation", partial(Recomputation, memory=device))
+    model = flexpatch.apply(deep("llama", LAYERS), recompute_layers="auto").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-10, fused=True)
     every, expected = recomputed(model, True)

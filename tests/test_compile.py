@@ -74,7 +74,7 @@ def test_parity_with_some_layers_computed_again(reentrant: bool) -> None:
     model = deep("llama", 5)
     true = Result.of(model, separate(model, trees()))
     model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
-    for options in ({}, dict(checkpointing=2), dict(compile=True, checkpointing=2)):
+    for options in ({}, dict(recompute_layers=2), dict(compile=True, recompute_layers=2)):
         flexpatch.apply(model, backend="flex", **options)
         Result.packed(model, build_rows(ROWS)).matches(true)
 

@@ -16,6 +16,7 @@ import flexpatch
 from benchmarks import cards as cards_benchmark
 from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, devices
 from flexpatch.devices import Card, choose, heads_of
+from flexpatch.internals import decoder_of, pretrained
 from flexpatch.models import tiny_model
 
 CUDA = torch.device("cuda", 0)
@@ -51,7 +52,7 @@ class Cards:
 
     def put_models_there(self) -> None:
         """Let models on the CPU pass for models on the card."""
-        self.patch.setattr(flexpatch.patch, "choose", lambda asked, device, *rest: choose(asked, CUDA, *rest))
+        self.patch.setattr(flexpatch.dispatch, "choose", lambda asked, device, *rest: choose(asked, CUDA, *rest))
 
 
 def forget() -> None:
@@ -220,7 +221,7 @@ def test_a_refused_backend_leaves_the_model_as_it_was(cards: Cards) -> None:
 )
 def test_heads_of_all_layers(model_type: str, expected: Any) -> None:
     model = tiny_model(model_type)
-    assert heads_of(flexpatch.patch._decoder(flexpatch.patch._pretrained(model))) == expected
+    assert heads_of(decoder_of(pretrained(model))) == expected
 
 
 def test_heads_of_keys_and_values() -> None:

@@ -32,7 +32,7 @@ TITLES = {
 ENGINES = list(TITLES)
 TORCHRUN = ["torchrun_fsdp2.json", "torchrun_zero3.json"]
 FAST = [
-    "one line", "one line, lora", "packed", "own rows", "checkpointing=auto", "answers see each other"
+    "one line", "one line, lora", "packed", "own rows", "recompute_layers=auto", "answers see each other"
 ]  # fmt: skip
 EXACT = 1e-10
 # A broken case must be at least this many bounds off.
@@ -72,8 +72,8 @@ def table() -> str:
     kinds = {"one line": "`DPOTrainer`", "packed": "`PackedDPOTrainer`", "own rows": "rows of your own"}
     options = {
         "accumulation": "gradient accumulation",
-        "checkpointing=2": "`checkpointing=2`",
-        "checkpointing=auto": '`checkpointing="auto"`',
+        "recompute_layers=2": "`recompute_layers=2`",
+        "recompute_layers=auto": '`recompute_layers="auto"`',
         "reentrant": "reentrant checkpointing",
         "compile": "`compile=True`",
     }

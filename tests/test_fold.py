@@ -23,19 +23,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 import flexpatch
 from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, patch
+from flexpatch.calls import CACHES, gains
+from flexpatch.counts import Counts, Savings
 from flexpatch.float64 import Float64 as _Float64
 from flexpatch.fold import (
-    Counts,
     Folded,
-    Savings,
     _filled_lookup,
     fold_batch,
     follow_columns,
     lookup,
     predicting_padding,
 )
+from flexpatch.internals import SCALES_BY_INDEX
 from flexpatch.models import TINY, tiny_model
-from flexpatch.patch import CACHES
 from flexpatch.registry import adapters
 
 # Full attention, windows on all layers, on some, two ropes; Gemma 2 in float64 gives NaN for padded batches unpatched.
@@ -50,7 +50,7 @@ ROUNDED = 1e-7
 def _fold_always(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Tests with few tokens must fold too; those about gains ask for the real rule."""
     if "real_gains" not in request.keywords:
-        monkeypatch.setattr(patch, "_gains", lambda *args: True)
+        monkeypatch.setattr("flexpatch.folding.gains", lambda *args: True)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_1000_random_batches_have_the_hidden_states_of_the_unpatched_model() -> 
 
 
 def test_random_batches_through_flex(flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch, "_mask_dtype", lambda *args: None)
+    monkeypatch.setattr("flexpatch.folding.mask_dtype", lambda *args: None)
     assert fuzz([tiny_model(*kind) for kind in KINDS], 40) < BOUND
 
 
@@ -157,8 +157,8 @@ def test_the_fuzz_can_fail(broken: str) -> None:
         return Folded(rows, index, folded.padding, folded.counts)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(patch, "fold_batch", break_it)
-        patched.setattr(patch, "_gains", lambda *args: True)
+        patched.setattr("flexpatch.folding.fold_batch", break_it)
+        patched.setattr("flexpatch.folding.gains", lambda *args: True)
         assert fuzz([tiny_model(*kind) for kind in KINDS], 40) > 1e6 * BOUND
 
 
@@ -401,7 +401,7 @@ def test_a_model_with_the_name_and_no_hooks_says_so() -> None:
     model, batch = flexpatch.apply(tiny_model("llama", dtype=torch.float32)), padded_batch()
     reference = type(model)._from_config(model.config, attn_implementation=model.config._attn_implementation)
     reference.load_state_dict(model.state_dict())
-    assert flexpatch.is_applied(reference)
+    assert not flexpatch.is_applied(reference)
     with pytest.warns(FlexpatchWarning, match="of a model built from a patched one's settings"):
         logits = reference(**batch).logits
     assert torch.equal(logits, flexpatch.remove(copy.deepcopy(model))(**batch).logits)
@@ -452,12 +452,12 @@ def test_batches_that_gain_nothing_run_as_they_were_given() -> None:
 @pytest.mark.real_gains
 def test_the_rule_of_gains() -> None:
     config = AutoConfig.for_model("llama", hidden_size=64)
-    for computed, gains in ((900, True), (901, False), (100, True)):
-        assert patch._gains(config, Counts(1000, 1000, computed), 100, None) == gains
+    for computed, worth in ((900, True), (901, False), (100, True)):
+        assert gains(config, Counts(1000, 1000, computed), 100, None) == worth
     # A dense row of 400 tokens computes more pairs than 8 rows of 100 columns; one of 3,200 far too many for 64 rows.
-    assert patch._gains(config, Counts(800, 800, 400), 100, torch.bool)
-    assert patch._gains(config, Counts(6400, 6400, 3200), 100, None)
-    assert not patch._gains(config, Counts(6400, 6400, 3200), 100, torch.bool)
+    assert gains(config, Counts(800, 800, 400), 100, torch.bool)
+    assert gains(config, Counts(6400, 6400, 3200), 100, None)
+    assert not gains(config, Counts(6400, 6400, 3200), 100, torch.bool)
 
 
 def test_fold_can_be_switched_off_and_on() -> None:
@@ -481,7 +481,7 @@ def test_fold_can_be_switched_off_and_on() -> None:
 @parameterized.expand([(None,), (True,), (False,)])
 def test_checking_parity_leaves_folding_as_it_was(fold: bool | None) -> None:
     model = tiny_model("llama")
-    options = None if fold is None else dict(backend="dense", fold=fold, compile=True, checkpointing=1)
+    options = None if fold is None else dict(backend="dense", fold=fold, compile=True, recompute_layers=1)
     if options:
         flexpatch.apply(model, **options)
     assert flexpatch.check_parity(model).passed
@@ -511,7 +511,7 @@ def test_copies_fold_by_themselves() -> None:
 def test_a_batch_is_folded_once_for_policy_and_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal values are the same batch, in whatever tensors; any other value is another."""
     folds = []
-    monkeypatch.setattr(patch, "fold_batch", lambda *args: folds.append(1) or fold_batch(*args))
+    monkeypatch.setattr("flexpatch.folding.fold_batch", lambda *args: folds.append(1) or fold_batch(*args))
     stock, batch = tiny_model("mistral"), padded_batch()
     model = flexpatch.apply(copy.deepcopy(stock))
 
@@ -786,7 +786,7 @@ def test_queries_scaled_by_their_position() -> None:
     model.config.rope_parameters |= {"original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1}
     ids = torch.randint(3, 151, (1, 12), generator=torch.Generator().manual_seed(0)).expand(3, 12)
     patched = flexpatch.apply(copy.deepcopy(model))
-    for before, after, warned in ((0, 20, patch.SCALES_BY_INDEX), (3, 0, False), (20, 0, True)):
+    for before, after, warned in ((0, 20, SCALES_BY_INDEX), (3, 0, False), (20, 0, True)):
         pads = [torch.zeros(3, n, dtype=torch.int64) for n in (before, after)]
         whole = torch.cat([pads[0], ids, pads[1]], 1)
         mask = (whole > 0).long()
@@ -797,10 +797,10 @@ def test_queries_scaled_by_their_position() -> None:
             assert (hidden(patched, batch) - expected).abs().max() < BOUND
         assert bool(said) == warned
         with pytest.MonkeyPatch.context() as control:
-            control.setattr(patch, "scaling_limit", lambda config: None)
+            control.setattr("flexpatch.calls.scaling_limit", lambda config: None)
             error = (hidden(flexpatch.apply(copy.deepcopy(model)), batch) - expected).abs().max()
             assert (error > 1e-3) == (before == 20)
     rows = flexpatch.build_rows([[flexpatch.Tree.of(list(range(3, 40)), [5], [6])]])
-    if patch.SCALES_BY_INDEX:
+    if SCALES_BY_INDEX:
         with pytest.raises(UnsupportedModelError, match=r"rows of more than 16 tokens.* upgrade it to 5\.4 or later"):
             flexpatch.answer_logprobs(patched, rows)

@@ -24,9 +24,22 @@ from test_tree import check_layout
 from torch import Tensor
 
 import flexpatch
-from flexpatch import FlexpatchWarning, Tree, build_rows, dpo_loss, lay_out, logprobs, masks, pack, packing, patch
+from flexpatch import (
+    FlexpatchWarning,
+    Tree,
+    build_rows,
+    calls,
+    dpo_loss,
+    folding,
+    lay_out,
+    logprobs,
+    masks,
+    pack,
+    packing,
+)
 from flexpatch import tree as tree_module
 from flexpatch.float64 import Float64 as _Float64
+from flexpatch.internals import SCALES_BY_INDEX
 from flexpatch.masks import block_mask, bucket, dense_mask
 from flexpatch.models import tiny_model
 from flexpatch.packing import epoch_bins
@@ -231,7 +244,7 @@ def test_batches_of_anything(call: dict[str, Any], number: int) -> bool:
     """The unpatched model's hidden states, wherever there is a token; what it cannot run is refused or fails too."""
     stock, patched = pair(number)
     with pytest.MonkeyPatch.context() as always, warnings.catch_warnings(record=True) as said:
-        always.setattr(patch, "_gains", lambda *args: True)
+        always.setattr("flexpatch.folding.gains", lambda *args: True)
         warnings.simplefilter("always", FlexpatchWarning)
         before, after = states(stock, dict(call)), states(patched, dict(call))
     if isinstance(after, Exception):
@@ -363,7 +376,7 @@ def test_log_probs_of_answers(forest: list[int], chunk: Any, number: int, huge: 
     with torch.no_grad(), _Float64():
         if refused(ours):
             odd = huge is not None or pad_id in (151, -1) or chunk not in (None, 1, 3, 9)
-            assert odd or (patch.SCALES_BY_INDEX and number == len(KINDS)), "good ones are refused"
+            assert odd or (SCALES_BY_INDEX and number == len(KINDS)), "good ones are refused"
             return False
         tokens, truth = ours(), separate(stock, samples).tokens
     assert tokens.shape == truth.shape
@@ -381,8 +394,8 @@ BROKEN: list[tuple[Any, Any, str, Any]] = [
     (test_trees_of_anything, tree_module, "merge_prefixes", lambda f: (f[0], f[1] + 1, *f[2:])),
     (test_dense_masks, masks, "mask_mod", lambda rule: lambda b, h, q, kv: rule(b, h, q, kv) | (q == kv + 1)),
     (test_block_masks, masks, "mask_mod", lambda rule: lambda b, h, q, kv: rule(b, h, q, kv) & (kv > 0)),
-    (test_batches_of_anything, patch, "fold_batch", lambda f: f and replace(f, index=f.index.roll(1, -1))),
-    (test_batches_of_anything, patch, "scaling_limit", lambda limit: None),
+    (test_batches_of_anything, folding, "fold_batch", lambda f: f and replace(f, index=f.index.roll(1, -1))),
+    (test_batches_of_anything, calls, "scaling_limit", lambda limit: None),
     (test_packing, HERE, "pack", lambda bins: [[item for some in bins for item in some]] if bins else bins),
     (test_bins_of_an_epoch, packing, "pack", lambda bins: bins[:-1]),
     (test_dpo_losses, HERE, "dpo_loss", lambda result: result._replace(loss=1.001 * result.loss)),

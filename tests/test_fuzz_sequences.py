@@ -134,7 +134,7 @@ def apply(twins: Twins, rng: np.random.Generator) -> None:
         twins.ours,
         backend=("auto", "dense")[rng.integers(2)],
         fold=rng.random() < 0.85,
-        checkpointing=(None, None, 0, 1, 9)[rng.integers(5)],
+        recompute_layers=(None, None, 0, 1, 9)[rng.integers(5)],
     )
 
 

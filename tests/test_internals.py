@@ -18,9 +18,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer
 
+from flexpatch.internals import decoder_of, layers_of, text_config
 from flexpatch.masks import block_mask
 from flexpatch.models import tiny_model, tiny_types
-from flexpatch.patch import _decoder, _layers, text_config
 from flexpatch.registry import FULL, SLIDING, adapters
 from flexpatch.rows import build_rows
 from flexpatch.tree import Tree
@@ -56,7 +56,7 @@ def probe() -> Iterator[Probe]:
 
 def probed(model_type: str) -> transformers.PreTrainedModel:
     model = tiny_model(model_type)
-    _decoder(model).set_attn_implementation(NAME)
+    decoder_of(model).set_attn_implementation(NAME)
     return model
 
 
@@ -86,7 +86,7 @@ def test_the_originals_can_be_looked_up() -> None:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_eager_attention_is_a_function_of_the_models_file(model_type: str) -> None:
     model = tiny_model(model_type)
-    attention = type(attention_of(_decoder(model.base_model).layers[0]))
+    attention = type(attention_of(decoder_of(model.base_model).layers[0]))
     assert callable(vars(sys.modules[attention.__module__]).get("eager_attention_forward")), (
         f"{HERE}: {attention.__module__} has no eager_attention_forward; ordinary calls with 'eager' need it"
     )
@@ -100,7 +100,7 @@ def test_a_model_takes_a_registered_name(probe: Probe, model_type: str) -> None:
     )
     model(input_ids=ids())
     assert [call["module"] for call in probe.calls] == [
-        attention_of(layer) for layer in _decoder(model.base_model).layers
+        attention_of(layer) for layer in decoder_of(model.base_model).layers
     ], f"{HERE}: {type(model).__name__} does not call the attention function registered under its name in every layer"
     model.set_attn_implementation("eager")
     assert text_config(model)._attn_implementation == "eager", f"{HERE}: an implementation cannot be set back"
@@ -150,7 +150,7 @@ def test_ready_masks_pass_through_untouched(probe: Probe, model_type: str, kind:
     make = masks()[kind]
     if adapters()[model_type].masks == "single":
         given: Any = make()
-        expected = [given] * len(_decoder(model.base_model).layers)
+        expected = [given] * len(decoder_of(model.base_model).layers)
         how = "a 4-D mask"
     else:
         given = {layer: make() for layer in (FULL, SLIDING)}
@@ -267,7 +267,7 @@ def test_hidden_states_of_the_backbone_leave_the_model(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", TYPES)
 def test_layers_are_in_a_list_and_have_a_checkpointing_flag_each(model_type: str) -> None:
     model = tiny_model(model_type)
-    layers = _layers(model.base_model)
+    layers = layers_of(model.base_model)
     assert len(layers) == text_config(model).num_hidden_layers, f"{HERE}: decoder layers are kept elsewhere"
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert all(layer.gradient_checkpointing for layer in layers), f"{HERE}: layers have no flag each any more"
@@ -277,7 +277,7 @@ def test_layers_are_in_a_list_and_have_a_checkpointing_flag_each(model_type: str
 def test_a_text_stack_holds_the_text_configuration_itself(model_type: str) -> None:
     """Its attention implementation is set there, and read there by its layers."""
     model = tiny_model(model_type)
-    layers = _decoder(model.base_model).layers
+    layers = decoder_of(model.base_model).layers
     assert all(attention_of(layer).config is model.config.get_text_config() for layer in layers), (
         f"{HERE}: the text layers of {type(model).__name__} no longer hold config.get_text_config()"
     )

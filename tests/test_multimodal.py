@@ -8,7 +8,7 @@ from test_fold import padded_batch
 from torch import Tensor, nn
 
 import flexpatch
-from flexpatch import FlexpatchWarning, patch
+from flexpatch import FlexpatchWarning
 from flexpatch.models import tiny_model, tiny_types
 
 IMAGE = 149  # of the adapter's tiny configurations: one token of an image, of which each has four
@@ -20,7 +20,7 @@ TYPES = dict(gemma3="token_type_ids", gemma4="mm_token_type_ids", gemma4_unified
 
 @pytest.fixture(autouse=True)
 def _fold_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch, "_gains", lambda *args: True)
+    monkeypatch.setattr("flexpatch.folding.gains", lambda *args: True)
 
 
 def with_images(model_type: str) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_the_vision_tower_is_left_alone() -> None:
     tower, stack = model.model.vision_tower, model.model.language_model
     flexpatch.apply(model)
     assert model.config._attn_implementation == tower.config._attn_implementation == "sdpa"
-    assert stack.config._attn_implementation == "flexpatch_fold_auto_sdpa"
+    assert stack.config._attn_implementation == "flexpatch_sdpa"
     assert flexpatch.is_applied(model)
     flexpatch.remove(model)
     assert stack.config._attn_implementation == "sdpa" and not flexpatch.is_applied(model)

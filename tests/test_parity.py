@@ -15,6 +15,7 @@ from oracle import (
     BOUNDS,
     MODELS,
     Result,
+    answers_under,
     bounds_of,
     name,
     no_window,
@@ -34,9 +35,10 @@ from torch.nn import functional
 import flexpatch
 from flexpatch import Adapter, Rows, Tree, build_rows
 from flexpatch.float64 import Float64
+from flexpatch.internals import text_config
 from flexpatch.masks import mask_of
 from flexpatch.models import tiny_model
-from flexpatch.patch import model_inputs, text_config
+from flexpatch.patch import model_inputs
 from flexpatch.registry import FULL, SLIDING, adapters
 from flexpatch.trials import in_one_batch
 from flexpatch.verification import FLOAT64_FACTOR
@@ -237,7 +239,7 @@ class TrapTest(unittest.TestCase):
 
     def tokens(self, model_type: str, variant: int, rows: Rows, adapter: Adapter | None = None) -> Tensor:
         model = flexpatch.apply(tiny_model(model_type, variant), backend="dense")
-        return flexpatch.answer_logprobs(model, rows, adapter=adapter).tokens
+        return answers_under(model, rows, adapter).tokens
 
     @parameterized.expand([case for case in MODELS if case[1] == 0], name_func=name)
     def test_restarted_positions_alone_do_not_share_a_prompt(self, model_type: str, variant: int) -> None:

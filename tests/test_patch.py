@@ -310,7 +310,7 @@ class StateTest(unittest.TestCase):
             from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
             before = [{name: table[name] for name in table.keys()} for table in (functions, masks)]
-            import flexpatch
+            import flexpatch.patch
             for table, old in zip((functions, masks), before):
                 added = set(table.keys()) - set(old)
                 assert added and all(name.startswith("flexpatch_") for name in added), added

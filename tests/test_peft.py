@@ -10,7 +10,7 @@ from oracle import BOUNDS, CONTROL, Result, random_ids, see_siblings, separate, 
 from torch import nn
 
 import flexpatch
-from flexpatch import build_rows, patch
+from flexpatch import build_rows
 from flexpatch.models import tiny_model
 
 # Float64 but for what rounds to float32 within: transformers' norms, lifted nowhere here.
@@ -64,7 +64,7 @@ def test_packed_rows(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_folded_batches(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch, "_gains", lambda *args: True)
+    monkeypatch.setattr("flexpatch.folding.gains", lambda *args: True)
     model = adapted(kind)
     prompt, *answers = random_ids(20, 9, 5)
     tree = [flexpatch.Tree.of(prompt, *answers)]

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import flexpatch
-from flexpatch import UnsupportedModelError, patch, refusals
+from flexpatch import UnsupportedModelError, refusals
+from flexpatch.internals import dequantize
 from flexpatch.models import TINY, tiny_model
 
 WIDE = dict(hidden_size=128, intermediate_size=256, head_dim=32)  # bitsandbytes packs blocks of 64
@@ -71,11 +72,11 @@ def test_parity(kind: str, tmp_path: Path) -> None:
 
 def test_weights_in_numbers(tmp_path: Path) -> None:
     """What the truth is made of: no packed weight is left, and none is trained."""
-    model = patch.dequantize(quantized(FOUR, tmp_path, dtype=torch.float32))
+    model = dequantize(quantized(FOUR, tmp_path, dtype=torch.float32))
     assert all(p.is_floating_point() for p in model.parameters())
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.named_parameters())
     plain = tiny_model("llama")
-    assert patch.dequantize(plain) is plain
+    assert dequantize(plain) is plain
 
 
 def test_outliers_are_refused(tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_outliers_are_refused(tmp_path: Path) -> None:
 
 def test_outliers_of_one_answer_reach_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why they are refused."""
-    monkeypatch.setattr(patch, "check_quantization", lambda model: None)
+    monkeypatch.setattr("flexpatch.patch.check_quantization", lambda model: None)
     monkeypatch.setattr(refusals, "layer_fault", lambda layer: None)
     with quiet():
         report = flexpatch.check_parity(quantized(OUTLIERS, tmp_path, dtype=torch.float32))

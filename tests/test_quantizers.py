@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers.quantizers import auto
 
 import flexpatch
-from flexpatch import UnsupportedModelError, patch, refusals
+from flexpatch import UnsupportedModelError, refusals
 from flexpatch.models import TINY, tiny_model
 from flexpatch.quantized_layers import LAYERS, layer_fault
 from flexpatch.quantizers import BY_HAND, METHODS, PARTLY, REFUSED, check_quantization, quantizer_table
@@ -402,7 +402,7 @@ def logprobs(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 def apply_unchecked(model: nn.Module) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(patch, "check_quantization", lambda model: None)
+        patched.setattr("flexpatch.patch.check_quantization", lambda model: None)
         flexpatch.apply(model)
 
 

@@ -16,8 +16,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import flexpatch
-from flexpatch import FlexpatchError, Layout, Tree, lay_out, reference, reference_logprobs, separate_logprobs
+from flexpatch import FlexpatchError, Tree, lay_out, reference, reference_logprobs, separate_logprobs
 from flexpatch.models import tiny_model
+from flexpatch.tree import Layout
 
 # Lengths out of order, so that packing reorders them; different numbers of answers.
 TREES = [
@@ -119,7 +120,7 @@ def one_weight(base: nn.Module) -> nn.Module:
 
 
 def eager(base: nn.Module) -> nn.Module:
-    base.set_attn_implementation("flexpatch_fold_auto_eager")
+    base.set_attn_implementation("flexpatch_eager")
     return base
 
 

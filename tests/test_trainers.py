@@ -454,7 +454,7 @@ class TrainersTest(unittest.TestCase):
             return folded and replace(folded, rows=broken(folded.rows))
 
         true = Run.of(dpo, unpatched)
-        with mock.patch("flexpatch.patch.fold_batch", fold):
+        with mock.patch("flexpatch.folding.fold_batch", fold):
             ours = Run.of(dpo, flexpatch.apply)
         ours.folded()
         ours.differs(true)

@@ -10,7 +10,8 @@ import torch
 from forests import random_tree, row_prefixes, runs, visible
 from parameterized import parameterized
 
-from flexpatch import FlexpatchError, Layout, Rows, Tree, build_rows, lay_out
+from flexpatch import FlexpatchError, Rows, Tree, build_rows, lay_out
+from flexpatch.tree import Layout
 
 PAIR = Tree.of([1, 2, 3], [4, 5], [4, 6, 7], [8])
 CIRCLE = Tree([1], [])

@@ -117,7 +117,7 @@ def test_compiled_layers_and_less_recomputation(tmp_path: Path) -> None:
     """The same training, whatever is compiled or computed again."""
     settings = dict(gradient_accumulation_steps=2, num_train_epochs=1, gradient_checkpointing=True)
     plain = train(Packed, tmp_path, settings=settings, token_budget=300)
-    fast = flexpatch.apply(tiny_model("llama"), backend="flex", compile=True, checkpointing=1)
+    fast = flexpatch.apply(tiny_model("llama"), backend="flex", compile=True, recompute_layers=1)
     faster = train(Packed, tmp_path, fast, settings, token_budget=300)
     assert faster.state.global_step == plain.state.global_step > 1
     change = weights(plain.model) - weights(tiny_model("llama"))

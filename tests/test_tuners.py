@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from tuner_kinds import EXACT, REFUSED, TREES, Maker, adapted, bare, batch, corda, eva, lora_ga, of
 
 import flexpatch
-from flexpatch import FlexpatchWarning, UnsupportedModelError, build_rows, patch, refusals, tuners
+from flexpatch import FlexpatchWarning, UnsupportedModelError, build_rows, folding, refusals, tuners
 from flexpatch.tuners import tuner_table
 
 # Some tuners compute in float32 within: the unpatched model differs so much between two shapes of its own batch.
@@ -32,7 +32,7 @@ NOISE = (1e-5, 1e-5)
 
 @pytest.fixture(autouse=True)
 def always_folds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch, "_gains", lambda *args: True)
+    monkeypatch.setattr("flexpatch.folding.gains", lambda *args: True)
 
 
 def twin(model: nn.Module, kind: str) -> nn.Module:
@@ -78,13 +78,13 @@ def test_exact(kind: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> No
     model = flexpatch.apply(twin(fresh, kind))
     padded(model).matches(batched, bounds)
     assert flexpatch.savings(model).folded == 1
-    fold = patch.fold_batch
+    fold = folding.fold_batch
 
     def broken(*args: Any) -> Any:
         folded = fold(*args)
         return dataclasses.replace(folded, rows=see_siblings(folded.rows))
 
-    monkeypatch.setattr(patch, "fold_batch", broken)
+    monkeypatch.setattr("flexpatch.folding.fold_batch", broken)
     padded(flexpatch.apply(fresh)).differs(batched, bounds)
 
 

@@ -33,8 +33,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from flexpatch.calls import CACHES
+from flexpatch.internals import layers_of, text_config
 from flexpatch.models import TINY, tiny_model, tiny_types
-from flexpatch.patch import CACHES, _layers, text_config
 from flexpatch.registry import adapters
 from flexpatch.tuners import REFUSED
 
@@ -246,7 +247,7 @@ def _says_which_layers_share() -> bool:
 
 @internal("transformers", "attention_dropout, of attention modules", "refusals", "to refuse active dropout")
 def _attention_keeps_its_dropout() -> bool:
-    models = [(_layers(model.base_model), model.config.get_text_config()) for model in map(tiny_model, tiny_types())]
+    models = [(layers_of(model.base_model), model.config.get_text_config()) for model in map(tiny_model, tiny_types())]
     return all(len(layers) == config.num_hidden_layers for layers, config in models) and all(
         any("attention_dropout" in vars(module) for module in layer.modules())
         for layers, _ in models

@@ -21,8 +21,8 @@ from torch import nn
 
 import flexpatch
 from flexpatch import Tree
+from flexpatch.internals import eager_experts
 from flexpatch.models import TINY, tiny_model
-from flexpatch.patch import eager_experts
 
 Maker = Callable[[nn.Module], nn.Module]
 

@@ -8,8 +8,8 @@ from parameterized import parameterized
 from torch import Tensor, nn
 
 import flexpatch
+from flexpatch.internals import eager_experts
 from flexpatch.models import tiny_model
-from flexpatch.patch import eager_experts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 DEVICE = torch.device("cuda")

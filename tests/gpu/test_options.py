@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexpatch
-from flexpatch import patch
 from flexpatch.checkpointing import USABLE
+from flexpatch.forward import hook_of
 from flexpatch.logprobs import token_logprobs
 from flexpatch.masks import bucket
 from flexpatch.models import tiny_model
@@ -123,12 +123,12 @@ def test_as_little_is_computed_again_as_memory_allows(compiled: bool) -> None:
         return torch.cuda.max_memory_reserved()
 
     checkpointed = most()
-    flexpatch.apply(model, compile=compiled, checkpointing=0)
+    flexpatch.apply(model, compile=compiled, recompute_layers=0)
     kept_all = most()
     total = torch.cuda.mem_get_info()[1]
     limit = (checkpointed + kept_all) / 2 / USABLE
     torch.cuda.empty_cache()
-    flexpatch.apply(model, compile=compiled, checkpointing="auto")
+    flexpatch.apply(model, compile=compiled, recompute_layers="auto")
     torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
         peaks = []
@@ -137,7 +137,7 @@ def test_as_little_is_computed_again_as_memory_allows(compiled: bool) -> None:
             ours = step(model, rows)
             model.get_input_embeddings().weight.data[0, 0] += 1  # an optimizer's step, of a token that does not occur
             peaks.append(torch.cuda.max_memory_allocated())
-        policy = patch._hook_of(model).recomputation
+        policy = hook_of(model).recomputation
         kept = policy._kept(policy.memory(DEVICE), 8000, 8)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

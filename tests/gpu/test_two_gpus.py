@@ -20,7 +20,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="needs DeepSpeed")
 
-NAMES = ["one line", "one line, lora", "packed", "own rows", "checkpointing=auto", "compile", "answers see each other"]
+NAMES = [
+    "one line", "one line, lora", "packed", "own rows", "recompute_layers=auto", "compile", "answers see each other"
+]  # fmt: skip
 # Twice the stock trainer's error, under the same engine and in the same precision, is allowed; a broken mask must be
 # this many times further off.
 CONTROLS = {"no": 100, "bf16": 1}
