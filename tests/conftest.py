@@ -3,14 +3,12 @@
 import os
 import sys
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from flexpatch import attention, compiled
+from helpers.flex import let_flex_train_on_cpu
 
 # Tiny models gain nothing from threads, and those of several workers would wait for each other.
 torch.set_num_threads(1)
@@ -32,21 +30,12 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     let_flex_train_on_cpu(monkeypatch)
 
 
-def let_flex_train_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
-    monkeypatch.setattr(attention, "_check_device", lambda *tensors: None)
-    monkeypatch.setattr(attention, "_compiled", _compiled)
-    monkeypatch.setattr(compiled, "_compiled", _compiled_forward)
+@pytest.fixture
+def torchao() -> Any:
+    pytest.importorskip("torchao", reason="torchao is not installed")
+    from torchao import quantization
 
-
-@cache
-def _compiled() -> Any:
-    return torch.compile(attention._attend, backend="aot_eager", fullgraph=True, dynamic=False)
-
-
-@cache
-def _compiled_forward() -> Any:
-    return torch.compile(compiled._plain, backend="aot_eager", fullgraph=True, dynamic=False)
+    return quantization
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,7 +48,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     try:
         return (yield)
     finally:
-        fuzzing = sys.modules.get("fuzzing")  # imported by fuzz tests alone: others must run without hypothesis
+        fuzzing = sys.modules.get("helpers.fuzzing")  # imported by fuzz tests alone: others must run without hypothesis
         if fuzzing is not None and item.name in fuzzing.outcomes:
             item.user_properties.append(("inputs", dict(fuzzing.outcomes[item.name])))
 
@@ -69,7 +58,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     reports = [report for report in reports if "inputs" in dict(report.user_properties)]
     if not reports:
         return
-    import fuzzing
+    from helpers import fuzzing
 
     table = fuzzing.table(reports)
     terminalreporter.section("fuzzed inputs")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import name, random_ids, see_siblings
+from helpers.oracle import name, random_ids, see_siblings
 from parameterized import parameterized
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import BOUNDS, random_ids, see_siblings
+from helpers.oracle import BOUNDS, random_ids, see_siblings
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import deep
+from helpers.oracle import deep
 from parameterized import parameterized
 from torch import nn
 

@@ -8,7 +8,7 @@ from functools import partial
 import peft
 import pytest
 import torch
-from oracle import (
+from helpers.oracle import (
     MODELS,
     Result,
     bounds_of,

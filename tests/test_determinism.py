@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_trl import Packed, Stock, train, weights
+from helpers.processes import PATH, PROGRAMS
+from helpers.trl_runs import Packed, Stock, train, weights
 
 import flexpatch
 
-SCRIPT = Path(__file__).with_name("determinism_runs.py")
+SCRIPT = PROGRAMS / "determinism_runs.py"
 Hashes = dict[str, list[str]]
 
 
@@ -27,9 +28,8 @@ def processes() -> dict[tuple[int, int], Hashes]:
         command = [sys.executable, str(SCRIPT), "cpu", "--threads", str(threads)]
         # What is too small for two threads would only be computed once more.
         command += ["--only", "long"] if threads > 1 else []
-        root = str(SCRIPT.parents[1])
         env = os.environ | dict(
-            PYTHONHASHSEED=str(seed), PYTHONPATH=root, HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="passive"
+            PYTHONHASHSEED=str(seed), PYTHONPATH=PATH, HF_HUB_OFFLINE="1", OMP_WAIT_POLICY="passive"
         )
         started[threads, seed] = subprocess.Popen(
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

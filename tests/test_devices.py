@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import random_ids
+from helpers.oracle import random_ids
 
 import flexpatch
 from benchmarks import cards as cards_benchmark

@@ -4,25 +4,16 @@ import re
 from pathlib import Path
 from typing import Any
 
-import accelerate as accelerate_package
-import cpu_ranks
 import pytest
-import tensor_ranks
 import torch
-import transformers
-from cpu_ranks import ROOT, start_python, torchrun
-from engine_ranks import CASES, Weights, save_model, train, vector
-from oracle import float64_norm, float64_rope
-from packaging.version import Version
-from test_examples_trl import small_run
+from helpers.engines import needs_engines
+from helpers.example_runs import small_run
+from helpers.oracle import float64_norm, float64_rope
+from helpers.processes import PROGRAMS, ROOT, start_python, torchrun
+from programs import tensor_ranks
+from programs.engine_ranks import CASES, Weights, save_model, train, vector
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
-OLD = Version(transformers.__version__) < Version("5.17") or Version(accelerate_package.__version__) < Version("1.15")
-needs_engines = pytest.mark.skipif(
-    OLD,
-    reason="stock training fails here with accelerate 1.8 (its launcher on CPUs) and transformers 5.0 (ZeRO-3, and "
-    "resuming ranks on CPUs): needs accelerate 1.15 and transformers 5.17",
-)
 CONFIGS = ROOT / "examples" / "accelerate"
 TITLES = {
     "ddp": ("DDP", "float64: within 1e-10, or twice the stock trainer's error"),
@@ -54,7 +45,7 @@ def accelerate(config: str, ranks: int = 2) -> list[str]:
 def launch(engine: str, script: Path, *arguments: object, fails: bool = False) -> str:
     """What a script prints (or its errors) under an engine, in the precision of its model."""
     device = dict(ACCELERATE_USE_CPU="true") if engine == "ddp" else dict(ACCELERATE_TORCH_DEVICE="cpu")
-    program = [cpu_ranks.__file__, str(script), *map(str, arguments)]
+    program = [str(PROGRAMS / "cpu_ranks.py"), str(script), *map(str, arguments)]
     command = [*accelerate(f"{engine}.yaml"), "--mixed_precision", "no", *program]
     done = start_python(command, script.parent, device, fails=fails)
     return done.stderr if fails else done.stdout
@@ -99,7 +90,7 @@ def example(start: str, folder: Path, *arguments: str) -> str:
         (folder / "cpu.json").write_text('{"use_cpu": true}')
         program += ["--settings", str(folder / "cpu.json")]
     if start.endswith(".yaml"):
-        program = [*accelerate(start), cpu_ranks.__file__, *program]
+        program = [*accelerate(start), str(PROGRAMS / "cpu_ranks.py"), *program]
     elif start != "alone":
         settings = ["--settings", str(CONFIGS / start)] if start in TORCHRUN else []
         program = [*torchrun(), *program, *settings]
@@ -117,7 +108,7 @@ def compare(engine: str, tmp_path: Path, names: list[str]) -> dict[str, float]:
     save_model(truth, torch.float64)
     dtype = "float32" if engine == "zero3" else "float64"
     save_model(folder, getattr(torch, dtype))
-    launch(engine, ROOT / "tests" / "engine_ranks.py", dtype, folder, folder, *names)
+    launch(engine, PROGRAMS / "engine_ranks.py", dtype, folder, folder, *names)
     trained: dict[str, tuple[Weights, Weights]] = {}
     errors = {}
     for name in names:
@@ -175,7 +166,7 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
     """Two ranks that split every layer train what one rank of the unpatched model trains: losses, log-probs of all
     steps, gradients of the first, weights after the last."""
     save_model(tmp_path, torch.float64)
-    program = [str(ROOT / "tests" / "tensor_ranks.py"), str(tmp_path), str(tmp_path), *tensor_ranks.CASES]
+    program = [str(PROGRAMS / "tensor_ranks.py"), str(tmp_path), str(tmp_path), *tensor_ranks.CASES]
     start_python([*torchrun(), *program], tmp_path)
     true = tensor_ranks.train("stock", tmp_path)
     for name in tensor_ranks.CASES:
@@ -192,7 +183,7 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compiled_layers_under_zero3_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path, torch.float32)
-    script = ROOT / "tests" / "engine_ranks.py"
+    script = PROGRAMS / "engine_ranks.py"
     error = launch("zero3", script, "float32", tmp_path, tmp_path, "compile", fails=True)
     assert "UnsupportedModelError" in error and "DeepSpeed's ZeRO-3 gathers weights in them" in error
 

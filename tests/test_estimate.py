@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tokenizers_offline import make_tokenizer
 from parameterized import parameterized
-from tokenizers_offline import make_tokenizer
 
 import flexpatch
 from flexpatch import costs, estimate

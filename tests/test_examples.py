@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tokenizers_offline import make_tokenizer
 from peft import PeftModel
-from tokenizers_offline import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexpatch

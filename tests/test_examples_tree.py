@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers_offline import make_tokenizer
+from helpers.tokenizers_offline import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexpatch

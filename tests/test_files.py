@@ -12,11 +12,10 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
-from fuzzing import fuzz, refused
+from helpers.fuzzing import fuzz, refused, temporary
+from helpers.tokenizers_offline import make_tokenizer
 from hypothesis import strategies as st
 from pyarrow import feather, parquet
-from test_fuzz_files import temporary
-from tokenizers_offline import make_tokenizer
 
 import flexpatch
 from flexpatch import FlexpatchError, estimate, files, read_jsonl

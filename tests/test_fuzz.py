@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forests import random_tree
-from fuzzing import HUGE, any_dtype, arrays, fuzz, good_ids, mostly, numbers, odd_ids, refused, scalars
+from helpers.batches import KINDS, random_batch
+from helpers.forests import check_layout, random_tree
+from helpers.fuzzing import HUGE, any_dtype, arrays, fuzz, good_ids, mostly, numbers, odd_ids, refused, scalars
+from helpers.mask_tables import blocks_with, by_definition, partial_and_full, rule_of, what_kernels_see
+from helpers.oracle import separate
 from hypothesis import strategies as st
-from oracle import separate
-from test_fold import KINDS, random_batch
-from test_masks import BLOCK, blocks_with, by_definition, partial_and_full, rule_of, what_kernels_see
-from test_tree import check_layout
 from torch import Tensor
 
 import flexpatch
@@ -40,7 +39,7 @@ from flexpatch import (
 from flexpatch import tree as tree_module
 from flexpatch.float64 import Float64 as _Float64
 from flexpatch.internals import SCALES_BY_INDEX
-from flexpatch.masks import block_mask, bucket, dense_mask
+from flexpatch.masks import BLOCK, block_mask, bucket, dense_mask
 from flexpatch.models import tiny_model
 from flexpatch.packing import epoch_bins
 

@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,10 +19,23 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from fuzzing import SCREEN, fuzz, good_ids, json_values, mostly, odd_ids, refused, same, texts
+from helpers.fuzzing import (
+    FOLDER,
+    SCREEN,
+    fuzz,
+    good_ids,
+    json_values,
+    mostly,
+    odd_ids,
+    refused,
+    same,
+    temporary,
+    texts,
+)
+from helpers.tokenizers_offline import make_tokenizer
+from helpers.trl_trees import same as same_trees
+from helpers.trl_trees import trl
 from hypothesis import strategies as st
-from test_collator import TOKENIZER, trl
-from test_collator import same as same_trees
 from torch import Tensor
 
 import flexpatch
@@ -32,6 +44,7 @@ from flexpatch.errors import first_line
 from flexpatch.models import load_model, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = make_tokenizer()
 COLLATOR = Collator(TOKENIZER, max_length=200)
 
 # Dataset rows --------------------------------------------------------------------------------------------------
@@ -125,13 +138,6 @@ def test_rows_with_arguments_that_change_what_a_template_returns() -> None:
 # Files --------------------------------------------------------------------------------------------------
 
 
-def temporary(name: str, content: bytes) -> Path:
-    path = Path(FOLDER.name) / name
-    path.write_bytes(content)
-    return path
-
-
-FOLDER = tempfile.TemporaryDirectory()
 odd_lines = st.sampled_from(
     [
         *(b"", b" ", b"\xef\xbb\xbf{}", b"{}{}", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1e999}', b"\xff", b"\x00"),

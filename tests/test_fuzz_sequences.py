@@ -15,9 +15,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from fuzzing import fuzz
+from helpers.fuzzing import fuzz
+from helpers.oracle import see_siblings
 from hypothesis import strategies as st
-from oracle import see_siblings
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

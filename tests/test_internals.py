@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from oracle import random_ids
+from helpers.oracle import random_ids
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface

@@ -7,8 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from cpu_ranks import ROOT, start_python, torchrun
-from oracle import BOUNDS, Result, oracle, separate, trees
+from helpers.oracle import BOUNDS, Result, oracle, separate, trees
+from helpers.processes import PROGRAMS, start_python, torchrun
 from parameterized import parameterized
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -191,7 +191,7 @@ def test_scaled_logits_of_which_an_adapter_does_not_know(name: str, value: float
 
 def test_two_ranks_that_shard_the_model(tmp_path: Path) -> None:
     """FSDP2 with the head in a shard of its own, or in the model's: the same log-probs and gradients."""
-    start_python([*torchrun(), str(ROOT / "tests" / "sharded_ranks.py"), str(tmp_path)], tmp_path)
+    start_python([*torchrun(), str(PROGRAMS / "sharded_ranks.py"), str(tmp_path)], tmp_path)
     true = oracle("llama", 0)
     for kind in ("head alone", "head in root", "frozen head alone", "frozen head in root"):
         tokens, squares = torch.load(tmp_path / f"{kind}.pt")

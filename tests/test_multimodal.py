@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fold import padded_batch
+from helpers.batches import padded_batch
 from torch import Tensor, nn
 
 import flexpatch

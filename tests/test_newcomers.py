@@ -24,8 +24,8 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset
-from oracle import see_siblings
-from tokenizers_offline import make_tokenizer
+from helpers.oracle import see_siblings
+from helpers.tokenizers_offline import make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TextIteratorStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

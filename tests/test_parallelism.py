@@ -14,8 +14,8 @@ import torch
 from accelerate import ParallelismConfig
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from accelerate.state import AcceleratorState
-from cpu_ranks import ROOT, start_python, torchrun
-from oracle import random_ids
+from helpers.oracle import random_ids
+from helpers.processes import PROGRAMS, start_python, torchrun
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
@@ -236,7 +236,7 @@ def test_meshes_are_looked_for_at_apply_and_at_a_models_first_call(monkeypatch: 
 
 
 def on_two_ranks(names: list[str], folder: Path) -> None:
-    program = str(ROOT / "tests" / "parallelism_ranks.py")
+    program = str(PROGRAMS / "parallelism_ranks.py")
     start_python([*torchrun(), program, str(folder), *names], folder, timeout=600)
     for rank in range(2):
         results = json.loads((folder / f"{rank}.json").read_text())

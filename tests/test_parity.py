@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import (
+from helpers.oracle import (
     BOUNDS,
     MODELS,
     Result,

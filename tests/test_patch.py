@@ -18,7 +18,7 @@ import peft
 import pytest
 import torch
 import transformers
-from oracle import (
+from helpers.oracle import (
     BOUNDS,
     CONTROL,
     Result,

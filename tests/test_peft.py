@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from oracle import BOUNDS, CONTROL, Result, random_ids, see_siblings, separate, trees
+from helpers.oracle import BOUNDS, CONTROL, Result, random_ids, see_siblings, separate, trees
 from torch import nn
 
 import flexpatch

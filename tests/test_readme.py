@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers_offline import make_tokenizer
+from helpers.tokenizers_offline import make_tokenizer
 
 import flexpatch
 from flexpatch.models import TINY, tiny_model

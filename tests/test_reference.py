@@ -11,6 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from helpers.processes import PATH, PROGRAMS
+from helpers.references import LAYOUTS, TREES, model
 from parameterized import parameterized
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -19,19 +21,6 @@ import flexpatch
 from flexpatch import FlexpatchError, Tree, lay_out, reference, reference_logprobs, separate_logprobs
 from flexpatch.models import tiny_model
 from flexpatch.tree import Layout
-
-# Lengths out of order, so that packing reorders them; different numbers of answers.
-TREES = [
-    Tree.of([5, 6], [7]),
-    Tree.of(list(range(3, 30)), [8, 9, 10], [8, 11], [12]),
-    Tree.of([5, 6, 7], [9] * 9, [10, 11]),
-    Tree.of([20], [21, 22], [23, 24, 25]),
-]
-LAYOUTS = [lay_out(tree, i) for i, tree in enumerate(TREES)]
-
-
-def model(dtype: torch.dtype = torch.float64, backend: str = "auto", seed: int = 0) -> nn.Module:
-    return flexpatch.apply(tiny_model("llama", dtype=dtype, seed=seed), backend=backend)
 
 
 def with_lora(base: nn.Module, **settings) -> nn.Module:
@@ -229,30 +218,11 @@ def test_no_samples(tmp_path: Path) -> None:
     assert reference_logprobs(model(), [], capacity=60, cache_dir=tmp_path) == []
 
 
-KILLED = """
-import os, signal
-from pathlib import Path
-from safetensors.torch import save
-from test_reference import LAYOUTS, model
-from flexpatch import reference, reference_logprobs
-
-def killed(tensors, path, metadata):
-    whole = save(tensors, metadata)
-    Path(path).write_bytes(whole[: len(whole) // 2])
-    os.kill(os.getpid(), signal.SIGKILL)
-
-reference.save_file = killed
-reference_logprobs(model(), LAYOUTS, capacity=60, cache_dir=".")
-"""
-
-
 def test_killed_while_writing(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
-    paths = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
-        [sys.executable, "-c", KILLED], env=environment, cwd=tmp_path, capture_output=True, timeout=300
-    )
+        [sys.executable, str(PROGRAMS / "killed_writer.py")],
+        env={**os.environ, "PYTHONPATH": PATH}, cwd=tmp_path, capture_output=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
     (left,) = tmp_path.iterdir()
     assert left.suffix == ".partial" and left.stat().st_size > 0

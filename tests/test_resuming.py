@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_ranks import ROOT, start_python
-from killed_runs import STEPS
-from test_engines import needs_engines
+from helpers.engines import needs_engines
+from helpers.processes import PROGRAMS, start_python
+from programs.killed_runs import STEPS
 
 RANKS = [1, pytest.param(2, marks=needs_engines)]
 
 
 def killed(tmp_path: Path, ranks: int, kinds: list[str], engine: str = "ddp") -> None:
-    script = str(ROOT / "tests" / "killed_runs.py")
+    script = str(PROGRAMS / "killed_runs.py")
     done = start_python([script, str(tmp_path), str(ranks), engine, *kinds], tmp_path, timeout=1200)
     for kind in kinds:
         assert f"{kind}: half a checkpoint was noticed" in done.stdout

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tokenizers_offline import CHAT_TEMPLATE, make_tokenizer
 from packaging.requirements import Requirement
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers_offline import CHAT_TEMPLATE, make_tokenizer
 
 import flexpatch
 from flexpatch import Collator, FlexpatchError, estimate, verify

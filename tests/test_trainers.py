@@ -17,11 +17,11 @@ import datasets
 import pytest
 import torch
 import trl
-from oracle import float64_norm, float64_rope, packed_positions, see_siblings
+from helpers.oracle import float64_norm, float64_rope, packed_positions, see_siblings
+from helpers.tokenizers_offline import make_tokenizer
 from packaging.version import Version
 from parameterized import param, parameterized
 from peft import LoraConfig, get_peft_model
-from tokenizers_offline import make_tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (

@@ -3,77 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-from cpu_ranks import start_python, torchrun
-from tokenizers_offline import make_tokenizer
-from torch import Tensor, nn
-from torch.optim import SGD
-from trl import DPOConfig, DPOTrainer
+from helpers.processes import PROGRAMS, start_python, torchrun
+from helpers.trl_runs import PAIRS, Packed, Stock, rows, train, weights
+from trl import DPOTrainer
 
 import flexpatch
 from flexpatch import FlexpatchError
 from flexpatch.callbacks import SavingsCallback
-from flexpatch.models import TINY, tiny_model
-from flexpatch.trl import PackedDPOTrainer, pair_lengths
+from flexpatch.models import tiny_model
+from flexpatch.trl import pair_lengths
 
-PAIRS = 23
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def rows(n: int = PAIRS) -> datasets.Dataset:
-    """Tokenised pairs of very different lengths."""
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(longest: int) -> list[int]:
-        length = int(torch.randint(1, longest + 1, (1,), generator=generator))
-        return torch.randint(5, TINY["vocab_size"], (length,), generator=generator).tolist()
-
-    return datasets.Dataset.from_list(
-        [dict(prompt_ids=ids(60), chosen_ids=ids(30), rejected_ids=ids(30)) for _ in range(n)]
-    )
-
-
-class Unprepared:
-    """The rows are tokenised already; everything else is the stock trainer."""
-
-    def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
-        return dataset
-
-
-class Stock(Unprepared, DPOTrainer):
-    pass
-
-
-class Packed(Unprepared, PackedDPOTrainer):
-    pass
-
-
-def train(
-    kind: Any, folder: Path, model: nn.Module | None = None, settings: Any = None, pairs: int = PAIRS, **arguments: Any
-) -> Any:
-    model = flexpatch.apply(tiny_model("llama")) if model is None else model
-    config = dict(
-        output_dir=str(folder), report_to="none", max_length=None, logging_steps=1, lr_scheduler_type="constant",
-        save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, max_grad_norm=0.0, learning_rate=0.1,
-        gradient_checkpointing=False,
-    ) | (settings or {})  # fmt: skip
-    trainer = kind(
-        model,
-        ref_model=flexpatch.apply(tiny_model("llama", 1)),
-        args=DPOConfig(**config),
-        train_dataset=rows(pairs),
-        processing_class=make_tokenizer(),
-        optimizers=(SGD(model.parameters(), lr=config["learning_rate"]), None),
-        **arguments,
-    )
-    trainer.train()
-    return trainer
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_a_step_of_packed_batches_is_a_step_of_all_pairs(tmp_path: Path) -> None:
@@ -104,7 +46,7 @@ def test_ranks_share_a_step(tmp_path: Path) -> None:
     results = []
     for ranks in (1, 2):
         file = tmp_path / f"{ranks}.pt"
-        start_python([*torchrun(ranks), str(ROOT / "tests" / "packed_ranks.py"), str(file)], tmp_path)
+        start_python([*torchrun(ranks), str(PROGRAMS / "packed_ranks.py"), str(file)], tmp_path)
         results.append(torch.load(file))
     (one, world, _), (two, worlds, bins) = results
     assert (world, worlds) == (1, 2) and bins > 2

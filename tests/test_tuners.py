@@ -14,13 +14,13 @@ from unittest import mock
 import peft
 import pytest
 import torch
-from oracle import BOUNDS, CONTROL, Result, see_siblings, separate
+from helpers.oracle import BOUNDS, CONTROL, Result, see_siblings, separate
+from helpers.tuner_kinds import EXACT, REFUSED, TREES, Maker, adapted, bare, batch, corda, eva, lora_ga, of
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import variants
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from tuner_kinds import EXACT, REFUSED, TREES, Maker, adapted, bare, batch, corda, eva, lora_ga, of
 
 import flexpatch
 from flexpatch import FlexpatchWarning, UnsupportedModelError, build_rows, folding, refusals, tuners

@@ -10,11 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.processes import PATH, PROGRAMS
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,15 +22,12 @@ from flexpatch.fold import lookup
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 DEVICE = torch.device("cuda")
-TESTS = Path(__file__).resolve().parents[1]
 
 
 def start(hash_seed: int, *arguments: str) -> subprocess.Popen[str]:
     # cuBLAS asks for a fixed workspace before its first call.
-    env = os.environ | dict(
-        PYTHONHASHSEED=str(hash_seed), PYTHONPATH=str(TESTS.parent), CUBLAS_WORKSPACE_CONFIG=":4096:8"
-    )
-    command = [sys.executable, str(TESTS / "determinism_runs.py"), "cuda", *arguments]
+    env = os.environ | dict(PYTHONHASHSEED=str(hash_seed), PYTHONPATH=PATH, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    command = [sys.executable, str(PROGRAMS / "determinism_runs.py"), "cuda", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_quantized import FOUR, KINDS, quantized, quiet
+from helpers.quantized import FOUR, KINDS, quantized, quiet
 
 import flexpatch
 

@@ -6,8 +6,8 @@ Their block-sparse backward has had races and wrong gradients that raised nothin
 import peft
 import pytest
 import torch
+from helpers.attention import dense_attention, trees
 from parameterized import parameterized
-from test_flex import dense_attention, trees
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from helpers.attention import dense_attention, trees
 from parameterized import parameterized
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,16 +21,10 @@ from flexpatch.parity import check_parity
 from flexpatch.registry import adapters
 from flexpatch.report import Report
 from flexpatch.rows import build_rows
-from flexpatch.tree import Tree
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 DEVICE = torch.device("cuda")
 VARIANTS = [(t, v) for t in tiny_types() for v in range(len(adapters()[t].tiny[t]))]
-
-
-def trees(*lengths: tuple[int, ...]) -> list[Tree]:
-    generator = torch.Generator().manual_seed(0)
-    return [Tree.of(*(torch.randint(3, 151, (n,), generator=generator).tolist() for n in tree)) for tree in lengths]
 
 
 @parameterized.expand([(*variant, dtype) for variant in VARIANTS for dtype in (torch.float32, torch.bfloat16)])
@@ -99,15 +94,6 @@ def test_large_heads(size: int, value_size: int, dtype: torch.dtype) -> None:
     ours = results(flex(q, k, v, block_mask(rows.ends, rows.position_ids, None)))
     for mine, theirs, true in zip(ours, stock, truth, strict=True):
         assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float | None = None) -> Tensor:
-    q, k, v = q.double(), k.double(), v.double()
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = q @ k.mT / q.shape[-1] ** 0.5
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2)
 
 
 def test_autocast_runs_flex_in_low_precision() -> None:

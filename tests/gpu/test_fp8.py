@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_quantizers import inner_layers, keeps_apart, leaks, linears, model_of, rounds_no_more, torchao
+from helpers.quantizers import inner_layers, keeps_apart, leaks, linears, model_of, rounds_no_more
 from torch import nn
 
-__all__ = ["torchao"]  # a fixture
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 APART: dict[str, Callable[[Any], Any]] = {

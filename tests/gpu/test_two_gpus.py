@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_ranks import CASES, Weights, save_model, vector
+from helpers.processes import PATH, PROGRAMS, ROOT
+from programs.engine_ranks import CASES, Weights, save_model, vector
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="needs DeepSpeed")
@@ -31,9 +31,8 @@ CONTROLS = {"no": 100, "bf16": 1}
 def run(launcher: list[str], dtype: str, out: Path, names: list[str], gpus: str) -> dict[str, tuple[Weights, Weights]]:
     """Weights of each case before and after."""
     save_model(out, getattr(torch, dtype))
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "engine_ranks.py"), dtype, str(out), str(out), *names]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launcher, str(PROGRAMS / "engine_ranks.py"), dtype, str(out), str(out), *names]
+    environment = {**os.environ, "PYTHONPATH": PATH, "CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1"}
     start = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]

@@ -1,6 +1,6 @@
 """Training that is killed, in a step and while it saves, and resumed; and the same never killed. Saves the weights.
 
-Run by test_resuming.py: python tests/killed_runs.py FOLDER RANKS ENGINE KIND ...
+Run by test_resuming.py: python tests/programs/killed_runs.py FOLDER RANKS ENGINE KIND ...
 """
 
 import json
@@ -15,18 +15,19 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
-from cpu_ranks import pretend
-from test_trl import Packed, Stock, rows
-from tokenizers_offline import make_tokenizer
+from helpers.processes import ROOT
+from helpers.tokenizers_offline import make_tokenizer
+from helpers.trl_runs import Packed, Stock, rows
 from torch import Tensor, distributed
 from transformers import set_seed
 from trl import DPOConfig
 
 import flexpatch
 from flexpatch.models import tiny_model
+from programs.cpu_ranks import pretend
 
 STEPS, SAVE_STEPS = 12, 5
-SETTINGS = Path(__file__).resolve().parent.parent / "examples" / "accelerate"
+SETTINGS = ROOT / "examples" / "accelerate"
 
 
 class Killed(Exception):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from flexpatch.tree import Tree
+from flexpatch.tree import Layout, Tree
 
 Prefix = tuple[int, tuple[int, ...]]  # which tree of the row, and all ids from its root to the token
 
@@ -50,3 +50,34 @@ def visible(prefixes: list[Prefix], window: int | None = None) -> np.ndarray:
         lineages[number, prefix] = lineage
         seen[i, lineage if window is None else lineage[-window:]] = True
     return seen
+
+
+def check_layout(layout: Layout, tree: Tree) -> None:
+    """Everything a layout says about ``tree``, by brute force."""
+    nodes = runs(tree)
+    leaves = [sequence for node, sequence, _ in nodes if not node.children]
+    scored = [
+        (sequence, max(start, 1))
+        for node, sequence, start in nodes
+        if (node.answer if node.answer is not None else not node.children and start > 0)
+    ]
+    prefixes = [prefix for _, prefix in row_prefixes(layout.ids, layout.positions)]
+
+    # No token twice, none missing, none invented.
+    assert len(layout) == len(prefixes) == len(set(prefixes))
+    assert set(prefixes) == {leaf[:k] for leaf in leaves for k in range(1, len(leaf) + 1)}
+    assert layout.positions.tolist() == [len(prefix) - 1 for prefix in prefixes]
+    assert layout.separate_tokens == sum(map(len, leaves))
+
+    index = np.arange(len(layout))
+    by_ends = (index[None, :] <= index[:, None]) & (index[:, None] < layout.ends[None, :])
+    assert (by_ends == visible([(0, prefix) for prefix in prefixes])).all()
+
+    assert [tuple(layout.ids[path]) for path in layout.answers] == [sequence for sequence, _ in scored]
+    assert layout.answer_lengths == [len(sequence) - start for sequence, start in scored]
+    predicted = [sequence[: k + 1] for sequence, start in scored for k in range(start, len(sequence))]
+    found = [
+        (*prefixes[predictor], target)
+        for predictor, target in zip(layout.predictors, layout.targets.tolist(), strict=True)
+    ]
+    assert found == predicted

@@ -1,7 +1,8 @@
 """What flexpatch says on two ranks under each way of sharing out sequences, and under none.
 
-Run by test_parallelism.py: torchrun --nproc_per_node 2 tests/cpu_ranks.py tests/parallelism_ranks.py FOLDER
-WAY ...
+Run by test_parallelism.py, in tests/programs:
+
+    torchrun --nproc_per_node 2 cpu_ranks.py parallelism_ranks.py FOLDER WAY ...
 """
 
 import json
@@ -16,7 +17,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
-from oracle import random_ids
+from helpers.oracle import random_ids
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

@@ -8,9 +8,11 @@ and others every time.
 import json
 import os
 import platform
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -27,6 +29,7 @@ SCREEN = 24 * 80
 
 Tried = Callable[..., bool]  # True: used, False: refused
 outcomes: dict[str, Counter[str]] = {}
+FOLDER = tempfile.TemporaryDirectory()  # as long as the process: a fixture would be one for all inputs of a test
 
 
 def fuzz(inputs: int, *, long: int | None = None, both: bool = True, **strategies: Any) -> Callable[[Tried], Any]:
@@ -170,3 +173,9 @@ def table(reports: list[Any]) -> str:
 def _line(name: str, counts: Counter[str]) -> str:
     used, not_used = counts["used"], counts["refused"]
     return f"| {name} | {used + not_used:,} | {used:,} | {not_used:,} |"
+
+
+def temporary(name: str, content: bytes) -> Path:
+    path = Path(FOLDER.name) / name
+    path.write_bytes(content)
+    return path

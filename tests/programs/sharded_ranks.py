@@ -1,13 +1,13 @@
 """Log-probs and gradients of a model sharded by FSDP2; rank 0 saves them.
 
-Run by test_logprobs.py: torchrun --nproc_per_node 2 tests/cpu_ranks.py tests/sharded_ranks.py FOLDER
+Run by test_logprobs.py, in tests/programs: torchrun --nproc_per_node 2 cpu_ranks.py sharded_ranks.py FOLDER
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from oracle import trees
+from helpers.oracle import trees
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor

@@ -1,7 +1,10 @@
 """Training under an engine, on as many ranks as a launcher starts; rank 0 saves the trained weights of each case.
 
-Run by test_engines.py: accelerate launch --config_file FILE tests/cpu_ranks.py tests/engine_ranks.py DTYPE MODEL FOLDER
-CASE ...; by gpu/test_two_gpus.py without cpu_ranks.py.
+Run by test_engines.py, in tests/programs:
+
+    accelerate launch --config_file FILE cpu_ranks.py engine_ranks.py DTYPE MODEL FOLDER CASE ...
+
+and by gpu/test_two_gpus.py without cpu_ranks.py.
 """
 
 import os
@@ -19,11 +22,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import let_flex_train_on_cpu
-from oracle import float64_norm, float64_rope, see_siblings
+from helpers.flex import let_flex_train_on_cpu
+from helpers.oracle import float64_norm, float64_rope, see_siblings
+from helpers.tokenizers_offline import make_tokenizer
+from helpers.trl_runs import Packed, Stock, rows
 from peft import LoraConfig, get_peft_model
-from test_trl import Packed, Stock, rows
-from tokenizers_offline import make_tokenizer
 from torch import Tensor, distributed, nn
 from transformers import AutoModelForCausalLM, set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding

@@ -1,8 +1,10 @@
 """Hashes of what short trainings leave behind, computed in a process of their own.
 
-    python tests/determinism_runs.py cpu [--threads 2] [--only long]
-    python tests/determinism_runs.py cuda                # under torch.use_deterministic_algorithms
-    python tests/determinism_runs.py cuda --undetermined # without it
+By hand, with PYTHONPATH=.:tests in the environment:
+
+    python tests/programs/determinism_runs.py cpu [--threads 2] [--only long]
+    python tests/programs/determinism_runs.py cuda                # under torch.use_deterministic_algorithms
+    python tests/programs/determinism_runs.py cuda --undetermined # without it
 
 Prints a line of JSON for every case: its name, the hashes of two runs of seed 0 and of one run of seed 1, and which
 parameters the two have different bits in.
@@ -18,7 +20,7 @@ from typing import Any
 
 import peft
 import torch
-from tokenizers_offline import make_tokenizer
+from helpers.tokenizers_offline import make_tokenizer
 from torch import Tensor, nn
 
 import flexpatch

@@ -12,7 +12,6 @@ from unittest import mock
 import numpy as np
 import peft
 import torch
-from oracle import random_ids
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import BdLoraConfig, MontecloraConfig
 from peft.tuners.lora.config import ArrowConfig, CordaConfig
@@ -23,6 +22,7 @@ import flexpatch
 from flexpatch import Tree
 from flexpatch.internals import eager_experts
 from flexpatch.models import TINY, tiny_model
+from helpers.oracle import random_ids
 
 Maker = Callable[[nn.Module], nn.Module]
 

@@ -1,13 +1,13 @@
 """One packed epoch as one optimizer step, on as many ranks as torchrun starts; rank 0 saves the weights.
 
-Run by test_trl.py: torchrun --nproc_per_node 2 tests/cpu_ranks.py tests/packed_ranks.py FILE
+Run by test_trl.py, in tests/programs: torchrun --nproc_per_node 2 cpu_ranks.py packed_ranks.py FILE
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from test_trl import Packed, train, weights
+from helpers.trl_runs import Packed, train, weights
 
 if __name__ == "__main__":
     file = Path(sys.argv[1])

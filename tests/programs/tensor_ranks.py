@@ -1,6 +1,8 @@
 """Training under tensor parallelism, as transformers splits a model that it loads; the first rank saves all results.
 
-Run by test_engines.py: torchrun --nproc_per_node 2 tests/cpu_ranks.py tests/tensor_ranks.py MODEL FOLDER CASE ...
+Run by test_engines.py, in tests/programs:
+
+    torchrun --nproc_per_node 2 cpu_ranks.py tensor_ranks.py MODEL FOLDER CASE ...
 """
 
 import os
@@ -10,9 +12,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from engine_ranks import PAIRS, RANK, RANKS, STEPS, _see_siblings
-from oracle import float64_norm, float64_rope
-from test_trl import rows
+from helpers.oracle import float64_norm, float64_rope
+from helpers.trl_runs import rows
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, set_seed
@@ -20,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 import flexpatch
 from flexpatch import Tree, patch
+from programs.engine_ranks import PAIRS, RANK, RANKS, STEPS, _see_siblings
 
 # Whether flexpatch is applied, and what it is given.
 CASES = {"stock": None, "batches": "batches", "rows": "rows", "answers see each other": "batches"}

@@ -1,0 +1,1 @@
+"""What several test files share: models, data, references and launchers. No tests are here."""
