@@ -1,6 +1,6 @@
 """Dataset rows to packed rows: tokenised, raw text, or conversations.
 
-A dataset row has a prompt and either ``chosen`` and ``rejected`` or a list of any number of ``answers``:
+A dataset row has a prompt, and either ``chosen`` and ``rejected`` or a list of any number of ``answers``:
 
 ===============  ==========================================  ============================================
 kind             columns                                     values
@@ -10,10 +10,12 @@ tokenised        prompt_ids, chosen_ids, rejected_ids        lists of token ids
 raw text         prompt, chosen, rejected                    strings
                  prompt, answers                             ... and a list of strings
 conversations    prompt, chosen, rejected (or answers)       lists of {"role": ..., "content": ...}
-no prompt        chosen, rejected (or answers)               whole dialogues; what they share is the prompt
+no prompt        chosen, rejected (or answers)               whole dialogues; their common turns are the prompt
 ===============  ==========================================  ============================================
 
-Conversations may also have the columns ``tools`` and ``chat_template_kwargs``, which go to the chat template.
+An "answer" here is a "completion" elsewhere: ``completions`` and ``completion_ids`` are read as ``answers`` and
+``answer_ids``. Conversations may also have the columns ``tools`` and ``chat_template_kwargs``, which are passed to the
+chat template.
 
 Tokenisation follows TRL's DPOTrainer: the prompt ends where the ids of prompt and prompt + answer diverge, and raw
 answers end with the tokenizer's EOS.
@@ -31,7 +33,7 @@ from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.rows import Rows, build_rows
 from flexpatch.tree import Layout, Tree, lay_out
 
-# Ends the prompt of HH-RLHF rows, which are whole dialogues as plain text.
+# Ends the prompt of HH-RLHF rows, which are whole dialogues in plain text.
 TURN = "\n\nAssistant:"
 
 IDS = (Sequence, np.ndarray, Tensor)
@@ -40,13 +42,18 @@ log = logging.getLogger(__name__)
 
 
 class Collator:
-    """Makes trees, layouts and rows of dataset rows; as a ``collate_fn`` it makes one packed row of a batch.
+    """Make trees, layouts and rows of dataset rows. As a ``collate_fn`` it makes one packed row of a batch.
+
+    An "answer" is what others call a completion; the columns ``completions`` and ``completion_ids`` are synonyms.
 
     Args:
         tokenizer: A tokenizer of transformers; ``None`` if all rows are tokenised.
         max_length: Longest prompt + answer, in tokens; ``None`` for no limit.
-        on_long: What to do with a longer one: ``"error"``, or ``"truncate"`` the answer's end. A prompt that alone
-            fills ``max_length`` is an error in both cases.
+        on_long: ``"error"`` refuses a longer prompt + answer, ``"truncate"`` cuts the answer's end. A prompt that
+            alone fills ``max_length`` is an error in both cases.
+
+    Raises:
+        FlexpatchError: For a ``max_length`` below 1, or an unknown ``on_long``.
     """
 
     def __init__(
@@ -62,19 +69,40 @@ class Collator:
         self._warned = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Rows:
-        """One packed row of all ``examples``. Error messages count from the first of them."""
+        """Pack dataset rows into one row.
+
+        Args:
+            examples: Dataset rows in the forms above, at least one. Error messages number them from 0.
+
+        Returns:
+            Rows with B = 1, on the CPU.
+
+        Raises:
+            FlexpatchError: For a dataset row that cannot be used. The message names the row and the fault.
+        """
         return build_rows([[self.layout(example, i) for i, example in enumerate(examples)]])
 
     def layout(self, example: Mapping[str, Any], sample: int | str = 0) -> Layout:
-        """The packed form of one dataset row; its ``len`` is what :func:`flexpatch.pack` needs."""
-        return lay_out(self.tree(example, sample), sample)
-
-    def tree(self, example: Mapping[str, Any], sample: int | str = 0) -> Tree:
-        """The prompt and answers of one dataset row.
+        """Lay one dataset row out in depth-first order.
 
         Args:
             example: A dataset row in one of the forms above.
-            sample: How error messages name it.
+            sample: Name of the row in error messages.
+
+        Returns:
+            The layout. Its ``len`` is the length that :func:`flexpatch.pack` needs.
+        """
+        return lay_out(self.tree(example, sample), sample)
+
+    def tree(self, example: Mapping[str, Any], sample: int | str = 0) -> Tree:
+        """Tokenise the prompt and answers of one dataset row.
+
+        Args:
+            example: A dataset row in one of the forms above.
+            sample: Name of the row in error messages.
+
+        Returns:
+            The prompt with one leaf for each answer.
 
         Raises:
             FlexpatchError: For missing or malformed columns, empty prompts or answers, or too many tokens.
@@ -112,7 +140,7 @@ class Collator:
             template = _template_arguments(example)
             prompt_ids = self._encode(prompt, prompt=True, **template)
             whole = [self._encode(prompt + answer, prompt=False, **template) for answer in answers]
-        except Exception as error:  # tokenizers and chat templates raise whatever they like
+        except Exception as error:  # tokenizers and chat templates raise all kinds of errors
             raise FlexpatchError(
                 f"sample {sample}: the tokenizer failed: {type(error).__name__}: {first_line(error)}"
             ) from error
@@ -121,7 +149,7 @@ class Collator:
             self._warned = True
             log.warning(
                 "sample %s: tokenised alone, the prompt is no prefix of prompt + answer; answers start where they "
-                "diverge, %d tokens before the prompt's end (said once)", sample, len(prompt_ids) - stop
+                "diverge, %d tokens before the prompt's end (logged once)", sample, len(prompt_ids) - stop
             )  # fmt: skip
         return prompt_ids[:stop], [ids[stop:] for ids in whole]
 
@@ -132,7 +160,9 @@ class Collator:
             return self.tokenizer(text if ended else text + eos)["input_ids"]
         ids = self.tokenizer.apply_chat_template(text, add_generation_prompt=prompt, return_dict=True, **template)
         if not isinstance(ids["input_ids"], list) or not all(isinstance(i, int) for i in ids["input_ids"]):
-            raise ValueError("the chat template's arguments ask for other than a list of token ids")
+            raise ValueError(
+                "with the row's chat_template_kwargs the chat template does not return a list of token ids"
+            )
         return ids["input_ids"]
 
     def _fit(self, prompt: Sequence[int], answer: Sequence[int], sample: int | str) -> Sequence[int]:
@@ -150,12 +180,12 @@ class Collator:
 
 
 def _shared(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the common beginning of two texts, id lists or message lists."""
+    """Return the length of the common beginning of two texts, id lists or message lists."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _template_arguments(example: Mapping[str, Any]) -> dict[str, Any]:
-    """What a conversation's row asks of the chat template, as in TRL: its ``tools`` and ``chat_template_kwargs``."""
+    """Read a conversation's arguments for the chat template from its row, as TRL does."""
     tools = example.get("tools")
     return {
         "tools": json.loads(tools) if isinstance(tools, str) else tools,
@@ -164,7 +194,7 @@ def _template_arguments(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sized(ids: Any) -> bool:
-    """Arrays without a dimension are not: the tree says so."""
+    """Return whether ids have a length. Arrays without a dimension have none; the tree refuses them."""
     return getattr(ids, "ndim", 1) > 0
 
 
@@ -179,13 +209,16 @@ def _column(example: Mapping[str, Any], name: str, kind: Any, sample: int | str)
 
 
 def _answers(example: Mapping[str, Any], suffix: str, sample: int | str) -> list[Any]:
-    """The answers of a row: a list in one column, or chosen and rejected."""
-    together = "answer_ids" if suffix else "answers"
+    """Read the answers of a row: a list in one column, or chosen and rejected."""
+    synonyms = ("answer_ids", "completion_ids") if suffix else ("answers", "completions")
+    given = [name for name in synonyms if name in example]
+    if len(given) > 1:
+        raise FlexpatchError(f"sample {sample}: columns '{given[0]}' and '{given[1]}' are synonyms; expected one")
     kind = IDS if suffix else (str, list)
-    if together in example:
-        answers = list(_column(example, together, list, sample))
+    if given:
+        answers = list(_column(example, given[0], list, sample))
         if not answers:
-            raise FlexpatchError(f"sample {sample}: column '{together}' holds no answer")
+            raise FlexpatchError(f"sample {sample}: column '{given[0]}' holds no answer")
         for i, answer in enumerate(answers):
             if not isinstance(answer, kind):
                 raise FlexpatchError(f"sample {sample}: answer {i} is {type(answer).__name__}")
@@ -194,7 +227,10 @@ def _answers(example: Mapping[str, Any], suffix: str, sample: int | str) -> list
 
 
 def _split_prompt(answers: list[Any], sample: int | str) -> tuple[Any, list[Any]]:
-    """Prompt and answers of whole dialogues: the messages they share, or the text through the last shared turn."""
+    """Cut whole dialogues into prompt and answers.
+
+    The prompt of messages is the common messages. The prompt of plain text ends with the last common turn.
+    """
     if len(kinds := sorted({type(answer).__name__ for answer in answers})) > 1:
         raise FlexpatchError(f"sample {sample}: the answers are {' and '.join(reversed(kinds))}; expected one kind")
     shared = min(_shared(answers[0], answer) for answer in answers)

@@ -14,7 +14,17 @@ from flexpatch.tree import Layout, Tree, lay_out
 
 
 class Model(NamedTuple):
-    """The sizes that FLOPs depend on. ``ffn`` is the width of the gated MLP that one token goes through."""
+    """Sizes of a model that FLOPs depend on.
+
+    Attributes:
+        hidden: Width of the hidden states.
+        layers: Number of layers.
+        ffn: Width of the gated MLP that one token passes; with experts, of all experts that one token is routed to.
+        heads: Query heads of a layer.
+        kv_heads: Key heads of a layer, and value heads.
+        head_size: Width of a head.
+        vocabulary: Number of token ids.
+    """
 
     hidden: int
     layers: int
@@ -25,7 +35,7 @@ class Model(NamedTuple):
     vocabulary: int
 
     def flops(self, cost: Cost) -> int:
-        """FLOPs of the forward passes."""
+        """Return the FLOPs of the forward passes that do the work ``cost``."""
         linear = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads) + 3 * self.hidden * self.ffn
         layer = 2 * linear * cost.tokens + 4 * self.heads * self.head_size * cost.pairs
         return self.layers * layer + 2 * self.hidden * self.vocabulary * cost.logits
@@ -40,7 +50,13 @@ PRESETS = {  # Llama 3's
 
 
 class Cost(NamedTuple):
-    """Work: ``tokens`` through the layers, ``pairs`` (query, key) of attention, ``logits`` through the head."""
+    """Work of some forward passes.
+
+    Attributes:
+        tokens: Tokens that pass the layers.
+        pairs: Pairs of a query and a key in attention.
+        logits: Tokens that pass the output layer.
+    """
 
     tokens: int
     pairs: int
@@ -48,12 +64,20 @@ class Cost(NamedTuple):
 
     @classmethod
     def total(cls, costs: Iterable[Cost]) -> Cost:
-        """Sum over batches or dataset rows."""
+        """Add up the work of batches or dataset rows."""
         return cls(*map(sum, zip(*costs, strict=True)))
 
 
 class Sample(NamedTuple):
-    """What is kept of one dataset row: lengths in tokens, its sequences (int32 ids), and its work in packed rows."""
+    """Lengths, sequences and work of one dataset row.
+
+    Attributes:
+        prompt: Tokens of the prompt.
+        answers: Tokens of each answer.
+        sequences: Ids of each prompt + answer, (length,) int32 arrays.
+        shared: Work of the row with its prompt shared, in packed rows.
+        unshared: Work of the row as separate sequences, in packed rows without padding.
+    """
 
     prompt: int
     answers: list[int]
@@ -63,7 +87,7 @@ class Sample(NamedTuple):
 
     @classmethod
     def of(cls, layout: Layout) -> Sample:
-        """From a layout of the collator's: a prompt and its answers."""
+        """Read a layout that the collator made: a prompt and its answers."""
         sequences = [layout.ids[path].astype(np.int32) for path in layout.answers]
         lengths, answers = [len(sequence) for sequence in sequences], layout.answer_lengths
         shared = Cost(len(layout), int((layout.positions + 1).sum()), len(layout.predictors))
@@ -71,28 +95,35 @@ class Sample(NamedTuple):
         return cls(lengths[0] - answers[0], answers, sequences, shared, unshared)
 
     def saved(self) -> float:
-        """Share of its tokens that sharing leaves out."""
+        """Return the fraction of the row's tokens that sharing leaves out."""
         return 1 - self.shared.tokens / self.unshared.tokens
 
 
 def padded(batch: Sequence[Sample]) -> Cost:
-    """Work of a batch as stock trainers run it: every answer with its prompt, padded to the longest."""
+    """Count the work of a batch in a stock trainer: every answer with its prompt, padded to the longest."""
     lengths = [len(sequence) for sample in batch for sequence in sample.sequences]
     N, S = len(lengths), max(lengths)
     return Cost(N * S, N * S * (S + 1) // 2, N * S)
 
 
 def folded(batch: Sequence[Sample]) -> Cost:
-    """Work of the same batch after :func:`flexpatch.apply`: one row, in which all that begins alike is merged."""
+    """Count the work of a batch after :func:`flexpatch.apply`: one row, in which common beginnings are merged."""
     given = padded(batch)
-    # A root above all sequences makes one tree of them. It is not counted, and it shifts positions by one.
+    # A root above all sequences makes one tree of them. The root is not counted, and it shifts positions by one.
     forest = lay_out(Tree.of([0], *(sequence for sample in batch for sequence in sample.sequences)))
     row = Cost(len(forest) - 1, int(forest.positions.sum()), given.logits)
     return row if row.tokens <= WORTH * given.tokens else given
 
 
 def model_of(name: str, *, trust_remote_code: bool = False) -> Model:
-    """A preset's sizes, or those in a model's configuration; no weights are read.
+    """Look up the sizes of a preset, or read them from a model's configuration. No weights are read.
+
+    Args:
+        name: A key of ``PRESETS``, a hub name, a local directory or a GGUF file.
+        trust_remote_code: Run code that comes with the configuration.
+
+    Returns:
+        The sizes.
 
     Raises:
         FlexpatchError: If the configuration cannot be read, or lacks a size.
@@ -109,7 +140,7 @@ def model_of(name: str, *, trust_remote_code: bool = False) -> Model:
     except KeyError as error:
         raise FlexpatchError(f"the configuration of {name} has no {error}; try {', '.join(PRESETS)}") from error
     except (TypeError, ZeroDivisionError) as error:
-        raise FlexpatchError(f"the configuration of {name} has sizes that are no numbers: {error}") from error
+        raise FlexpatchError(f"the configuration of {name} has sizes that are not numbers: {error}") from error
     sizes = Model(hidden, layers, ffn, heads, config.get("num_key_value_heads") or heads, head_size, vocabulary)
     for size, value in sizes._asdict().items():
         if not isinstance(value, int) or value < 1:

@@ -1,4 +1,4 @@
-"""``python -m flexpatch.estimate DATA --tokenizer T``: what sharing prompts would save on a preference file."""
+"""``python -m flexpatch.estimate DATA --tokenizer T``: estimate the savings of shared prompts on a preference file."""
 
 import argparse
 import json
@@ -19,38 +19,41 @@ from flexpatch.packing import pack
 
 BUDGETS = tuple(2**n for n in range(11, 17))
 WASTE = 0.02
-BUSY = 8192  # tokens; launching the kernels of shorter rows takes a GPU's host longer than running them
+BUSY = 8192  # tokens; a GPU runs the kernels of shorter rows faster than its host launches them
 RULE = (
-    f"the smallest of at least {BUSY:,} (shorter rows leave a GPU waiting) whose rows stay less than {WASTE:.0%} "
-    "empty; without one, the one that stays least empty"
+    f"the smallest of at least {BUSY:,} (shorter rows leave a GPU waiting) whose rows are less than {WASTE:.0%} "
+    "empty; if there is none, the budget whose rows are least empty"
 )
 ASSUMPTIONS = """\
 Token counts are exact. Speed-ups are an estimate by FLOPs, not a measurement:
-- Time is taken as proportional to FLOPs, forward and backward, policy and reference alike. Overheads are not modelled
-  (kernel launches, memory traffic, partly filled attention blocks, masks, optimizer, communication), so expect less.
-- A token costs 2 FLOPs a parameter of the linear layers (the experts it is routed to); a pair of tokens that see each
-  other costs 4 * heads * head size a layer. Sliding windows are not counted.
+- Time is assumed proportional to FLOPs, forward and backward, policy and reference alike. Overheads are not modelled
+  (kernel launches, memory traffic, partly filled attention blocks, masks, optimizer, communication): expect less.
+- A token costs 2 FLOPs for each parameter of the linear layers (of the experts it is routed to). A token that sees
+  another costs 4 * heads * head size FLOPs a layer. Sliding windows are ignored.
 - In padded batches every column sees all columns before it. In folded and packed rows a token is computed once and sees
-  what comes before it in its sequence: true of FlexAttention (GPU); the dense backend computes all pairs of a row.
+  the tokens before it in its sequence. FlexAttention (GPU) computes just these pairs; the dense backend computes all.
 - A batch that folding would shrink by less than a tenth runs as it was given, as after flexpatch.apply on a GPU.
-- The head costs 2 * hidden size * vocabulary: in padded and folded batches for every column, since trainers ask for all
-  logits; in packed rows for the tokens that predict an answer's."""
+- A token's logits cost 2 * hidden size * vocabulary FLOPs: for every column of padded and folded batches, since
+  trainers ask for all logits; in packed rows for the tokens that predict an answer's tokens."""
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Mean, extremes and percentiles; the latter are values that occur."""
+    """Return mean, extremes and percentiles of some values. Percentiles are values that occur."""
     inner = {f"p{q}": np.percentile(values, q, method="inverted_cdf").item() for q in (10, 50, 90, 99)}
     return dict(mean=float(np.mean(values)), min=min(values), **inner, max=max(values))
 
 
 def estimate(samples: Sequence[Sample], model: Model, *, batch_size: int, seed: int) -> dict[str, Any]:
-    """Lengths, tokens and expected speed-ups of one epoch, as plain numbers.
+    """Count the tokens of one epoch in four layouts, and predict speed-ups.
 
     Args:
-        samples: At least one.
-        model: Whose FLOPs are counted.
+        samples: Dataset rows, at least one.
+        model: Sizes of the model whose FLOPs are counted.
         batch_size: Dataset rows of a padded batch.
-        seed: Of the batches' order.
+        seed: Seed of the order of padded batches.
+
+    Returns:
+        Lengths, tokens, FLOPs, speed-ups and budgets, as JSON types.
     """
     order = np.random.default_rng(seed).permutation(len(samples))
     batches = [[samples[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
@@ -79,7 +82,7 @@ def estimate(samples: Sequence[Sample], model: Model, *, batch_size: int, seed: 
 
 
 def report(result: dict[str, Any]) -> str:
-    """What ``--json`` prints, as text."""
+    """Write the result of :func:`estimate` as text for a terminal."""
     heads = list(result["saved"])
     names = dict(prompt="a prompt", answer="an answer", sequence="a prompt with one answer")
     names["tree"] = "a prompt with all its answers"
@@ -110,7 +113,12 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def plot(samples: Sequence[Sample], path: str) -> None:
-    """Histograms of prompt and answer lengths, and of the share that sharing saves, as a PNG file."""
+    """Draw histograms of prompt and answer lengths, and of the tokens that sharing saves.
+
+    Args:
+        samples: Dataset rows, at least one.
+        path: PNG file to write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
@@ -135,10 +143,16 @@ def plot(samples: Sequence[Sample], path: str) -> None:
 
 
 def read_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
-    """The usable rows of the file, and why the others are not.
+    """Read and tokenise the rows of the data file.
+
+    Args:
+        options: Parsed command line.
+
+    Returns:
+        The usable rows, and an error message for each row that was skipped.
 
     Raises:
-        FlexpatchError: For the first unusable row, unless they are to be skipped; if none is usable.
+        FlexpatchError: For the first unusable row without ``--skip-bad-rows``, and for a file without a usable row.
     """
     rows = read_rows(options.data)[: options.limit]
     trusted = options.trust_remote_code
@@ -152,7 +166,7 @@ def read_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
             samples.append(Sample.of(collator.layout(row, number)))
         except FlexpatchError as error:
             if not options.skip_bad_rows:
-                raise FlexpatchError(f"{error} (--skip-bad-rows leaves such rows out)") from error
+                raise FlexpatchError(f"{error} (--skip-bad-rows skips such rows)") from error
             skipped.append(str(error))
     if not samples:
         raise FlexpatchError(f"{options.data} holds no usable row; the first: {skipped[0]}")
@@ -169,11 +183,18 @@ def _natural(text: str, least: int = 0) -> int:
     return value
 
 
+def _check_matplotlib() -> None:
+    """Refuse to draw without matplotlib, before minutes of tokenising."""
+    if find_spec("matplotlib") is None:
+        raise FlexpatchError("histograms need matplotlib: pip install matplotlib, or pass --no-plot")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m flexpatch.estimate",
-        description="Count what an epoch over a preference file computes in four layouts (padded batches of stock\n"
-        "trainers, the same after flexpatch.apply, packed rows without and with sharing), and predict speed-ups.",
+        description="Count the tokens and FLOPs of an epoch over a preference file in four layouts, and predict\n"
+        "speed-ups: padded batches of stock trainers, padded batches folded by flexpatch.apply, and packed rows\n"
+        "without and with shared prompts.",
         epilog=f"The best token budget of a row is {RULE}.\n\n{ASSUMPTIONS}\n\n"
         "exit code: 0 done, 2 wrong usage or unusable data",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -181,34 +202,36 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "data",
-        help="rows in any form flexpatch.Collator reads: JSON Lines, a JSON array or CSV, may be gzipped; with the "
-        "datasets library also Parquet, Arrow, and folders of save_to_disk",
+        help="file of rows that flexpatch.Collator reads: JSON Lines, a JSON array or CSV, plain or gzipped; with the "
+        "datasets library installed also Parquet, Arrow, and folders of save_to_disk",
     )
     add("--tokenizer", metavar="T", help="hub name, directory or GGUF file; not needed for token ids")
     add(
         "--model",
         default="8b",
         metavar="M",
-        help=f"whose FLOPs to count: {', '.join(PRESETS)}, or as --tokenizer (%(default)s)",
+        help=f"model whose FLOPs are counted: {', '.join(PRESETS)}, hub name, directory or GGUF file (%(default)s)",
     )
-    add("--batch-size", type=_positive, default=8, metavar="N", help="rows of a padded batch (%(default)s)")
-    add("--max-length", type=_positive, metavar="N", help="tokens of prompt + answer; answers are cut (no limit)")
+    add("--batch-size", type=_positive, default=8, metavar="N", help="dataset rows of a padded batch (%(default)s)")
+    add(
+        "--max-length", type=_positive, metavar="N", help="tokens of prompt + answer; longer answers are cut (no limit)"
+    )
     add("--limit", type=_positive, metavar="N", help="use the first N rows only")
-    add("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, instead of stopping")
+    add("--skip-bad-rows", action="store_true", help="skip rows that cannot be used, instead of stopping")
     add("--trust-remote-code", action="store_true", help="run code that comes with a tokenizer or configuration")
-    add("--seed", type=_natural, default=0, metavar="N", help="of the order of padded batches (%(default)s)")
+    add("--seed", type=_natural, default=0, metavar="N", help="seed of the order of padded batches (%(default)s)")
     add("--json", action="store_true", help="print JSON")
-    add("--plot", default="estimate.png", metavar="PNG", help="where histograms go (%(default)s)")
-    add("--no-plot", dest="plot", action="store_const", const=None, help="draw none")
+    add("--plot", default="estimate.png", metavar="PNG", help="file for the histograms (%(default)s)")
+    add("--no-plot", dest="plot", action="store_const", const=None, help="draw no histograms")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 unusable options or data."""
+    """Run the command line. Returns the exit code: 0 done, 2 unusable options or data."""
     options = _parser().parse_args(argv)
     try:
-        if options.plot and find_spec("matplotlib") is None:
-            raise FlexpatchError("histograms need matplotlib: pip install matplotlib, or pass --no-plot")
+        if options.plot:
+            _check_matplotlib()
         model = model_of(options.model, trust_remote_code=options.trust_remote_code)
         samples, skipped = read_samples(options)
         result = estimate(samples, model, batch_size=options.batch_size, seed=options.seed)

@@ -1,7 +1,7 @@
 """Files of dataset rows: JSON Lines, JSON arrays and CSV natively; Parquet and Arrow through the ``datasets`` library.
 
-Text may be gzipped, and may begin with a byte-order mark, of UTF-16 and UTF-32 too. Nothing is written anywhere: no
-copy goes into the cache of ``datasets``.
+Text may be gzipped, and may begin with a byte-order mark of UTF-8, UTF-16 or UTF-32. No file is written, not even in
+the cache of ``datasets``.
 """
 
 import codecs
@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from flexpatch.errors import FlexpatchError, first_line
 
-# UTF-32's little-endian mark begins with UTF-16's, so it comes first.
+# UTF-32 comes first, because its little-endian mark begins with UTF-16's.
 WIDE = {
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -27,8 +27,11 @@ WIDE = {
 }
 PARQUET, FEATHER, STREAM, ZIP = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff", b"PK\x03\x04"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# Columns whose cells hold more than text: in CSV they are JSON.
-NESTED = ("prompt_ids", "chosen_ids", "rejected_ids", "answer_ids", "answers", "tools", "chat_template_kwargs")
+# Columns whose cells are more than text. CSV holds them as JSON.
+NESTED = (
+    *("prompt_ids", "chosen_ids", "rejected_ids", "answer_ids", "completion_ids"),
+    *("answers", "completions", "tools", "chat_template_kwargs"),
+)
 READ = ("prompt", "chosen", "rejected", *NESTED)
 JSON_FORMS = "(expected one JSON object a line, or one array of them)"
 CONVERT = {
@@ -39,16 +42,20 @@ CONVERT = {
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a data file, whatever its form.
+    """Read the rows of a data file.
 
     Args:
         path: JSON Lines, a JSON array, CSV (``.csv``, ``.tsv``), Parquet, Arrow, or a folder that ``save_to_disk`` of
-            the ``datasets`` library wrote. In CSV the columns of ``NESTED`` hold JSON, all others text. Of Parquet and
-            Arrow files the columns that :class:`flexpatch.Collator` reads are read; of others the names alone.
+            the ``datasets`` library wrote. In CSV the columns of ``NESTED`` hold JSON, all others text. In Parquet and
+            Arrow the columns that :class:`flexpatch.Collator` reads are loaded; others keep their names, and ``None``
+            for values.
+
+    Returns:
+        One dict a row, column name to value.
 
     Raises:
         FlexpatchError: If there are no rows, a line or row cannot be read (the message names it), or the file needs
-            the ``datasets`` library and that is not installed.
+            the ``datasets`` library, which is not installed.
         OSError: If the file cannot be read.
     """
     path = Path(path)
@@ -65,21 +72,24 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file or of a JSON array, plain or gzipped, with or without a byte-order mark.
+    """Read the rows of a JSON Lines file or of a JSON array, plain or gzipped, with or without a byte-order mark.
 
     Args:
         path: The file.
 
+    Returns:
+        One dict a row, column name to value.
+
     Raises:
-        FlexpatchError: If there are none, or one is not a JSON object; the message names the line, or the row of the
-            array.
+        FlexpatchError: If there are no rows, or a row is not a JSON object. The message names the line, or the row of
+            the array.
         OSError: If the file cannot be read.
     """
     path = Path(path)
     rows: list[dict[str, Any]] = []
     number = 1
     try:
-        # Bytes, decoded line by line: a text file would be decoded ahead, and name another line.
+        # Bytes are decoded line by line: a text file is decoded ahead, so its errors would name a later line.
         with _text(path) as lines:
             at = lines.tell()
             array = lines.read(512).lstrip().startswith(b"[")
@@ -109,16 +119,16 @@ def _checked(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @contextmanager
 def _text(path: Path) -> Iterator[IO[bytes]]:
-    """The file as UTF-8, after its byte-order mark.
+    """Open a file as UTF-8, positioned after its byte-order mark.
 
     Raises:
-        ValueError: For an archive or a table, or text that its mark belies.
+        ValueError: For an archive, a table, or text that contradicts its byte-order mark.
     """
     opened: Any = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rb") as file:
         start = file.read(8)
         if start.startswith((PARQUET, FEATHER, STREAM)):
-            raise ValueError("a table, which flexpatch.files.read_rows reads")
+            raise ValueError("a table: read it with flexpatch.files.read_rows")
         if start.startswith(ZIP):
             raise ValueError("a zip archive or a spreadsheet: unpack it, or export it as CSV")
         wide = next((encoding for mark, encoding in WIDE.items() if start.startswith(mark)), None)
@@ -127,7 +137,7 @@ def _text(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _array(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """The rows of a file that begins with a bracket."""
+    """Read the rows of a JSON array."""
     try:
         rows = json.loads(_decoded(path, content))
     except json.JSONDecodeError as error:
@@ -147,7 +157,7 @@ def _decoded(path: Path, content: bytes) -> str:
 
 
 def _csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
-    """The rows of a table in text, all of whose cells are text, as they stand."""
+    """Read the rows of a table in text. Cells stay text, except in the columns of ``NESTED``."""
     try:
         with _text(path) as file:
             content = file.read()
@@ -155,7 +165,7 @@ def _csv(path: Path, delimiter: str) -> list[dict[str, Any]]:
         raise FlexpatchError(f"{path}: {error}") from error
     reader = csv.reader(io.StringIO(_decoded(path, content), newline=""), delimiter=delimiter, strict=True)
     rows = []
-    most = csv.field_size_limit(len(content) + 1)  # of all readers in this process
+    most = csv.field_size_limit(len(content) + 1)  # a setting of the whole process
     try:
         header = next(reader, [])
         if len(set(header)) != len(header):
@@ -181,7 +191,7 @@ def _cell(name: str, cell: str) -> Any:
 
 
 def _table(path: Path, start: bytes) -> list[dict[str, Any]]:
-    """The rows of a Parquet or an Arrow file."""
+    """Read the rows of a Parquet or Arrow file."""
     kind = "Parquet" if start.startswith(PARQUET) else "Arrow"
     datasets = _datasets(path, kind)
     with _reading(path, kind), open(path, "rb") as file:
@@ -191,17 +201,17 @@ def _table(path: Path, start: bytes) -> list[dict[str, Any]]:
             table = parquet.read_table(file)
         else:
             table = (ipc.open_file if start.startswith(FEATHER) else ipc.open_stream)(file).read_all()
-        # Not pyarrow's own rows: columns of datasets' types (Json) would come as text.
+        # pyarrow alone returns columns of datasets' own types (Json) as text.
         return _rows(datasets.Dataset(datasets.table.InMemoryTable(table)))
 
 
 def _folder(path: Path) -> list[dict[str, Any]]:
-    """The rows of a dataset that was saved as a folder."""
+    """Read the rows of a folder that ``save_to_disk`` wrote."""
     splits = sorted(child.name for child in path.iterdir() if (child / "state.json").is_file())
     if splits:
         raise FlexpatchError(f"{path} holds the splits {', '.join(splits)[:200]}; give one of them: {path / splits[0]}")
     if not (path / "state.json").is_file():
-        raise FlexpatchError(f"{path} is a folder, but not of a dataset that save_to_disk wrote; give one of its files")
+        raise FlexpatchError(f"{path} is a folder, but save_to_disk did not write it; give one of its files")
     datasets = _datasets(path, "a dataset's folder")
     with _reading(path, "a dataset's folder"):
         return _rows(datasets.load_from_disk(str(path)))
@@ -209,7 +219,7 @@ def _folder(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Turn errors of datasets and pyarrow for damaged files into one line that names the file."""
+    """Turn errors of datasets and pyarrow into one line that names the file."""
     try:
         yield
     except Exception as error:
@@ -217,7 +227,7 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def _rows(dataset: Any) -> list[dict[str, Any]]:
-    """Rows as dicts. Columns that nobody reads may be images: they keep their names, for messages, and no values."""
+    """Convert a dataset to dicts. Columns that are not read, such as images, keep their names for error messages."""
     names = dict.fromkeys(dataset.column_names)
     known = dataset.with_format(None).select_columns([name for name in names if name in READ])
     return [names | row for row in known] if known.column_names else [dict(names) for _ in range(len(dataset))]

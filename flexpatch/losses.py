@@ -1,4 +1,4 @@
-"""Preference losses: pure functions of answer log-probabilities."""
+"""Preference losses: pure functions of the log-probabilities of answers."""
 
 import math
 from typing import NamedTuple
@@ -11,9 +11,12 @@ from flexpatch.errors import FlexpatchError
 
 
 class PreferenceLoss(NamedTuple):
-    """Attributes:
-    loss: (), the mean over pairs.
-    chosen_rewards, rejected_rewards: (pairs,), detached: beta * (policy - reference).
+    """Loss and rewards of a batch of pairs.
+
+    Attributes:
+        loss: () float, mean over pairs.
+        chosen_rewards: (pairs,) float, beta * (policy - reference), detached.
+        rejected_rewards: (pairs,) float, beta * (policy - reference), detached.
     """
 
     loss: Tensor
@@ -24,17 +27,21 @@ class PreferenceLoss(NamedTuple):
 def dpo_loss(
     policy: Tensor, reference: Tensor | None = None, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> PreferenceLoss:
-    """The sigmoid DPO loss (arXiv 2305.18290, eq. 7; label smoothing: conservative DPO).
+    """Compute the sigmoid DPO loss (arXiv 2305.18290, eq. 7; with label smoothing: conservative DPO).
 
     Args:
-        policy: (2 * pairs,) summed log-probs in nats, chosen and rejected alternating, as :func:`answer_logprobs`
-            returns them for trees made by ``Tree.of(prompt, chosen, rejected)``.
-        reference: The same of the reference model; ``None`` for a reference-free loss.
+        policy: (2 * pairs,) float, summed log-probs in nats, chosen and rejected in turn. :func:`answer_logprobs`
+            returns them in this order for trees made by ``Tree.of(prompt, chosen, rejected)``.
+        reference: (2 * pairs,) float, log-probs of the reference model; ``None`` for a reference-free loss.
         beta: Strength of the reference, > 0.
         label_smoothing: Probability that a label is flipped, in [0, 0.5).
 
+    Returns:
+        The mean loss, and the rewards of chosen and rejected answers.
+
     Raises:
-        FlexpatchError: For an odd number of answers, shapes that differ, what is no log-prob, or settings out of range.
+        FlexpatchError: For an odd number of answers, shapes that differ, values that are not floats, or settings out
+            of range.
     """
     for name, values in dict(policy=policy, reference=policy if reference is None else reference).items():
         if not isinstance(values, Tensor) or not values.is_floating_point():

@@ -1,4 +1,7 @@
-"""First-fit-decreasing bin packing, and the bins of an epoch."""
+"""First-fit-decreasing bin packing, and the bins of an epoch.
+
+Shapes: R ranks, G items of each rank in one step.
+"""
 
 import heapq
 from collections.abc import Sequence
@@ -8,25 +11,25 @@ import numpy as np
 
 from flexpatch.errors import FlexpatchError
 
-# Shorter items that may complement a long one: with more, neighbours in length even each other out as well.
+# Limits how many short items may complement a long one: more short items even each other out without help.
 MOST_COMPLEMENTS = 64
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack items into as few bins as first-fit-decreasing needs (at most 11/9 of the optimum + 6/9, Dosa 2007).
+    """Pack items into bins by first-fit-decreasing (at most 11/9 of the fewest bins + 6/9, Dosa 2007).
 
-    Items are taken longest first (ties: lowest index first) and each goes into the first bin it fits in. A max-tree
-    over the bins' free room finds that bin in O(log n).
+    Items are taken longest first (ties: lowest index first). Each goes into the first bin that has room for it. A
+    max-tree over the bins' free room finds that bin in O(log n).
 
     Args:
-        lengths: Length of each item, e.g. ``len(lay_out(tree))`` in tokens.
-        capacity: Largest sum of lengths in a bin.
+        lengths: Length of each item, for instance ``len(lay_out(tree))``, in tokens.
+        capacity: Largest sum of lengths in a bin, in tokens.
 
     Returns:
         Item indices of each bin, in order of opening; deterministic.
 
     Raises:
-        FlexpatchError: For an item longer than ``capacity``, or of no length, naming it.
+        FlexpatchError: For an item that is longer than ``capacity`` or empty. The message names the item.
     """
     lengths, capacity = _checked(lengths, capacity), int(capacity)
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
@@ -49,7 +52,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _checked(lengths: Sequence[int], capacity: int) -> list[int]:
-    """``lengths`` as Python's integers, which cannot overflow, or the reason why not."""
+    """Convert lengths to Python's integers, which cannot overflow, or raise an error that names the item."""
     whole = []
     for item, length in [("capacity", capacity), *enumerate(lengths)]:
         try:
@@ -65,38 +68,39 @@ def _checked(lengths: Sequence[int], capacity: int) -> list[int]:
 def epoch_bins(
     lengths: Sequence[int], capacity: int, *, ranks: int = 1, seed: int = 0, epoch: int = 0
 ) -> list[list[int]]:
-    """The bins of one epoch, shuffled: rank r of R takes bins r, r + R, r + 2R, ...
+    """Make the bins of one epoch, shuffled. Rank r of R takes bins r, r + R, r + 2R, ...
 
-    Their number is the same in every epoch and a multiple of ``ranks``, so schedules are known ahead and no rank waits
-    for another's last step. The R bins that are run together hold equally many items, because trainers gather values of
-    items over ranks, and nearly equally many tokens. Which samples share a bin changes from epoch to epoch: lengths are
-    rounded up a little (to a 64th of their mean, or a 512th of ``capacity`` if that is less), and samples of one
-    rounded length trade places.
+    The number of bins is the same in every epoch and a multiple of ``ranks``, so schedules are known ahead and no rank
+    waits for another's last step. The R bins of one step hold equally many items, because trainers gather values of
+    items over ranks, and nearly equally many tokens. Bins hold other samples in every epoch: lengths are rounded up a
+    little (to a 64th of their mean, or a 512th of ``capacity`` if that is less), and samples of one rounded length
+    trade places.
 
     Args:
-        lengths: As in :func:`pack`.
-        capacity: As in :func:`pack`.
+        lengths: Length of each item, in tokens.
+        capacity: Largest sum of lengths in a bin, in tokens.
         ranks: Processes that share the epoch.
-        seed: Of all epochs.
+        seed: Seed of all epochs.
         epoch: Number of the epoch.
 
     Returns:
         Item indices of each bin; deterministic. If ``ranks`` does not divide the number of items, up to ``ranks - 1``
-        of them are repeated, as in stock samplers.
+        items are repeated, as in stock samplers.
 
     Raises:
-        FlexpatchError: As in :func:`pack`; for ``ranks < 1``, or a negative seed or epoch.
+        FlexpatchError: For an item that is longer than ``capacity`` or empty, ``ranks < 1``, or a negative seed or
+            epoch.
     """
     if not (ranks >= 1 and seed >= 0 and epoch >= 0):
         raise FlexpatchError(f"ranks={ranks} must be at least 1, seed={seed} and epoch={epoch} at least 0")
-    lengths = _checked(lengths, capacity)  # pack would name a shuffled item
+    lengths = _checked(lengths, capacity)  # here, since pack would name an item by its shuffled index
     if not lengths:
         return []
     rng = np.random.default_rng([seed, epoch])
     sizes = np.array(lengths)
     step = max(1, min(capacity // 512, int(sizes.mean()) // 64))
     rounded = np.minimum(-(-sizes // step) * step, capacity)
-    # Longest first, random among equals: what follows depends on rounded lengths alone, so epochs differ in items only.
+    # Longest first, random among equals: bins depend on rounded lengths alone, so epochs differ in their items only.
     items = rng.permutation(len(sizes))
     items = items[np.argsort(-rounded[items], kind="stable")]
     items = np.concatenate([items, np.resize(items[::-1], -len(items) % ranks)])
@@ -104,7 +108,7 @@ def epoch_bins(
     while (chosen_GR := _complemented(rounded[items], capacity, ranks)) is not None:
         steps.append(items[chosen_GR])
         items = np.delete(items, chosen_GR)
-    # Neighbours in length go to different ranks, and are packed as if they were one item, as long as the longest.
+    # Neighbours in length go to different ranks. Each group is packed as one item, as long as its longest.
     groups = items.reshape(-1, ranks)
     packed = _pack_evenly(rounded[groups].max(1).tolist(), capacity)
     steps += [_deal(groups[some], sizes) for some in packed]
@@ -112,14 +116,14 @@ def epoch_bins(
 
 
 def _complemented(lengths: np.ndarray, capacity: int, ranks: int) -> np.ndarray | None:
-    """A full step of the R longest items, each with shorter ones that complement it; ``None`` if those R are so alike
-    that neighbours in length will do, or if there are no such shorter ones.
+    """Fill a step with the R longest items, and complement each with shorter ones.
 
     Args:
-        lengths: (n,) longest first.
+        lengths: (n,) lengths, longest first.
 
     Returns:
-        (G, R) indices into ``lengths``: G items of each rank.
+        (G, R) indices into ``lengths``: G items of each rank. ``None`` if the R longest are nearly equal, so that
+        neighbours in length balance ranks as well, or if no shorter items complement them.
     """
     slack = capacity // 50
     if len(lengths) == 0 or lengths[0] - lengths[ranks - 1] <= slack:
@@ -138,8 +142,11 @@ def _complemented(lengths: np.ndarray, capacity: int, ranks: int) -> np.ndarray 
 
 
 def _complements(lengths: np.ndarray, room_R: np.ndarray, count: int) -> np.ndarray | None:
-    """(count, R) distinct indices into ``lengths``, longest first: to each room the longest items that fit its equal
-    shares, in turn. ``None`` if there are too few as short as needed."""
+    """Fill each of R rooms with ``count`` items: in turn the longest item that fits an equal share of the room left.
+
+    Returns:
+        (count, R) distinct indices into ``lengths``, which is longest first; ``None`` if too few items are that short.
+    """
     ascending, found = lengths[::-1], []
     left = np.ones(len(lengths), bool)
     ranks = np.arange(len(room_R))
@@ -147,7 +154,7 @@ def _complements(lengths: np.ndarray, room_R: np.ndarray, count: int) -> np.ndar
         pool = np.flatnonzero(left)
         widest_first = np.argsort(-room_R, kind="stable")
         at = np.searchsorted(ascending[pool], room_R[widest_first] // shares, side="right") - 1
-        at = np.minimum.accumulate(at + ranks) - ranks  # each its own: the next shorter one, if that is taken
+        at = np.minimum.accumulate(at + ranks) - ranks  # a taken item is replaced by the next shorter
         if at[-1] < 0:
             return None
         taken_R = np.empty_like(at)
@@ -159,8 +166,11 @@ def _complements(lengths: np.ndarray, room_R: np.ndarray, count: int) -> np.ndar
 
 
 def _pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """As few bins as first-fit-decreasing needs, and equally full if that can be had: FFD would leave all room in its
-    last bins, and the few items of a small bin cannot be balanced over ranks. Longest items first in every bin."""
+    """Pack items into as few bins as first-fit-decreasing needs, equally full if possible, longest items first.
+
+    First-fit-decreasing leaves its last bins nearly empty, and the few items of such a bin cannot be balanced over
+    ranks.
+    """
     packed = pack(lengths, capacity)
     bins: list[list[int]] = [[] for _ in packed]
     fullness = [(0, b) for b in range(len(bins))]  # a heap
@@ -174,7 +184,7 @@ def _pack_evenly(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _deal(groups_GR: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """A step: of each group one item to each rank, the longest to the rank that has the fewest tokens so far."""
+    """Deal each group of R items to R ranks, the longest item to the rank with the fewest tokens so far."""
     ranks = groups_GR.shape[1]
     if ranks == 1:
         return groups_GR

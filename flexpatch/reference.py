@@ -1,4 +1,4 @@
-"""Reference log-probabilities for a whole dataset, computed once and kept in a safetensors file."""
+"""Reference log-probabilities of a whole dataset, computed once and kept in a safetensors file."""
 
 import hashlib
 import json
@@ -18,35 +18,37 @@ from flexpatch.internals import base_weights
 from flexpatch.logprobs import answer_logprobs
 from flexpatch.packing import pack
 from flexpatch.rows import build_rows
-from flexpatch.tree import Layout
+from flexpatch.tree import Layout, Tree, lay_out
 
 
 @torch.no_grad()
 def reference_logprobs(
     model: nn.Module,
-    layouts: Sequence[Layout],
+    trees: Sequence[Tree | Layout],
     *,
     capacity: int,
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> list[Tensor]:
-    """Answer log-probs of every sample under the reference model.
+    """Compute the log-probs of every sample's answers under the reference model.
 
     Args:
-        model: A patched model. A peft model is run with its adapters off; any other is itself the reference.
-        layouts: The samples, from :func:`flexpatch.lay_out` or :meth:`flexpatch.Collator.layout`.
-        capacity: Tokens a row. Samples are packed first-fit-decreasing.
-        cache_dir: Where to keep the result. The file name is a hash of the reference's weights and configuration, the
-            samples, the dtype, the backend and the device type: any change computes anew.
+        model: A patched model. A peft model runs with its adapters off; any other model is itself the reference.
+        trees: The samples: trees, or layouts from :func:`flexpatch.lay_out` or :meth:`flexpatch.Collator.layout`.
+            Error messages number trees from 0; layouts keep their names.
+        capacity: Most tokens of a row. Samples are packed first-fit-decreasing.
+        cache_dir: Folder that keeps the result. The file name is a hash of the reference's weights and configuration,
+            the samples, the dtype, the backend and the device type, so any change recomputes the result.
         progress: Show a progress bar.
 
     Returns:
-        For each sample a float32 tensor on the CPU, one value (in nats) an answer.
+        One tensor a sample: (answers,) float32, summed log-probs in nats, on the CPU.
 
     Raises:
-        FlexpatchError: If a sample is longer than ``capacity``, a result is not finite (naming the sample), or a
-            cached file is damaged.
+        FlexpatchError: For a malformed tree, a sample longer than ``capacity``, a result that is not finite (the
+            message names the sample), or a damaged cache file.
     """
+    layouts = [tree if isinstance(tree, Layout) else lay_out(tree, i) for i, tree in enumerate(trees)]
     path = None
     counts = [len(layout.answers) for layout in layouts]
     if cache_dir is not None:
@@ -71,11 +73,11 @@ def reference_logprobs(
                         )
                     values[i] = value
     finally:
-        for module, training in modes.items():  # not model.train(): parts may be frozen in another mode
+        for module, training in modes.items():  # not model.train(): parts may have been in eval mode
             module.training = training
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{uuid4().hex}.partial")  # of this process alone: ranks may share a cache
+        partial = path.with_suffix(f".{uuid4().hex}.partial")  # of this process alone, since ranks may share a cache
         logprobs = torch.cat([torch.empty(0), *values])
         save_file({"logprobs": logprobs}, partial, metadata={"blake2b": _digest(logprobs)})
         partial.replace(path)  # a killed run leaves no half-written cache
@@ -87,7 +89,7 @@ def _load(path: Path, answers: int) -> Tensor:
         with safe_open(path, framework="pt") as file:
             logprobs, digest = file.get_tensor("logprobs"), (file.metadata() or {}).get("blake2b")
         if logprobs.dtype != torch.float32 or _digest(logprobs) != digest:
-            raise ValueError("its values are not those that were written")
+            raise ValueError("its values have changed since they were written")
         if logprobs.shape != (answers,):
             raise ValueError(f"it holds {tuple(logprobs.shape)} values, not {answers}")
     except Exception as error:
@@ -96,13 +98,13 @@ def _load(path: Path, answers: int) -> Tensor:
 
 
 def _digest(values: Tensor) -> str:
-    """Files rot: a value that changed on a disk looks like any other."""
+    """Hash log-probs, because a value that was damaged on a disk looks like any other value."""
     return hashlib.blake2b(values.contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _key(model: nn.Module, layouts: Sequence[Layout]) -> str:
-    """Hash of everything the log-probs depend on."""
-    digest = hashlib.blake2b(b"2", digest_size=16)  # of the file's form
+    """Hash everything that the log-probs depend on."""
+    digest = hashlib.blake2b(b"2", digest_size=16)  # version of the file's format
     settings, tensors = base_weights(model)
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items()):

@@ -19,22 +19,22 @@ from flexpatch.tree import LARGEST_ID, Layout, Tree, lay_out
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Packed rows on one device: everything a forward pass and its answer log-probs need.
+    """Packed rows on one device, with all that a forward pass and its answer log-probs need.
 
     Attributes:
         input_ids: (B, L) int64.
         position_ids: (B, L) int64, rope positions.
-        ends: (B, L) int32, exclusive row index at which each token's subtree ends. A padding token is its own tree.
-        predictors: (T,) int64 into the flattened (B*L) tokens: the token that predicts each scored token.
+        ends: (B, L) int32, row index at which each token's subtree ends (exclusive). A padding token is a tree alone.
+        predictors: (T,) int64, predictor index: the token, of all B * L, that predicts each scored token.
         targets: (T,) int64, ids of the scored tokens, answer by answer.
-        answer_tokens: (A, longest answer) int64 into T; T itself marks padding.
-        sample_of_answer: (A,) int64, which tree of the input each answer belongs to.
+        answer_tokens: (A, longest answer) int64, indices of each answer's scored tokens in 0 to T - 1; T is padding.
+        sample_of_answer: (A,) int64, index of the tree that each answer belongs to.
         tokens: Tokens computed, without padding.
-        separate_tokens: Tokens that separate runs of every sequence would compute, without padding.
+        separate_tokens: Tokens of all sequences, run separately, without padding.
         depth: Longest root-to-leaf sequence, in tokens.
         sequence_lengths: Length of every answer's separate sequence, in tokens.
         largest_ids: Largest id of each tree.
-        samples: How error messages name each tree.
+        samples: Name of each tree in error messages.
         pad_id: Id of padding tokens.
     """
 
@@ -52,11 +52,11 @@ class Rows:
     largest_ids: list[int]
     samples: list[int | str]
     pad_id: int = 0
-    # Masks already built from these rows, so that policy and reference share them.
+    # Keeps masks that were built from these rows, so that policy and reference share them.
     masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # A copy may have other ends or positions (dataclasses.replace), so it never takes masks along.
+        # dataclasses.replace may change ends or positions, so a copy never takes masks along.
         object.__setattr__(self, "masks", {})
 
     def _each(self, function: Any) -> Rows:
@@ -64,7 +64,7 @@ class Rows:
         return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
 
     def __getitem__(self, key: Any) -> NoReturn:
-        """Refuse a trainer that takes packed rows for a batch of its own.
+        """Refuse a trainer that takes packed rows for a batch of columns.
 
         Raises:
             FlexpatchError: Always; so do iteration, ``items()``, ``keys()`` and ``values()``.
@@ -75,17 +75,25 @@ class Rows:
         raise _no_batch("its columns")
 
     def items(self) -> NoReturn:
-        """Refuse a trainer that asks for all columns; ``keys`` and ``values`` are this method."""
+        """Refuse a trainer that asks for all columns; ``keys`` and ``values`` are this method too."""
         raise _no_batch("all columns")
 
     keys = values = items
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Rows:
-        """The same rows on another device. Masks are built there anew."""
+        """Copy the rows to another device. Masks are built anew there.
+
+        Args:
+            device: The device.
+            non_blocking: Copy from pinned memory while the host goes on.
+
+        Returns:
+            Rows whose tensors are on ``device``.
+        """
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Rows:
-        """The same rows in pinned memory; ``DataLoader(pin_memory=True)`` calls it."""
+        """Copy the rows to pinned memory. ``DataLoader(pin_memory=True)`` calls this method."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -106,8 +114,11 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
 
     Args:
         bins: The trees (or layouts made by :func:`lay_out`) of each row, in order. Trees are numbered through in error
-            messages; layouts keep the name they were given.
-        pad_id: Id of padding tokens. They attend only to themselves and score nothing.
+            messages; layouts keep their names.
+        pad_id: Id of padding tokens. A padding token attends to itself alone, and is not scored.
+
+    Returns:
+        Rows on the CPU, one for each bin; answers are in the order of the trees.
 
     Raises:
         FlexpatchError: For an empty bin, or a malformed tree (the message names the sample).

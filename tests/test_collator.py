@@ -61,6 +61,17 @@ def test_any_number_of_answers() -> None:
     assert len(Collator(TOKENIZER).tree({"prompt": "The cat", "answers": [" sat"]}).children) == 1
 
 
+def test_completions_are_answers() -> None:
+    texts = [" on the mat.", " on the dog."]
+    collator = Collator(TOKENIZER)
+    by_answers = collator.tree({"prompt": "The cat sat", "answers": texts})
+    assert same(collator.tree({"prompt": "The cat sat", "completions": texts}), by_answers)
+    dialogues = [[USER, MAT], [USER, DOG]]
+    assert same(collator.tree({"completions": dialogues}), collator.tree({"answers": dialogues}))
+    ids_alone = {"prompt_ids": [1, 2], "completion_ids": [[3], [4, 5], [6]]}
+    assert same(Collator().tree(ids_alone), Tree.of([1, 2], [3], [4, 5], [6]))
+
+
 def test_conversations() -> None:
     tree = Collator(TOKENIZER).tree({"prompt": [USER], "chosen": [MAT], "rejected": [DOG]})
     assert TOKENIZER.decode(tree.ids) == "<|user|>Where is the cat?<|end|><|assistant|>"
@@ -163,6 +174,12 @@ def test_a_batch_is_one_packed_row() -> None:
         ("wrong answers", {"prompt": "a", "answers": "b"}, "column 'answers' holds str"),
         ("wrong ids", {"prompt_ids": 1, "answer_ids": [[1]]}, "column 'prompt_ids' holds int"),
         ("no answers", {"prompt": "a", "answers": []}, "column 'answers' holds no answer"),
+        ("no completions", {"prompt": "a", "completions": []}, "column 'completions' holds no answer"),
+        (
+            "answers and completions",
+            {"prompt": "a", "answers": ["b"], "completions": ["b"]},
+            "columns 'answers' and 'completions' are synonyms; expected one",
+        ),
         ("empty prompt", dict(PAIR, prompt=""), "the prompt is empty"),
         ("empty answer", dict(PAIR, rejected=""), "answer 1 is empty"),
         ("empty prompt ids", {"prompt_ids": [], "answer_ids": [[1]]}, "the prompt is empty"),

@@ -300,8 +300,8 @@ def test_sizes_that_are_none(size: Any) -> None:
 
 @parameterized.expand(
     [
-        ({"num_attention_heads": "x"}, "has sizes that are no numbers: "),
-        ({"num_attention_heads": 0}, "has sizes that are no numbers: "),
+        ({"num_attention_heads": "x"}, "has sizes that are not numbers: "),
+        ({"num_attention_heads": 0}, "has sizes that are not numbers: "),
         ({"num_hidden_layers": None}, r"gives layers = None; expected a positive integer"),
         ({"num_hidden_layers": -3}, r"gives layers = -3; expected a positive integer"),
         ({"vocab_size": [4]}, r"gives vocabulary = \[4\]; expected a positive integer"),

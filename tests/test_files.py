@@ -174,12 +174,12 @@ def test_damaged_files_are_named(
 def test_read_jsonl_sends_tables_elsewhere(tmp_path: Path) -> None:
     for name in ("table.parquet", "stream.arrow", "table.feather"):
         WRITERS[name](TEXTS, tmp_path / name)
-        with pytest.raises(FlexpatchError, match=rf"{name}, line 1: a table, which flexpatch\.files\.read_rows reads"):
+        with pytest.raises(FlexpatchError, match=rf"{name}, line 1: a table: read it with flexpatch\.files\.read_rows"):
             read_jsonl(tmp_path / name)
 
 
 def test_folders_that_hold_no_rows(tmp_path: Path) -> None:
-    with pytest.raises(FlexpatchError, match="is a folder, but not of a dataset that save_to_disk wrote"):
+    with pytest.raises(FlexpatchError, match="is a folder, but save_to_disk did not write it"):
         read_rows(tmp_path)
     split = datasets.Dataset.from_list(TEXTS)
     datasets.DatasetDict(train=split, test=split).save_to_disk(tmp_path / "both")

@@ -57,6 +57,16 @@ def test_it_is_the_base_model(capacity: int) -> None:
     assert not close([values[3], values[2]], [expected[2], expected[3]], atol=1e-1)  # another order is noticed
 
 
+def test_trees_and_layouts_mix(tmp_path: Path) -> None:
+    expected = reference_logprobs(model(), LAYOUTS, capacity=60, cache_dir=tmp_path)
+    found = reference_logprobs(model(), [*TREES[:2], *LAYOUTS[2:]], capacity=60)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    reference_logprobs(model(), TREES, capacity=60, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1  # trees and their layouts are the same samples
+    with pytest.raises(FlexpatchError, match=r"^sample 1: answer 0 is empty"):
+        reference_logprobs(model(), [LAYOUTS[0], Tree.of([5], [])], capacity=60)
+
+
 def test_float32() -> None:
     assert close(reference_logprobs(model(torch.float32), LAYOUTS, capacity=60), separate(model()), atol=1e-3)
 

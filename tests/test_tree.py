@@ -220,7 +220,7 @@ def test_rows_copy_without_their_masks() -> None:
         ("ids for a child", Tree([1], [[2]]), "answer 0 is list; expected a flexpatch.Tree"),
         ("a tree for children", Tree([1], Tree([2])), "the prompt has Tree as children; expected a list of trees"),
         ("an answer that is no truth", Tree([1], [Tree([2], answer="no")]), "answer 0 has answer='no'"),
-        ("a circle", CIRCLE, "answer 0 is a tree that it continues: it would never end"),
+        ("a circle", CIRCLE, "answer 0 is a tree that continues itself: it would never end"),
     ]
 )
 def test_refuses(_name: str, tree: Tree, message: str) -> None:

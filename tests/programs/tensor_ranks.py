@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 import flexpatch
-from flexpatch import Tree, patch
+from flexpatch import Tree, folding
 from programs.engine_ranks import PAIRS, RANK, RANKS, STEPS, _see_siblings
 
 # Whether flexpatch is applied, and what it is given.
@@ -85,7 +85,7 @@ def main(model: Path, folder: Path, names: list[str]) -> None:
     LlamaRotaryEmbedding.forward, LlamaRMSNorm.forward = float64_rope, float64_norm
     for name in names:
         see = {"fold_batch": _see_siblings} if "see" in name else {}
-        with mock.patch.multiple(patch, **see) if see else mock.patch.dict(os.environ):
+        with mock.patch.multiple(folding, **see) if see else mock.patch.dict(os.environ):
             result = train(name, model)
         if RANK == 0:
             torch.save(result, folder / f"{name}.pt")
