@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from flexpatch.arrival import CALL, GIVEN, PENDING, Row
 from flexpatch.calls import is_exporting, without_cache
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import pad_row, restore_forward
-from flexpatch.dispatch import a_mask, is_ours, is_row_call
+from flexpatch.dispatch import is_ours, is_row_call
 from flexpatch.errors import FlexpatchError
 from flexpatch.folding import Exit, Folding
 from flexpatch.internals import arguments_of, attention_name, takes_argument
@@ -92,8 +91,8 @@ class BackboneHook:
         if takes_argument(backbone, call, "logits_to_keep"):
             # Given a number, Gemma 4 drops tokens before its last layers, and which ones it drops is wrong for rows.
             call["logits_to_keep"] = torch.empty(0, dtype=torch.long)
-        fa4 = self.backend == "fa4" and isinstance(a_mask(call), BlockMask)
-        return (), call | {CALL: Row(call["input_ids"].shape[1], call["attention_mask"], pending=pending, fa4=fa4)}
+        length, masks, fa4 = call["input_ids"].shape[1], call["attention_mask"], self.backend == "fa4"
+        return (), call | {CALL: Row(length, masks, pending=pending, fa4=fa4)}
 
     @torch.compiler.disable
     def _enter(self, backbone: PreTrainedModel, call: dict[str, Any], folds: bool) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def apply(
 
 
 def remove(model: AnyModel) -> AnyModel:
-    """Undo :func:`apply`.
+    """Undo :func:`apply`: the model is as it was before.
 
     Returns:
         ``model``; one that was never patched is returned as it is.

@@ -17,6 +17,7 @@ from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.internals import base_weights
 from flexpatch.logprobs import answer_logprobs
 from flexpatch.packing import pack
+from flexpatch.patch import settings_of
 from flexpatch.rows import build_rows
 from flexpatch.tree import Layout, Tree, lay_out
 
@@ -106,6 +107,7 @@ def _key(model: nn.Module, layouts: Sequence[Layout]) -> str:
     """Hash everything that the log-probs depend on."""
     digest = hashlib.blake2b(b"2", digest_size=16)  # version of the file's format
     settings, tensors = base_weights(model)
+    settings["_backend"] = (settings_of(model) or {}).get("backend")
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -192,7 +192,7 @@ def test_a_failed_measurement_is_made_again(monkeypatch: pytest.MonkeyPatch) -> 
 def test_layers_that_were_replaced_are_not_silently_ignored() -> None:
     model = flexpatch.apply(deep("llama", 2), recompute_layers=1).train()
     model.model.layers = nn.ModuleList(_Wrapped(layer) for layer in model.model.layers)
-    with pytest.warns(flexpatch.FlexpatchWarning, match="checkpointing has no effect"):
+    with pytest.warns(flexpatch.FlexpatchWarning, match="recompute_layers has no effect"):
         model(**batch(), use_cache=False)
 
 

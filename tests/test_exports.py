@@ -2,8 +2,10 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -44,10 +46,35 @@ def importers(module: str) -> set[str]:
 
 def test_all_is_sorted_and_complete() -> None:
     assert flexpatch.__all__ == sorted(flexpatch.__all__)
-    public = {
-        name for name, value in vars(flexpatch).items() if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert set(flexpatch.__all__) == public
+    assert set(flexpatch.__all__) == set(flexpatch._HOMES)
+    typed = next(node for node in SOURCES["__init__"].body if isinstance(node, ast.If))
+    static = {(statement.module, name.name) for statement in typed.body for name in statement.names}
+    assert static == {(f"flexpatch.{module}", name) for name, module in flexpatch._HOMES.items()}
+
+
+def test_importing_the_package_imports_no_framework() -> None:
+    """And using it imports none that transformers does not import by itself."""
+    code = """
+        import sys
+        import flexpatch
+        heavy = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "trl", "datasets"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+        assert flexpatch.apply.__module__ == "flexpatch.patch" and "torch" in sys.modules
+        assert not {"peft", "bitsandbytes", "deepspeed", "trl", "datasets"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", inspect.cleandoc(code)], check=True, timeout=300)
+
+
+@parameterized.expand(flexpatch._MOVED.items())
+def test_former_names_still_work(name: str, module: str) -> None:
+    with pytest.warns(DeprecationWarning, match=rf"flexpatch.{name} is now flexpatch.{module}.{name}"):
+        value = getattr(flexpatch, name)
+    assert value is getattr(importlib.import_module(f"flexpatch.{module}"), name)
+
+
+def test_a_name_that_never_was() -> None:
+    with pytest.raises(AttributeError, match="module 'flexpatch' has no attribute 'fold_everything'"):
+        flexpatch.fold_everything
 
 
 @parameterized.expand([(name,) for name in flexpatch.__all__])
@@ -158,10 +185,12 @@ def test_tests_ask_for_the_words_of_an_error(path: str) -> None:
 
 
 def test_only_some_files_know_transformers_and_flex() -> None:
-    # verify and parity are leaves that report versions and settings; models loads models; callbacks serves its Trainer.
-    assert importers("transformers") <= {"patch", "models", "parity", "verify", "callbacks"}
-    assert "patch" in importers("transformers")
-    assert importers(FLEX) == {"arrival", "attention", "compiled", "masks", "patch"}
+    # Stages take its models; verify and parity report versions and settings; models loads models; callbacks serves its
+    # Trainer.
+    stages = {"calls", "checkpointing", "compiled", "folding", "forward"}
+    assert importers("transformers") <= {"internals", "dispatch", "models", "parity", "verify", "callbacks"} | stages
+    assert {"internals", "dispatch"} <= importers("transformers")
+    assert importers(FLEX) == {"arrival", "attention", "compiled", "dispatch", "masks"}
     for leaf in ("verify", "estimate", "trl", "callbacks"):
         assert importers(f"flexpatch.{leaf}") == set()
     assert importers("trl") == {"trl"}

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import flexpatch
-from flexpatch import fold, patch
+from flexpatch import fold, folding
 from flexpatch.float64 import Float64 as _Float64
 from flexpatch.models import tiny_model
 from flexpatch.patch import settings_of
@@ -378,7 +378,11 @@ BUILD_ROWS, UNFOLD = fold.build_rows, fold.unfold
 
 @pytest.mark.parametrize(
     ("place", "name", "change"),
-    [(fold, "build_rows", siblings_seen), (patch, "unfold", slightly_off), (flexpatch, "remove", lambda model: model)],
+    [
+        (fold, "build_rows", siblings_seen),
+        (folding, "unfold", slightly_off),
+        (flexpatch, "remove", lambda model: model),
+    ],
 )
 def test_the_property_can_fail(place: Any, name: str, change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place, name, change)
