@@ -1,18 +1,18 @@
-"""How long ranks wait for one another in packed epochs, simulated: ``flexpatch.trl.PackedDPOTrainer``'s bins.
+"""Simulates how long ranks wait for one another in packed epochs of ``flexpatch.trl.PackedDPOTrainer``.
 
     python benchmarks/balance.py LENGTHS.json
 
-LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths. They are drawn with replacement up to
---pairs, and each is changed by up to a tenth, so that a few hundred samples make a smooth distribution.
+LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths. Lengths are drawn with replacement, and
+each is changed by up to a tenth, so that a few hundred samples make a smooth distribution.
 
 A bin costs the FLOPs of a step of a model of Mistral-7B's shape: products with the layers' weights (6 x weights x
-tokens), attention to visible pairs of tokens, and the head on answer tokens. A step takes as long as its costliest
-rank; *waiting* is (costliest - mean) / mean over ranks. Compared:
+tokens), attention to visible pairs of tokens, and the output layer on answer tokens. A step takes as long as its
+costliest rank; *waiting* is (costliest - mean) / mean over ranks. Compared:
 
-packed      epoch_bins: what PackedDPOTrainer runs.
-at random   The same bins, dealt to the ranks at random.
-stock       As many random pairs for every rank as make --budgets tokens on average, right-padded to the longest of
-            their rank; padding costs what tokens do.
+packed      Bins of epoch_bins, which PackedDPOTrainer runs.
+at random   Bins of epoch_bins, dealt to the ranks at random.
+stock       Random pairs, right-padded to the longest of their rank, as many for every rank as make --budgets tokens on
+            average. A padding token costs as much as a token.
 
 Prints a table; writes table.md, balance.json and balance.png to --output. Exit code 1 if ranks wait for a twentieth of
 an epoch's mean step or more in any set, budget and number of ranks.
@@ -71,7 +71,7 @@ def draw(triples: np.ndarray, pairs: int, rng: np.random.Generator) -> np.ndarra
 
 
 def simulate(name: str, triples: np.ndarray, budget: int, ranks: int, fewest: int) -> dict[str, Any]:
-    """One epoch of every kind. ``fewest``: the bins that first-fit-decreasing needs without ranks."""
+    """Cost one epoch of every kind. ``fewest`` counts the bins that first-fit-decreasing needs without ranks."""
     tokens, costs = triples.sum(1), shared_flops(triples)
     bins = epoch_bins(tokens.tolist(), budget, ranks=ranks)
     counts = np.array([len(some) for some in bins]).reshape(-1, ranks)
@@ -88,20 +88,20 @@ def simulate(name: str, triples: np.ndarray, budget: int, ranks: int, fewest: in
 
 
 def waiting(costs_SR: np.ndarray) -> dict[str, float]:
-    """By how much the costliest rank of a step exceeds the mean: over an epoch's steps."""
+    """Average over an epoch's steps how far the costliest rank exceeds the mean of the ranks."""
     waits = costs_SR.max(1) / costs_SR.mean(1) - 1
     return dict(mean=waits.mean(), p95=np.percentile(waits, 95), worst=waits.max())
 
 
 def shared_flops(triples: np.ndarray) -> np.ndarray:
-    """Of each pair in a shared row, forward and backward."""
+    """FLOPs of each pair in a shared row, forward and backward."""
     prompt, chosen, rejected = triples.astype(float).T
     visible = triangle(prompt) + prompt * (chosen + rejected) + triangle(chosen) + triangle(rejected)
     return flops(prompt + chosen + rejected, visible, chosen + rejected)
 
 
 def stock_flops(triples: np.ndarray, budget: int, ranks: int, rng: np.random.Generator) -> np.ndarray:
-    """(steps, ranks) of random padded batches, with equally many pairs each. Attention skips what is in the future."""
+    """FLOPs of random padded batches, (steps, ranks), with equally many pairs each. Attention skips later tokens."""
     prompt, chosen, rejected = triples.T
     longest = prompt + np.maximum(chosen, rejected)
     order = rng.permutation(len(triples))
@@ -125,7 +125,7 @@ def triangle(length: Any) -> Any:
 
 
 def flops(tokens: Any, visible: Any, answers: Any) -> Any:
-    """Forward and backward: 6 for every weight and token, 12 for every visible pair and unit of the heads."""
+    """FLOPs, forward and backward: 6 for every weight and token, 12 for every visible pair and unit of the heads."""
     shape: Any = MISTRAL
     width, layers = shape["hidden_size"], shape["num_hidden_layers"]
     keys = shape["num_key_value_heads"] * shape["head_dim"]

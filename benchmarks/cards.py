@@ -2,13 +2,13 @@
 
     python benchmarks/cards.py            # writes benchmarks/results/cards.md and docs/cards.md; needs Triton, no GPU
     python benchmarks/cards.py --docs     # docs/cards.md alone, from the results
-    python benchmarks/cards.py --check    # runs the tiles of all cards on the GPU at hand, against a float64 softmax
+    python benchmarks/cards.py --check    # runs the tiles of all cards on this machine's GPU, against a float64 softmax
 
-A GPU kernel that needs more shared memory than a thread block may take dies at its first call. How much it needs is
-known once Triton has lowered it, and Triton lowers for any card: Inductor renders our attention (rows' block mask,
-grouped heads, with a window and a soft cap, and without) as on that card, forward and backward, with its own tiles and
-with those of ``flexpatch.devices``, and what Triton tells of each kernel fills the table. ``--assemble`` also runs
-ptxas, which shows that a kernel's machine code can be made for that card.
+A GPU kernel that needs more shared memory than a thread block may take fails at its first call. Triton knows the need
+of a kernel once it has lowered it, and it can lower for any card. Inductor renders flexpatch's attention (rows' block
+mask, grouped heads, with and without a window and a soft cap) as on that card, forward and backward, with its own tiles
+and with the tiles of ``flexpatch.devices``. The table shows what Triton reports of each kernel. ``--assemble`` also
+runs ptxas, which shows that a kernel's machine code can be made for that card.
 """
 
 import argparse
@@ -54,20 +54,20 @@ FLEX = (torch.ops.higher_order.flex_attention, torch.ops.higher_order.flex_atten
 
 @dataclass(frozen=True)
 class Kernel:
-    """Source of a kernel as Inductor rendered it."""
+    """Source of a kernel, as Inductor rendered it."""
 
     name: str
     text: str
 
     def arguments(self) -> tuple[dict[str, str], dict[Any, Any]]:
-        """Their types, and what is known of their alignment."""
+        """Types of the kernel's arguments, and their alignment."""
         signature = re.search(r"'signature': (\{.*?\})", self.text)
         known = re.search(r"'configs': \[(\{.*?\})\]", self.text)
         assert signature and known
         return ast.literal_eval(signature[1]), ast.literal_eval(known[1])
 
     def function(self, tiles: dict[str, int], folder: Path) -> Any:
-        """The Triton function, with other tiles: they are constants in its text."""
+        """Make the Triton function with other tiles, which are constants in its text."""
         text = re.sub(r"@triton_heuristics\.template\(.*?\n\)\n", "", self.text, flags=re.DOTALL)
         for name, value in tiles.items():
             text, count = re.subn(rf"(\b{name} : tl\.constexpr = ).*", rf"\g<1>{value}", text)
@@ -82,9 +82,9 @@ class Kernel:
 
 
 def render(size: int, value_size: int, dtype: torch.dtype, windowed: bool) -> dict[str, Kernel]:
-    """Our attention's kernels, by pass, as Inductor writes them for a GPU.
+    """Render the kernels of flexpatch's attention, by pass, as Inductor writes them for a GPU.
 
-    It is traced on the CPU, where autograd needs no driver; Inductor then gets graphs whose tensors are on a GPU.
+    Attention is traced on the CPU, where autograd needs no driver. Inductor then gets graphs with tensors on a GPU.
     """
     from torch._inductor.compile_fx import compile_fx, record_original_output_strides
     from torch._inductor.debug import DebugContext
@@ -125,7 +125,7 @@ def render(size: int, value_size: int, dtype: torch.dtype, windowed: bool) -> di
 
 
 def empty_results(graph: Any) -> list[Any]:
-    """What a traced graph would return, uncomputed: only kernels' sources are of interest."""
+    """Return empty results of a traced graph. Only the sources of kernels are of interest."""
     nodes = graph.graph.output_node().args[0]
     values = [node.meta["val"] if isinstance(node, torch.fx.Node) else node for node in nodes]
     return [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, Tensor) else v for v in values]
@@ -139,7 +139,7 @@ def as_cuda(value: Any, mode: Any) -> Any:
 
 
 def to_cuda(graph: Any, mode: Any) -> Any:
-    """A traced graph whose tensors are on a GPU, and which keeps the log-sum-exp as backward on a GPU needs it."""
+    """Move the tensors of a traced graph to a GPU, and keep the log-sum-exp, which backward on a GPU needs."""
     from torch.utils._pytree import tree_map
 
     for node in graph.graph.nodes:
@@ -158,7 +158,7 @@ def to_cuda(graph: Any, mode: Any) -> Any:
 
 @contextmanager
 def on_a_gpu(capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
-    """Inductor and Triton believe in a card. Which one matters for tiles alone, and those are set afterwards."""
+    """Make Inductor and Triton believe in a card. The card decides only the tiles, which are replaced afterwards."""
     from torch._inductor.runtime.hints import DeviceProperties
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -186,7 +186,7 @@ def on_a_gpu(capability: tuple[int, int] = (8, 0)) -> Iterator[None]:
 
 
 def torch_tiles(which: str, size: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, int]:
-    """The tiles that Inductor takes by itself on a card."""
+    """Look up the tiles that Inductor chooses on a card."""
     from torch._inductor.template_heuristics.triton import CUDAConfigHeuristic
 
     with on_a_gpu(capability):
@@ -201,13 +201,13 @@ def torch_tiles(which: str, size: int, dtype: torch.dtype, capability: tuple[int
 
 
 def our_tiles(tiles: dict[str, int], options: dict[str, int], which: str) -> dict[str, int]:
-    """Torch's tiles, as Inductor changes them for kernel options."""
+    """Change torch's tiles by kernel options, as Inductor does."""
     prefix = {"forward": "fwd_", "backward": "bwd_"}[which]
     return tiles | {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
 
 
 def shared_bytes(kernel: Kernel, tiles: dict[str, int], capability: tuple[int, int], assemble: bool = False) -> int:
-    """Shared memory of one thread block. ``assemble``: make machine code too."""
+    """Read the shared memory of one thread block from a lowered kernel. ``assemble`` makes machine code too."""
     import triton
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
@@ -238,13 +238,13 @@ def shared_bytes(kernel: Kernel, tiles: dict[str, int], capability: tuple[int, i
 
 
 def sizes_of(head: str) -> tuple[int, int]:
-    """``192/128``: 192 for queries and keys, 128 for values."""
+    """Parse head sizes: ``192/128`` is 192 for queries and keys, and 128 for values."""
     size, _, values = head.partition("/")
     return int(size), int(values or size)
 
 
 class Line(NamedTuple):
-    """One kernel on one card."""
+    """Need of one kernel on one card."""
 
     head: str
     dtype: str
@@ -261,7 +261,7 @@ class Line(NamedTuple):
 
 
 def measure(head: str, dtype: str, assemble: bool) -> Iterator[Line]:
-    """The lines of one kind of head."""
+    """Measure the lines of one kind of head."""
     sizes = sizes_of(head)
     kernels = render(*sizes, DTYPES[dtype], True)
     known: dict[Any, int] = {}
@@ -272,7 +272,7 @@ def measure(head: str, dtype: str, assemble: bool) -> Iterator[Line]:
             for whose, tiles in (("torch", stock), ("flexpatch", our_tiles(stock, options or {}, which))):
                 if whose == "flexpatch" and tiles == stock:
                     continue
-                # Ampere's and Ada's kernels are lowered alike.
+                # Kernels for Ampere and Ada are lowered alike.
                 target = (8, 6) if capability[0] == 8 else capability
                 key = which, target, tuple(tiles.items())
                 if key not in known:
@@ -283,13 +283,13 @@ def measure(head: str, dtype: str, assemble: bool) -> Iterator[Line]:
 
 
 def read(path: Path = RESULTS) -> list[Line]:
-    """The lines that :func:`main` wrote."""
+    """Read the lines that :func:`main` wrote."""
     rows = [line.strip("| \n").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
     return [Line(*row) for row in rows[1:]]
 
 
 def write(path: Path, version: str, lines: list[Line]) -> None:
-    """Add lines to those of other heads and dtypes that the same release has measured."""
+    """Add lines to those that the same release has measured of other heads and dtypes."""
     if path.exists() and path.read_text().startswith(f"{version}\n"):
         lines = [line for line in read(path) if line[:2] != lines[0][:2]] + lines
     lines = sorted(lines, key=lambda line: (line.dtype, sizes_of(line.head)))
@@ -299,7 +299,7 @@ def write(path: Path, version: str, lines: list[Line]) -> None:
 
 
 def docs(lines: list[Line], version: str) -> str:
-    """docs/cards.md."""
+    """Write the text of docs/cards.md."""
     text = INTRODUCTION
     for dtype, title in (("bfloat16", "bfloat16 and float16"), ("float32", "float32")):
         heads = dict.fromkeys(line.head for line in lines if line.dtype == dtype)
@@ -312,7 +312,7 @@ def docs(lines: list[Line], version: str) -> str:
 
 
 def cell(lines: list[Line]) -> str:
-    """What runs for one head on one card, and the KB that its larger kernel needs."""
+    """Name the kernels that run for one head on one card, and the KB that the larger one needs."""
     torch_kb = max(float(line.kb) for line in lines if line.tiles_of == "torch")
     capability, sizes, dtype = lines[0].capability, sizes_of(lines[0].head), DTYPES[lines[0].dtype]
     options = devices.fitting(devices.SHARED_KB[capability], sizes, dtype)
@@ -324,16 +324,16 @@ def cell(lines: list[Line]) -> str:
 
 
 def used(lines: list[Line]) -> list[Line]:
-    """Of the lines of one head on one card those of the tiles that flexpatch gives."""
+    """Keep the lines of the tiles that flexpatch chooses, of all lines of one head on one card."""
     ours = {line.which: line for line in sorted(lines, key=lambda line: line.tiles_of == "flexpatch")}
     return list(ours.values())
 
 
 def check(head: str, dtype: torch.dtype, options: dict[str, int]) -> bool:
-    """Whether kernels with these options are right on the GPU at hand, forward and backward.
+    """Check kernels with these options on this machine's GPU, forward and backward.
 
-    Truth is a float64 softmax. Allowed is twice the error of a dense softmax in the same precision. The control, rows
-    whose answers see each other, must be far beyond that.
+    The truth is a float64 softmax. The bound is twice the error of a dense softmax in the same precision. The negative
+    control, rows whose answers see each other, must be far beyond the bound.
     """
     rows = build_rows([[Tree.of([1] * 300, [2] * 90, [3] * 41), Tree.of([1] * 7, [2] * 60, [3] * 200)]]).to(CUDA)
     length = rows.input_ids.shape[1]
@@ -376,7 +376,7 @@ def check(head: str, dtype: torch.dtype, options: dict[str, int]) -> bool:
 
 
 def check_all() -> bool:
-    """All options of ``devices.TILES`` on heads that they are given for."""
+    """Run all options of ``devices.TILES`` on heads that they are for."""
     print("output, gradients of q, k, v: error (of a dense softmax, of answers that see each other)")
     cases = {
         (head, name, tuple(options.items()))

@@ -1,28 +1,29 @@
-"""Does sharing change where training ends? LoRA DPO on real pairs, shared against paired, step by step.
+"""Compares LoRA DPO on real pairs, shared against paired, step by step: does sharing change where training ends?
 
-    python benchmarks/drift.py prepare HH.jsonl.gz runs/drift/tokens.jsonl.gz    # a tokenizer of its own, no download
+    python benchmarks/drift.py prepare HH.jsonl.gz runs/drift/tokens.jsonl.gz    # trains a tokenizer, no download
     python benchmarks/drift.py run runs/drift/tokens.jsonl.gz --shape tiny --layouts shared paired broken
     python benchmarks/drift.py run runs/drift/tokens.jsonl.gz --shape 1b --jobs 3                          # on a GPU
     python benchmarks/drift.py plot runs/drift/drift.jsonl                       # also of runs that were cut short
 
-The base model is trained here from random weights, as a language model on prompts and chosen answers of the training
-pairs, once for all runs (or --model: real weights; prepare with the same --model then). Layouts, each with its own
+The base model is trained from random weights, as a language model on prompts and chosen answers of the training pairs,
+once for all runs. --model takes real weights instead; give prepare the same --model then. Layouts, each with its own
 reference log-probs and its own evaluation:
 
 shared  flexpatch: packed rows, every prompt once
 paired  the unpatched model: every answer with its own prompt, padded
-eager   the same with its eager attention, half as many pairs a pass: how far rounding alone drifts
+eager   paired with eager attention and half as many pairs a pass: shows how far rounding alone drifts
 broken  packed rows whose answers see each other, as in ordinary packing: the negative control
 
-The seed is that of the LoRA weights and of the order of the pairs. Exit code 1 unless
+A seed sets the LoRA weights and the order of the pairs. Exit code 1 unless
 
-- held-out reward accuracy and held-out loss after the last step: the means of shared and paired over the seeds differ
-  by at most twice the standard error of that difference;
-- step losses, where eager was run: on average shared is not much farther from paired of the same seed than eager is
-  (in bfloat16 twice as far; in float32 ten times: there distances grow from last bits, and layouts differ in how many
-  of those they touch), and broken, where it was run, is. Eager may have been cut short: the same steps are compared.
+- held-out reward accuracy and held-out loss agree after the last step: the means of shared and paired over the seeds
+  differ by at most twice the standard error of that difference;
+- step losses agree, if eager was run: on average shared is not much farther from paired of one seed than eager is (in
+  bfloat16 at most twice as far; in float32 ten times, because distances grow from last bits, and layouts change
+  different numbers of last bits), and broken, if it was run, is farther. If eager was cut short, its steps count.
 
-A call cut short leaves its records. Calls may be split by layouts or seeds: --base is made by the first, and reused.
+A call that is cut short keeps its records. Calls may be split by layouts or seeds: the first makes --base, the others
+reuse it.
 """
 
 import argparse
@@ -53,7 +54,7 @@ import flexpatch
 from flexpatch.models import load_model, load_tokenizer
 from flexpatch.tree import Layout, lay_out
 
-# Architecture, and how the base is trained: blocks of tokens a step, all weights, AdamW.
+# Sizes of the architecture, and training of the base: blocks of tokens a step, all weights, AdamW.
 SHAPES: dict[str, dict[str, Any]] = {
     "nano": dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2, head_dim=16),
     "tiny": dict(hidden_size=64, num_hidden_layers=4, intermediate_size=192, num_attention_heads=4, head_dim=16),
@@ -71,7 +72,7 @@ METRICS = ("loss", "margin", "accuracy")
 
 
 class Pairs(NamedTuple):
-    """Tokenised pairs."""
+    """Tokenised pairs of a file."""
 
     training: list[Layout]
     held_out: list[Layout]
@@ -122,7 +123,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def prepare_tokens(args: argparse.Namespace) -> int:
-    """Pairs as token ids, one JSON object a line. Text does not leave this step."""
+    """Write pairs as token ids, one JSON object a line, without their text."""
     rows = flexpatch.read_jsonl(args.data)
     if not 0 < args.held_out < len(rows):
         raise flexpatch.FlexpatchError(f"--held-out {args.held_out} leaves nothing of {len(rows)} rows")
@@ -150,7 +151,7 @@ def prepare_tokens(args: argparse.Namespace) -> int:
 
 
 def train_tokenizer(rows: Sequence[dict[str, Any]], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of the training pairs' texts."""
+    """Train a byte-level BPE tokenizer on the training pairs' texts."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -164,7 +165,7 @@ def train_tokenizer(rows: Sequence[dict[str, Any]], vocabulary: int) -> PreTrain
 
 
 def read_pairs(path: Path, max_length: int) -> Pairs:
-    """The training and the held-out pairs whose sequences fit ``max_length``."""
+    """Read the training and the held-out pairs whose sequences fit ``max_length``."""
     collator, parts = flexpatch.Collator(), ([], [])
     largest = 0
     for number, row in enumerate(flexpatch.read_jsonl(path)):
@@ -181,7 +182,7 @@ def read_pairs(path: Path, max_length: int) -> Pairs:
 
 
 def make_base(pairs: Pairs, args: argparse.Namespace) -> dict[str, Any]:
-    """Train a language model from random weights and save it, or find it. Returns what there is to tell of it."""
+    """Train a language model from random weights and save it, or find it. Returns a description of it."""
     story = args.base / "base.json"
     if story.exists():
         return json.loads(story.read_text())
@@ -209,7 +210,7 @@ def make_base(pairs: Pairs, args: argparse.Namespace) -> dict[str, Any]:
 def train_base(
     model: nn.Module, layouts: list[Layout], args: argparse.Namespace, steps: int, blocks: int, block: int, lr: float
 ) -> list[float]:
-    """Ordinary language modelling on prompt and chosen answer, one after another, cut into blocks."""
+    """Train a language model on prompts and chosen answers, one after another, cut into blocks."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), fused=args.device == "cuda")
     warmup = max(1, steps // 10)
@@ -231,7 +232,7 @@ def train_base(
 
 
 def token_stream(layouts: list[Layout], generator: torch.Generator) -> Iterator[int]:
-    """Prompts with their chosen answers, endlessly, in a new order every time."""
+    """Yield prompts with their chosen answers, endlessly, in a new order every epoch."""
     while True:
         for i in torch.randperm(len(layouts), generator=generator).tolist():
             yield from layouts[i].ids[layouts[i].answers[0]].tolist()
@@ -239,7 +240,7 @@ def token_stream(layouts: list[Layout], generator: torch.Generator) -> Iterator[
 
 @torch.no_grad()
 def evaluate_base(model: nn.Module, layouts: list[Layout], args: argparse.Namespace) -> float:
-    """Nats a token of the held-out chosen answers."""
+    """Measure the loss on the held-out chosen answers, in nats a token."""
     total = count = 0.0
     for layout in layouts[:64]:
         ids = torch.from_numpy(layout.ids[layout.answers[0]]).to(args.device)
@@ -255,7 +256,7 @@ def evaluate_base(model: nn.Module, layouts: list[Layout], args: argparse.Namesp
 
 
 def train_one(layout: str, seed: int, args: argparse.Namespace) -> None:
-    """One run; its records are appended to drift.jsonl as they come."""
+    """Make one run, and append its records to drift.jsonl as they come."""
     torch.set_num_threads(1)
     quiet()
     pairs = read_pairs(args.tokens, args.max_length)
@@ -269,7 +270,7 @@ def train_one(layout: str, seed: int, args: argparse.Namespace) -> None:
     torch.manual_seed(seed)
     settings = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank, lora_dropout=0.0, target_modules="all-linear")
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    # A line is written at once, and appended: several processes share the file.
+    # Each line is appended in one write, because several processes share the file.
     with open(args.output / "drift.jsonl", "a", buffering=1) as file:
         for record in train(Run(model, layout, pairs, args), seed):
             file.write(json.dumps(dict(layout=layout, seed=seed) | record) + "\n")
@@ -280,17 +281,17 @@ def train_one(layout: str, seed: int, args: argparse.Namespace) -> None:
 
 def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
-    # peft 0.21 asks newer transformers for a property under its old name.
+    # peft 0.21 asks newer transformers for a property by its old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def break_layout(layout: Layout) -> Layout:
-    """Every token sees all before it in its tree, its siblings' too."""
+    """Break a layout: every token sees all tokens before it in its tree, also tokens of siblings."""
     return replace(layout, ends=np.full_like(layout.ends, len(layout)))
 
 
 class Run:
-    """A model with its pairs, and log-probs the way of its layout."""
+    """Model with its pairs, and the log-probs of one layout."""
 
     def __init__(self, model: nn.Module, layout: str, pairs: Pairs, args: argparse.Namespace) -> None:
         self.model, self.layout, self.args = model, layout, args
@@ -300,7 +301,7 @@ class Run:
         self.reference = self._reference()
 
     def passes(self, samples: Sequence[int]) -> list[list[int]]:
-        """Samples that go through the model together."""
+        """Cut samples into groups that pass the model together."""
         if self.layout in STOCK:
             size = self.args.batch_size if self.layout == "paired" else -(-self.args.batch_size // 2)
             return [list(samples[at : at + size]) for at in range(0, len(samples), size)]
@@ -308,19 +309,19 @@ class Run:
         return [[samples[i] for i in row] for row in rows]
 
     def logprobs(self, samples: Sequence[int]) -> tuple[Tensor, int]:
-        """Of the answers, chosen and rejected in turn; and tokens computed for them."""
+        """Compute log-probs of the answers, chosen and rejected in turn, and count the tokens computed."""
         some = [self.layouts[i] for i in samples]
         if self.layout in STOCK:
             longest = max(len(sequence) for layout in some for sequence in layout.answers)
             return flexpatch.separate_logprobs(self.model, some).answers, 2 * len(some) * longest
-        # Kernels are compiled for every length: on a GPU all rows are filled up to one, by a tree that nobody scores.
+        # Kernels are compiled for every length, so on a GPU a tree without scored tokens fills all rows to one length.
         if self.args.device != "cpu" and (missing := self.args.row_tokens - sum(map(len, some))):
             some = [*some, lay_out(flexpatch.Tree([0] * missing))]
         rows = flexpatch.build_rows([some]).to(self.args.device)
         return flexpatch.answer_logprobs(self.model, rows).answers, rows.tokens
 
     def _reference(self) -> list[Tensor]:
-        """Log-probs without the adapter, for every pair."""
+        """Compute the log-probs of every pair without the adapter."""
         if self.layout not in STOCK:
             return flexpatch.reference_logprobs(self.model, self.layouts, capacity=self.args.row_tokens)
         values: list[Tensor] = []
@@ -330,17 +331,17 @@ class Run:
         return values
 
     def dpo(self, samples: Sequence[int]) -> dict[str, float]:
-        """Mean loss, margin and accuracy of samples, and tokens. Adds up gradients too, unless run under no_grad."""
+        """Return mean loss, margin and accuracy of samples, and tokens. Without no_grad, accumulates gradients too."""
         means = dict.fromkeys((*METRICS, "tokens"), 0.0)
         for some in self.passes(samples):
             policy, tokens = self.logprobs(some)
             reference = torch.cat([self.reference[i] for i in some]).to(policy.device)
             result = flexpatch.dpo_loss(policy, reference, beta=self.args.beta)
-            share = len(some) / len(samples)  # passes hold different numbers of pairs, and every pair counts the same
+            share = len(some) / len(samples)  # passes hold different numbers of pairs, and all pairs have one weight
             if torch.is_grad_enabled():
                 (share * result.loss).backward()
             margins = result.chosen_rewards - result.rejected_rewards
-            # Before training, margins are 0 but for rounding: such a tie is half right.
+            # Before training, margins are 0 but for rounding. Such a tie counts half.
             right = ((margins > 1e-3).float() + (margins >= -1e-3).float()) / 2
             values = torch.stack([result.loss.detach(), margins.mean(), right.mean()]).tolist()
             for name, value in zip(METRICS, values, strict=True):
@@ -354,7 +355,7 @@ class Run:
 
 
 def train(run: Run, seed: int) -> Iterator[dict[str, Any]]:
-    """Records of every step, and of the held-out pairs before, after and in between."""
+    """Yield records of every step, and of the held-out pairs before, after and during training."""
     args, model = run.args, run.model
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
@@ -375,7 +376,7 @@ def train(run: Run, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def shuffled(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of sample numbers, in a new order every epoch; what is left over of one is dropped."""
+    """Yield batches of sample numbers, endlessly, in a new order every epoch. A last partial batch is dropped."""
     if count < size:
         raise flexpatch.FlexpatchError(f"{count} pairs to train on are fewer than --batch-size {size}")
     generator = torch.Generator().manual_seed(seed)
@@ -406,7 +407,7 @@ def run_all(args: argparse.Namespace) -> int:
     records.write_text(json.dumps(settings) + "\n")
     if args.device == "cuda":
         torch.cuda.empty_cache()
-    # What is compared first of all, seed by seed: a call cut short leaves whole comparisons.
+    # The main comparison comes first, seed by seed, so that a call that is cut short leaves whole comparisons.
     first = [layout for layout in ("shared", "paired") if layout in args.layouts]
     rest = [layout for layout in args.layouts if layout not in first]
     order = [(layout, seed) for some in (first, rest) for seed in args.seeds for layout in some]
@@ -416,11 +417,11 @@ def run_all(args: argparse.Namespace) -> int:
     return report([records], args.output)
 
 
-# --- what came out ----------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 class Curves(NamedTuple):
-    """What one run has recorded: metrics of steps and of evaluations, by step."""
+    """Records of one run: metrics of steps and of evaluations, by step."""
 
     steps: dict[int, dict[str, float]]
     held_out: dict[int, dict[str, float]]
@@ -442,8 +443,10 @@ def report(files: Sequence[Path], output: Path) -> int:
 
 
 def read_records(files: Sequence[Path]) -> tuple[dict[str, Any], dict[tuple[str, int], Curves]]:
-    """The first file's settings with the runs that were asked for, ``asked``, and every run, of all files. A last line
-    that was cut off is left out."""
+    """Read the first file's settings, with the runs that were asked for as ``asked``, and the runs of all files.
+
+    A last line that was cut off is skipped.
+    """
     asked: list[tuple[str, int]] = []
     settings: dict[str, Any] = {}
     runs: dict[tuple[str, int], Curves] = {}
@@ -468,7 +471,7 @@ def read_records(files: Sequence[Path]) -> tuple[dict[str, Any], dict[tuple[str,
 
 
 class Check(NamedTuple):
-    """One comparison in words, and whether it came out as it must; ``None`` if it is told and not judged."""
+    """One comparison in words, and its verdict; ``None`` for a comparison that is shown and not judged."""
 
     text: str
     passed: bool | None
@@ -478,7 +481,7 @@ class Check(NamedTuple):
 
 
 def judge(settings: dict[str, Any], runs: dict[tuple[str, int], Curves]) -> tuple[bool, str]:
-    """Whether the claim is shown; and the table with what was compared, as Markdown."""
+    """Judge all comparisons. Returns the verdict, and the table of comparisons as Markdown."""
     steps = settings["settings"]["steps"]
     seeds = {
         one: sorted(s for layout, s in runs if layout == one and steps in runs[one, s].held_out) for one in LAYOUTS
@@ -496,7 +499,7 @@ def judge(settings: dict[str, Any], runs: dict[tuple[str, int], Curves]) -> tupl
     checks = [*ends(finals), *curves(runs, NEAR[settings["settings"]["dtype"]])]
     missing = [f"{one}, seed {s}" for one, s in settings["asked"] if s not in seeds[one]]
     if missing:
-        # The yardstick need not be whole: it is held against the same steps.
+        # Eager may be cut short: its own steps are compared.
         needed = any(not one.startswith("eager") for one in missing)
         checks.append(Check(f"not complete: {'; '.join(missing)}", False if needed else None))
     if not any(check.passed for check in checks):
@@ -506,7 +509,7 @@ def judge(settings: dict[str, Any], runs: dict[tuple[str, int], Curves]) -> tupl
 
 
 def ends(finals: dict[tuple[str, str], list[float]]) -> Iterator[Check]:
-    """Where training ends: differences of means over seeds, and twice their standard errors."""
+    """Compare the ends of training: differences of means over seeds, and twice their standard errors."""
     for name in ("accuracy", "loss"):
         theirs = finals["paired", name]
         for layout in ("shared", "eager", "broken"):
@@ -523,8 +526,10 @@ def ends(finals: dict[tuple[str, str], list[float]]) -> Iterator[Check]:
 
 
 def curves(runs: dict[tuple[str, int], Curves], factor: float) -> Iterator[Check]:
-    """How it gets there: mean differences of step losses, against what rounding alone does to them, over the steps that
-    eager has, too."""
+    """Compare the course of training: mean differences of step losses, against differences by rounding alone.
+
+    Steps that eager lacks are left out.
+    """
     eager = {seed: differences(runs, "eager", seed) for layout, seed in runs if layout == "eager"}
     steps = sum(map(len, eager.values()))
     for layout in ("shared", "broken"):
@@ -555,7 +560,7 @@ def table_row(
 
 
 def differences(runs: dict[tuple[str, int], Curves], layout: str, seed: int) -> dict[int, float]:
-    """Of every step's loss from the paired run of the same seed."""
+    """Mean difference of step losses from the paired run of one seed."""
     if ("paired", seed) not in runs or (layout, seed) not in runs:
         return {}
     ours, theirs = runs[layout, seed].steps, runs["paired", seed].steps
@@ -583,7 +588,7 @@ def conditions(settings: dict[str, Any]) -> str:
 
 
 def draw(settings: dict[str, Any], runs: dict[tuple[str, int], Curves], path: Path) -> None:
-    """Loss curves overlaid, their differences, and held-out accuracy."""
+    """Plot the loss curves over each other, their differences, and the held-out accuracy."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -591,7 +596,7 @@ def draw(settings: dict[str, Any], runs: dict[tuple[str, int], Curves], path: Pa
 
     figure, (losses, gaps, accuracy) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     colors = {"paired": "tab:orange", "shared": "tab:blue", "eager": "tab:gray", "broken": "tab:red"}
-    # Paired is broad and lies below, so that a shared curve on top of it shows both.
+    # Draws paired broad and first, so that a shared curve on top of it leaves both visible.
     widths, seen = {"paired": 3.5}, set()
     for layout in ("broken", "eager", "paired", "shared"):
         for (_, seed), curves in sorted((key, value) for key, value in runs.items() if key[0] == layout):
@@ -622,7 +627,7 @@ def draw(settings: dict[str, Any], runs: dict[tuple[str, int], Curves], path: Pa
 
 
 def smooth(values: Sequence[float], width: int = 25) -> list[float]:
-    """Means of up to ``width`` values before and including each."""
+    """Running mean of up to ``width`` values, each value with those before it."""
     return [statistics.mean(values[max(0, at - width + 1) : at + 1]) for at in range(len(values))]
 
 

@@ -1,4 +1,4 @@
-"""The LoRA DPO example on real preference data, shared against paired: the same losses, and how much faster.
+"""Runs the LoRA DPO example on real preference data, shared against paired, and compares losses and speed.
 
     python benchmarks/hh.py DATA.jsonl.gz [--steps 50] [options of examples/lora_dpo.py]
 
@@ -38,13 +38,13 @@ def main() -> int:
 
 
 def largest_difference(runs: dict[str, Any]) -> float:
-    """Of any step's loss between the two runs."""
+    """Largest difference between the two runs in any step's loss."""
     both = zip(runs["shared"]["steps"], runs["paired"]["steps"], strict=True)
     return max(abs(shared["loss"] - paired["loss"]) for shared, paired in both)
 
 
 def report(runs: dict[str, Any]) -> str:
-    """The table, and the conditions under which it holds, as Markdown."""
+    """Write the table, and the conditions under which it holds, as Markdown."""
     seconds = {layout: sum(step["seconds"] for step in run["steps"]) for layout, run in runs.items()}
     tokens = {"shared": runs["shared"]["tokens"]["shared"], "paired": runs["paired"]["tokens"]["paired_with_padding"]}
     settings, versions = runs["shared"]["settings"], runs["shared"]["versions"]

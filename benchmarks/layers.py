@@ -1,16 +1,17 @@
-"""Speed-ups of one layer from sharing prompts: figures 3 to 5 of arXiv 2410.20305, for Mistral-7B's shape.
+"""Measures the speed-up of one layer by shared prompts: figures 3 to 5 of arXiv 2410.20305, in Mistral-7B's shape.
 
     python benchmarks/layers.py                    # on a GPU; writes layers.json, layers.png and table.md to --output
-    python benchmarks/layers.py --check 200        # every attention kernel against float64; exit code 1 if one is off
+    python benchmarks/layers.py --check 200        # every attention kernel against float64; exit code 1 if one is wrong
     python benchmarks/layers.py --tune             # block sizes of the Triton kernels
     python benchmarks/layers.py --device cpu --dtype float32 --prompts 128 --ratios 1 --tokens 512    # a dry run
 
 Forward and backward (on a CPU: forward) of the MLP, of attention alone and of the attention layer, for pairs of two
-answers of c tokens to a prompt of p: as two sequences of p + c each, or as one tree of p + 2c. A speed-up is over the
-fastest kernel for separate sequences; *share* is how much of the ideal attention speed-up was reached.
+answers of c tokens to a prompt of p tokens: as two sequences of p + c each, or as one tree of p + 2c. Speed-ups are
+over the fastest kernel for separate sequences; *share* is the speed-up of attention divided by the ideal one.
 
-Attention alone is given q, k and v as each kernel likes them: tokens first, for FlexAttention heads first. Gathered
-kernels are ordinary variable-length ones whose keys and values are copied out for every answer, in the time measured.
+Attention alone gets q, k and v in the order that each kernel prefers: tokens first, for FlexAttention heads first.
+Gathered kernels are ordinary variable-length kernels, with keys and values copied for every answer. The time includes
+the copies.
 """
 
 import argparse
@@ -45,13 +46,13 @@ from flexpatch.tree import Tree
 
 SHAPE = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, head_dim=128, intermediate_size=14336)
 SMALL = dict(hidden_size=512, num_attention_heads=4, num_key_value_heads=1, head_dim=128, intermediate_size=1792)
-TOLERANCE = 2e-2  # relative norm; bfloat16 kernels are a few thousandths off
+TOLERANCE = 2e-2  # relative norm; bfloat16 kernels err by a few thousandths
 Kernel = Callable[..., Tensor]  # (q, k, v: (T, heads, D), row) -> (T, heads, D)
 Pair = tuple[int, int, int]  # tokens of a prompt, of the chosen and of the rejected answer
 
 
 class TimeUpError(Exception):
-    """The budget of ``--seconds`` is spent."""
+    """Raised when the budget of ``--seconds`` is spent."""
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Setup:
 
 @dataclass
 class Row:
-    """Pairs laid end to end (T tokens), and what the kernels need to know of them. ``gather`` is for trees alone."""
+    """Pairs laid end to end (T tokens), with the arguments of the kernels. ``gather`` is for trees alone."""
 
     ends: Tensor
     positions: Tensor
@@ -88,8 +89,11 @@ class Row:
 
 
 def pairs_in_batch(prompt: int, completion: int, tokens: int) -> int:
-    """At least ``tokens`` tokens of separate sequences, in the number whose rows, of trees above all, are padded least
-    for the pairs of tokens that attention has to visit."""
+    """Count pairs that make at least ``tokens`` tokens of separate sequences.
+
+    The count is chosen whose rows, of trees above all, have the least padding for the pairs of tokens that attention
+    visits.
+    """
     lengths = 2 * (prompt + completion), prompt + 2 * completion
     separate_area = (prompt + completion) * (prompt + completion + BLOCK)
     areas = separate_area, separate_area - prompt**2 / 2
@@ -110,7 +114,7 @@ def make_row(setup: Setup, pairs: Sequence[Pair], shared: bool) -> Row:
         queries = keys = [p + n for p, c, r in pairs for n in (c, r)]
         trees = [Tree([1] * n) for n in queries]
     rows = build_rows([trees]).to(setup.device)
-    # Padding up to a common length as single tokens that see themselves: next to no work for the kernel.
+    # Padding up to a common length is single tokens that see themselves, which cost the kernel almost nothing.
     padded = bucket(rows.tokens)
     ends = torch.arange(1, padded + 1, device=setup.device)[None].contiguous()
     ends[:, : rows.tokens] = rows.ends
@@ -121,9 +125,12 @@ def make_row(setup: Setup, pairs: Sequence[Pair], shared: bool) -> Row:
 
 
 def gather_indices(pairs: Sequence[Pair]) -> list[Tensor]:
-    """The gathered order [prompt | prompt, chosen | prompt, rejected] of every pair, both ways: where each gathered
-    key lies in the row; where each token of the row lies among the gathered, the first time; prompts in the row; and
-    (3, prompt tokens) where those lie among the gathered."""
+    """Index the gathered order [prompt | prompt, chosen | prompt, rejected] of every pair, both ways.
+
+    Returns:
+        Row index of each gathered key; first gathered index of each token of the row; row indices of prompts; and
+        (3, prompt tokens) gathered indices of prompts.
+    """
     index, own, prompts, copies = [], [], [], []
     at = start = 0
     for p, c, r in pairs:
@@ -138,7 +145,7 @@ def gather_indices(pairs: Sequence[Pair]) -> list[Tensor]:
 
 
 class Gather(torch.autograd.Function):
-    """Rows of ``x`` by index. Its gradient sums the three copies of a prompt in float32, in a fixed order."""
+    """Select rows of ``x`` by index. The gradient sums a prompt's three copies in float32, in a fixed order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, own: Tensor, prompts: Tensor, copies: Tensor) -> Tensor:
@@ -157,7 +164,9 @@ def dense(q: Tensor, k: Tensor, v: Tensor, row: Row, backend: SDPBackend) -> Ten
     q, k, v = (x.reshape(row.sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     if backend is SDPBackend.CUDNN_ATTENTION:
         parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True)
-        if not torch.backends.cuda.can_use_cudnn_attention(parameters):  # then as transformers does: heads repeated
+        if not torch.backends.cuda.can_use_cudnn_attention(
+            parameters
+        ):  # otherwise heads are repeated, as in transformers
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
@@ -170,7 +179,7 @@ def dense_fa4(q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, row: Row, version: int) -> Tensor:
-    """Causal masks are aligned at the bottom right: an answer's queries see the whole prompt before its own keys."""
+    """Run a variable-length kernel. Its causal mask is aligned at the bottom right, so answers see the whole prompt."""
     if row.gather:
         k, v = (Gather.apply(x, *row.gather) for x in (k, v))
     if version == 2:
@@ -181,7 +190,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, row: Row, version: int) -> Tensor:
 
 
 def heads_first(row: Row, x: Tensor) -> Tensor:
-    """(T, H, D) to (1, H, padded, D)."""
+    """Reshape (T, H, D) to (1, H, padded, D)."""
     extra = row.mask.seq_lengths[0] - row.tokens
     heads = x.transpose(0, 1)[None]
     return (F.pad(heads, (0, 0, 0, extra)) if extra else heads).contiguous()
@@ -192,7 +201,7 @@ def product_flex(q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
 
 
 def flex_with(options: dict[str, Any]) -> Kernel:
-    """The same with kernel options."""
+    """Run FlexAttention with kernel options."""
 
     @partial(torch.compile, fullgraph=True, dynamic=False)
     def compiled(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Any:
@@ -226,7 +235,7 @@ EQUAL_LENGTHS = ("paired, SDPA flash", "paired, SDPA cuDNN", "paired, FA4")
 
 
 def qkv(setup: Setup, row: Row, name: str) -> list[Tensor]:
-    """Random (T, heads, D) tensors, in memory as the kernel likes them."""
+    """Draw random (T, heads, D) tensors, in the memory order that the kernel prefers."""
     tensors = []
     for heads in ("num_attention_heads", "num_key_value_heads", "num_key_value_heads"):
         sizes = (row.tokens, setup.shape[heads])
@@ -236,7 +245,7 @@ def qkv(setup: Setup, row: Row, name: str) -> list[Tensor]:
 
 
 def milliseconds(setup: Setup, forward: Callable[[], Tensor], inputs: Sequence[Tensor], backward: bool = True) -> float:
-    """Median of 5 to 15 runs, after two."""
+    """Time a call: median of 5 to 15 runs, after two warm-ups."""
     if time.monotonic() > setup.deadline:
         raise TimeUpError
     grads: list[Tensor] = []
@@ -259,7 +268,7 @@ def milliseconds(setup: Setup, forward: Callable[[], Tensor], inputs: Sequence[T
     torch.cuda.synchronize()
     repeats = min(15, max(5, int(0.2 / (time.perf_counter() - start))))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    torch.cuda._sleep(20_000_000)  # the host runs ahead, so that its launches are not what is timed
+    torch.cuda._sleep(20_000_000)  # the host runs ahead, so that its launches are not timed
     events[0].record()
     for event in events[1:]:
         run()
@@ -269,7 +278,7 @@ def milliseconds(setup: Setup, forward: Callable[[], Tensor], inputs: Sequence[T
 
 
 def attempt(setup: Setup, name: str, measure: Callable[[], float]) -> float | None:
-    """``None`` for what does not run; the reason is kept, and only a lack of memory may be gone at the next point."""
+    """Try a call; ``None`` if it fails. The reason is kept, and later points skip the call unless memory was short."""
     if not setup.unavailable.get(name, "OutOfMemoryError").startswith("OutOfMemoryError"):
         return None
     try:
@@ -303,7 +312,7 @@ def module_ms(setup: Setup, row: Row, module: torch.nn.Module, *arguments: Any) 
 
 
 def layer_ms(setup: Setup, row: Row, layer: torch.nn.Module, rope: torch.nn.Module, name: str) -> float:
-    """transformers' own attention layer, with one of our kernels in it."""
+    """Attention layer of transformers, with one of the kernels in it."""
 
     def attend(module: torch.nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, **_: Any) -> tuple[Tensor, None]:
         return KERNELS[name](*(x[0].transpose(0, 1) for x in (q, k, v)), row)[None], None
@@ -314,7 +323,7 @@ def layer_ms(setup: Setup, row: Row, layer: torch.nn.Module, rope: torch.nn.Modu
 
 
 def ideals(shape: dict[str, int], prompt: int, completion: int) -> dict[str, float]:
-    """Ratios of work: of tokens, of visible pairs of tokens, and of both weighed by FLOPs."""
+    """Ratios of work: of tokens, of visible pairs of tokens, and of both weighted by FLOPs."""
     tokens = 2 * (prompt + completion), prompt + 2 * completion
     areas = (prompt + completion) ** 2, (prompt + completion) ** 2 - prompt**2 / 2
     width = shape["num_attention_heads"] * shape["head_dim"]
@@ -375,7 +384,7 @@ def table_line(point: dict[str, Any]) -> str:
 
 
 def summary(points: list[dict[str, Any]], about: str) -> str:
-    """A narrower table: both kernels of FlexAttention on shared rows against the fastest of any on separate ones."""
+    """Table of both kernels of FlexAttention on shared rows, against the fastest kernel on separate sequences."""
     lines = [
         "| prompt + 2 × answer | fastest unshared, ms | shared: Triton, ms | FA4, ms | of the ideal: Triton, FA4 "
         "| whole attention layer: Triton, fastest shared (ideal) |",
@@ -425,7 +434,7 @@ def plot(points: list[dict[str, Any]], path: Path) -> None:
 
 
 def check(setup: Setup, repeats: int) -> int:
-    """Every kernel against float64, on inputs and lengths that fill no block."""
+    """Compare every kernel with float64, on inputs and lengths that fill no block."""
     setup = replace(setup, shape=setup.shape | dict(num_attention_heads=8, num_key_value_heads=2), tokens=1024)
     equal, uneven = [(300, 77, 77)] * 3, [(300, 77, 154), (1, 300, 5), (129, 1, 128), (260, 33, 64)]
     rows = {"equal": make_row(setup, equal, False)}
@@ -437,7 +446,7 @@ def check(setup: Setup, repeats: int) -> int:
             grad = torch.randn_like(inputs[0])
             truth = outputs(reference, [x.double() for x in inputs], row, grad.double())
             for name, kernel in KERNELS.items():
-                # The fast kernels have had races: one launch in a thousand.
+                # Repeats, because fast kernels have had races in one launch of a thousand.
                 if kind == ("equal" if name in EQUAL_LENGTHS else name[:6]) and (i < 3 or "F" in name):
                     error = attempt(setup, name, partial(worst, kernel, inputs, row, grad, truth))
                     errors[name] += [] if error is None else [error]
@@ -452,14 +461,14 @@ def check(setup: Setup, repeats: int) -> int:
 
 
 def worst(kernel: Kernel, inputs: list[Tensor], row: Row, grad: Tensor, truth: list[Tensor]) -> float:
-    """Largest relative error, in norm, of the output and of the gradients; infinite where any is not finite."""
+    """Return the largest relative error, in norm, of output and gradients; infinite if a value is not finite."""
     pairs = zip(outputs(kernel, inputs, row, grad), truth, strict=True)
     errors = torch.stack([(a.double() - b).norm() / b.norm() for a, b in pairs])
     return float(errors.nan_to_num(nan=float("inf")).max())
 
 
 def outputs(kernel: Kernel, inputs: list[Tensor], row: Row, grad: Tensor) -> list[Tensor]:
-    """Attention and, where it trains, the gradients of q, k and v."""
+    """Compute attention and, if it has a backward, the gradients of q, k and v."""
     train = inputs[0].requires_grad
     leaves = [x.detach().requires_grad_(train) for x in inputs]
     with torch.set_grad_enabled(train):
@@ -490,14 +499,14 @@ TRIALS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 def tune(setup: Setup, trials: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """A trial's forward and backward options are compiled together, but have nothing to do with each other."""
+    """Compare block sizes. Forward and backward options of a trial are compiled together, but are independent."""
     points = [(512, 512), (2048, 512)]
     rows = [make_row(setup, [(p, c, c)] * max(1, setup.tokens // (p + 2 * c)), True) for p, c in points]
     print(line("pass", "options", *(f"p = {p}, c = {c}: ms" for p, c in points)) + "\n" + "|---" * 4 + "|", flush=True)
     for forward, backward in tqdm(trials, desc="trials", disable=None):
         options = {f"fwd_{k}": v for k, v in forward.items()} | {f"bwd_{k}": v for k, v in backward.items()}
         kernel = flex_with(options)
-        # Without its backward first: a trial whose backward does not compile still has a forward.
+        # Forward alone first, because a trial whose backward does not compile still has a forward.
         steps = [[attempt(setup, f"{both} of {options}", partial(attention_ms, setup, row, "flex", kernel, both))
                   for row in rows] for both in (False, True)]  # fmt: skip
         backwards = [None if a is None or b is None else b - a for a, b in zip(*steps, strict=True)]
@@ -527,9 +536,9 @@ def main() -> int:
     cuda = device.type == "cuda"
     setup = Setup(device, dtype, SHAPE if cuda else SMALL, options.tokens, time.monotonic() + options.seconds)
     setup.unavailable.update((kernel, "left out by --kernels") for kernel in KERNELS if kernel not in options.kernels)
-    # FA4's compiler says so of every kernel without auxiliary tensors.
+    # FA4's compiler warns of every kernel without auxiliary tensors.
     warnings.filterwarnings("ignore", message="Argument aux_data")
-    # Torch's own limit of 8 lengths would be an error here.
+    # Torch's limit of 8 lengths would be an error here.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 512
     torch.manual_seed(0)
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}

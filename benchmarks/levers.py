@@ -1,12 +1,12 @@
-"""What makes a step fast: full fine-tuning of layers as wide as a 7B model's, one lever after the other.
+"""Measures levers of a step's speed, one after the other: full fine-tuning of layers as wide as a 7B model's.
 
     python benchmarks/levers.py LENGTHS.json                                              # on a GPU
     python benchmarks/levers.py LENGTHS.json --device cpu --shape tiny --shared-tokens 512 --dtype float32
 
 Forward and backward of a DPO loss over one shared row (reference log-probs given, no optimizer step), with and without
 recomputation, compiled layers and Liger's kernels. Useful TFLOP/s count 6 x the layers' weights x tokens of the row,
-neither attention nor logits nor what is computed twice; their share is of the rate of an 8192^3 bfloat16 product of
-random matrices, measured in the same run. Kernels of every variant are profiled by class.
+without attention, logits and recomputation. Shares are of the rate of an 8192^3 bfloat16 product of random matrices,
+measured in the same run. Kernels of every variant are profiled by class.
 
 Prints two tables and writes them with levers.json and levers.png to --output.
 """

@@ -1,20 +1,20 @@
-"""Rows of 32k and 64k tokens on one GPU with a 7B model: are they right, how fast, and in how much memory.
+"""Checks rows of 32k and 64k tokens on one GPU with a 7B model, and measures their speed and memory.
 
     python benchmarks/long_rows.py LENGTHS.json
-    python benchmarks/long_rows.py LENGTHS.json --tiny           # the same on a CPU, small
+    python benchmarks/long_rows.py LENGTHS.json --tiny           # on a CPU, small
 
 A step is forward and backward of LoRA DPO (rank 16 in all linear layers, a reference pass with it off, random weights,
 gradient checkpointing), without optimizer, over one row of shared tokens: one long document (a prompt of three quarters
-of the row and two answers of an eighth), or pairs with lengths like those of LENGTHS.json. *Stock* computes the same
-pairs unpatched, right-padded, on sdpa, with the same checkpointing, in micro-batches of at most --tokens padded tokens,
-or one pair if that has more; its head sees answers alone. *Auto* is recompute_layers="auto" after its first optimizer
-step. A step that takes less than ten seconds is run twice, and the second counts.
+of the row and two answers of an eighth), or pairs with lengths as in LENGTHS.json. *Stock* computes the same pairs
+unpatched, right-padded, on sdpa, with the same checkpointing, in micro-batches of at most --tokens padded tokens, or of
+one pair if it has more; its logits are of answers alone. *Auto* is recompute_layers="auto" after its first optimizer
+step. A step that takes less than ten seconds is run twice, and the second run counts.
 
-Checked before, for every row length, with layers of the same width: the block mask, against the rule in int64 for every
-pair of tokens; log-probs and gradients of the long document, which may be at most twice as far from a float32 truth as
-the stock model's own, and are further off with the mask or positions broken on purpose. Exit code 1 if not.
+Checks come first, for every row length, with layers of the same width. The block mask must be the rule in int64 for
+every pair of tokens. Log-probs and gradients of the long document may be at most twice as far from a float32 truth as
+the stock model's, and must be farther with the mask or positions broken on purpose. Exit code 1 if a check fails.
 
-The most telling measurements come first; none is begun after --seconds. Prints results as they come; writes
+The most important measurements come first, and none is begun after --seconds. Prints results as they come; writes
 long_rows.json and table.md to --output.
 """
 
@@ -60,13 +60,13 @@ from flexpatch.tree import Tree
 
 DOCUMENT = "one document"
 WIDE = "causal_float32"
-SECOND_RUN = 10.0  # seconds of a step above which it is timed once
+SECOND_RUN = 10.0  # a step of more seconds is timed once
 Pair = list[list[int]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """Pairs whose shared tokens fill a row of ``size`` tokens."""
+    """Draw pairs whose shared tokens fill a row of ``size`` tokens."""
 
     size: int
     name: str
@@ -152,7 +152,7 @@ def make_cases(options: argparse.Namespace) -> dict[tuple[int, str], Case]:
 
 
 def plan(cases: dict[tuple[int, str], Case], options: argparse.Namespace) -> Iterator[tuple[Case, str]]:
-    """What to measure, the most telling first."""
+    """List the measurements, the most important first."""
     document = [case for case in cases.values() if case.name == DOCUMENT]
     others = [case for case in cases.values() if case.name != DOCUMENT]
     short = [case for case in others if case.size == options.rows[0]]
@@ -165,14 +165,14 @@ def plan(cases: dict[tuple[int, str], Case], options: argparse.Namespace) -> Ite
 
 
 def may_run(setting: str, options: argparse.Namespace) -> bool:
-    return setting != "auto" or options.device == "cuda"  # it measures a GPU's memory
+    return setting != "auto" or options.device == "cuda"  # "auto" measures a GPU's memory
 
 
 # --- speed and memory -------------------------------------------------------------------------------------------------
 
 
 def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A record of a step; or of its not fitting."""
+    """Measure a step. Returns a record of it, or of its lack of memory."""
     prepare(job, "padded pairs" if setting == "stock" else "shared packed", options.compile, options.backend)
     record: dict[str, Any] = dict(
         size=case.size, case=case.name, setting=setting, pairs=len(case.pairs), tokens=case.rows.tokens,
@@ -197,7 +197,7 @@ def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> 
 
 
 def first_step(job: Job, step: Any) -> None:
-    """Training's first, with an optimizer: what recompute_layers="auto" measures."""
+    """Run the first step of training, with an optimizer, which recompute_layers="auto" measures."""
     step()
     trained = [parameter for parameter in job.causal.parameters() if parameter.requires_grad]
     torch.optim.AdamW(trained, lr=1e-3).step()
@@ -224,14 +224,16 @@ def time_step(job: Job, step: Any, options: argparse.Namespace) -> dict[str, Any
 
 
 def useful_flops(job: Job, rows: Rows) -> float:
-    """Of the products that the shared row needs: forward twice (policy, reference), backward by activations once.
-    Attention counts visible pairs alone, the head answer tokens alone; nothing counts that is computed again."""
+    """FLOPs of the products that the shared row needs: forward twice (policy, reference), backward by activations once.
+
+    Attention counts visible pairs alone, the output layer answer tokens alone. Recomputation does not count.
+    """
     config = job.causal.config
     index = torch.arange(rows.input_ids.shape[1])
     visible = int((rows.ends - index).sum())
     attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * visible
     head = config.hidden_size * config.vocab_size * len(rows.targets)
-    # Attention's forward has two products of visible pairs, its backward four.
+    # Attention has two products of visible pairs forward, and four backward.
     return 6.0 * (job.layer_parameters * rows.tokens + head) + (2 * 4.0 + 8.0) * attention
 
 
@@ -239,7 +241,7 @@ def useful_flops(job: Job, rows: Rows) -> float:
 
 
 def check(job: Job, case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """Whether long rows are right: the mask, log-probs and gradients; and whether broken ones are seen to be wrong."""
+    """Check the mask, log-probs and gradients of long rows, and that the checks catch broken rows."""
     start = time.perf_counter()
     mask_errors = check_mask(case.rows.to(options.device))
     (pair,) = case.pairs
@@ -272,7 +274,7 @@ def check(job: Job, case: Case, options: argparse.Namespace) -> dict[str, Any]:
 def attend_wide(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float, **others: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention of one sequence in float32. With keys shared by heads, sdpa would make L x L scores there."""
+    """Causal attention of one sequence in float32. sdpa would make L x L scores of shared keys, so keys repeat."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
@@ -282,8 +284,10 @@ Probe = tuple[Tensor, Tensor]  # log-probs, gradients; in float64 on the CPU
 
 
 def probe(job: Job, batches: list[Batch], gradients: bool = True) -> Probe:
-    """Log-probs of all scored tokens, and gradients of chosen - rejected: linear, so that no saturated sigmoid hides
-    or blows up a difference."""
+    """Compute log-probs of all scored tokens, and gradients of chosen - rejected.
+
+    The loss is linear, so that no saturated sigmoid hides or magnifies a difference.
+    """
     job.causal.zero_grad(set_to_none=True)
     tokens, answers = [], 0
     for batch in batches:
@@ -300,7 +304,7 @@ def probe(job: Job, batches: list[Batch], gradients: bool = True) -> Probe:
 
 
 def mean_error(found: Probe, true: Probe) -> float:
-    """Of log-probs, in nats."""
+    """Largest difference of log-probs, in nats."""
     return (found[0] - true[0]).abs().mean().item()
 
 
@@ -309,13 +313,13 @@ def log_prob_errors(stock: Probe, shared: Probe, true: Probe) -> dict[str, float
 
 
 def gradient_errors(stock: Probe, shared: Probe, true: Probe) -> dict[str, float]:
-    """Norms of the differences, in those of the truth."""
+    """Norms of the differences, divided by norms of the truth."""
     errors = {"stock": stock[1] - true[1], "shared": shared[1] - true[1]}
     return {name: (error.norm() / true[1].norm()).item() for name, error in errors.items()}
 
 
 def breakages(batch: Batch) -> Iterator[tuple[str, Batch]]:
-    """One thing wrong each."""
+    """Yield rows with one mistake each."""
     rows, call = batch
     length = rows.input_ids.shape[1]
     yield "answers see each other", (replace(rows, ends=torch.full_like(rows.ends, length), masks={}), call)
@@ -324,7 +328,7 @@ def breakages(batch: Batch) -> Iterator[tuple[str, Batch]]:
 
 
 def check_mask(rows: Rows) -> int:
-    """How many pairs of tokens and blocks differ from the rule, computed in int64 for every pair."""
+    """Count the pairs of tokens and blocks that differ from the rule, computed in int64 for every pair."""
     mask = block_mask(rows.ends, rows.position_ids, None)
     padded, device = mask.seq_lengths[0], rows.ends.device
     ends = torch.arange(1, padded + 1, device=device)
@@ -344,7 +348,7 @@ def check_mask(rows: Rows) -> int:
 
 
 def chosen(counts: Any, indices: Any) -> Tensor:
-    """(N, N) bool: the blocks that a block mask's table lists."""
+    """Convert a block mask's table to (N, N) bool, ``True`` for blocks that it lists."""
     listed = torch.arange(indices.shape[-1], device=indices.device) < counts[0, 0, :, None]
     return torch.zeros_like(listed).scatter_(1, indices[0, 0].long(), listed)
 

@@ -1,12 +1,13 @@
-"""Cost of block masks, and kernels compiled over a run of varying lengths.
+"""Measures the cost of block masks, and counts kernels compiled over rows of varying lengths.
 
     python benchmarks/masks.py                     # on a GPU; writes masks.json and masks.png to --output
     python benchmarks/masks.py --device cpu --steps 8
 
-Two tables: time and peak memory of building one row's block mask, with and without a window, for 4k to 128k tokens
-(beside create_block_mask where that fits); and the number of compiled graphs after --steps training steps of one
-attention layer over rows of random length, against the number of length buckets those rows fall in. Exit code 1 if
-more graphs than buckets were compiled, or the mask of 65,536 tokens takes over 5 ms or 50 MB on a GPU.
+Two tables. The first has time and peak memory of building one row's block mask, with and without a window, for 4k to
+128k tokens (beside create_block_mask if it fits into memory). The second has the number of compiled graphs after
+--steps training steps of one attention layer over rows of random length, and the number of length buckets of these
+rows. Exit code 1 if more graphs than buckets were compiled, or the mask of 65,536 tokens takes over 5 ms or 50 MB on a
+GPU.
 """
 
 import argparse
@@ -61,7 +62,7 @@ def main() -> int:
 
 
 def preference_row(tokens: int, generator: random.Random) -> Rows:
-    """A packed row of about ``tokens`` tokens of prompts with two answers each."""
+    """Make a packed row of about ``tokens`` tokens of prompts with two answers each."""
     trees: list[Tree] = []
     left = tokens
     while left > 3:
@@ -85,7 +86,7 @@ def mask_cost(tokens: int, device: torch.device) -> dict[str, Any]:
 
 
 def measure(build: Callable[[], Any], device: torch.device, repeats: int = 30) -> tuple[float, float]:
-    """Median milliseconds, and peak megabytes beyond what was allocated before (0 on the CPU, where it is not kept)."""
+    """Return median milliseconds, and peak megabytes beyond those allocated before (0 on the CPU)."""
     for _ in range(3):
         build()
     times = []
@@ -106,7 +107,7 @@ def measure(build: Callable[[], Any], device: torch.device, repeats: int = 30) -
 
 
 def recompiles(steps: int, device: torch.device) -> dict[str, int]:
-    """Graphs compiled for one attention layer, forward and (on a GPU) backward, over rows of random lengths."""
+    """Count graphs compiled for one attention layer, forward and (on a GPU) backward, over rows of random lengths."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     generator = random.Random(0)

@@ -1,11 +1,12 @@
-"""Peak memory of a training step at equal batches, and the largest batch that fits, paired as trainers do and shared.
+"""Measures peak memory of a step at equal batches, and the largest batch that fits: padded pairs and shared rows.
 
     python benchmarks/memory.py LENGTHS.json                          # on a GPU
     python benchmarks/memory.py LENGTHS.json --modes lora --checkpointing none all --compile --sets hh
 
-Forward and backward of a DPO loss (with --modes lora: and the reference's forward), no optimizer. *At equal batches*:
-the peak beyond what is allocated before the step, for --pairs pairs. *Largest batch*: pairs of one call and one
-backward; from the peaks of two batches follows what should fit, which is then run, and made smaller until it does.
+A step is forward and backward of a DPO loss (with --modes lora also the reference's forward), without optimizer. *At
+equal batches* is the peak beyond the memory allocated before the step, for --pairs pairs. *Largest batch* counts pairs
+of one call and one backward. The peaks of two batches predict the largest one, which is run, and made smaller until it
+fits.
 
 Prints a table, and writes it with memory.json to --output.
 """
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def draw(lengths: list[list[int]], count: int, vocabulary: int) -> Pairs:
-    """Pairs with lengths of a set, drawn with replacement. The two answers begin differently: they share no token."""
+    """Draw pairs with lengths of a set, with replacement. The two answers begin differently, so share no token."""
     drawn = random.Random(0).choices(lengths, k=count)
     return [[[5 + i % (vocabulary - 5)] * length for i, length in enumerate(triple)] for triple in drawn]
 
@@ -85,7 +86,7 @@ def largest(job: Job, pairs: Pairs, peaks: dict[str, int | None], options: argpa
 
 
 def tokens(pairs: Pairs) -> tuple[int, int]:
-    """Tokens of the padded batch, and of the shared row."""
+    """Count the tokens of the padded batch, and of the shared row."""
     if not pairs:
         return 0, 0
     longest = max(len(prompt) + len(answer) for prompt, *answers in pairs for answer in answers)
@@ -93,7 +94,7 @@ def tokens(pairs: Pairs) -> tuple[int, int]:
 
 
 def peak(job: Job, layout: str, pairs: Pairs, options: argparse.Namespace) -> int | None:
-    """Bytes a step allocates beyond what there is; ``None`` if they do not fit."""
+    """Measure the bytes that a step allocates beyond those allocated before; ``None`` if they do not fit."""
     job.causal.zero_grad(set_to_none=True)
     free_memory()
     prepare(job, layout, options.compile, "auto")
@@ -108,7 +109,7 @@ def peak(job: Job, layout: str, pairs: Pairs, options: argparse.Namespace) -> in
 
 
 def fit(job: Job, layout: str, pairs: Pairs, equal: int | None, options: argparse.Namespace) -> int:
-    """The most pairs that fit, to a twentieth; ``equal`` is the peak of the equal batches."""
+    """Find the most pairs that fit, to a twentieth; ``equal`` is the peak of the equal batches."""
     small, large = options.pairs // 2, options.pairs
     peaks = [peak(job, layout, pairs[:small], options), equal]
     sizes = [tokens(pairs[:n])[LAYOUTS.index(layout)] for n in (small, large)]
@@ -125,7 +126,7 @@ def fit(job: Job, layout: str, pairs: Pairs, equal: int | None, options: argpars
 
 
 def last(pairs: Pairs, kind: int, budget: float) -> int:
-    """How many of the first pairs have at most ``budget`` tokens."""
+    """Count the first pairs that have at most ``budget`` tokens together."""
     low, high = 0, len(pairs)
     while low < high:
         middle = (low + high + 1) // 2

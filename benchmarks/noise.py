@@ -1,14 +1,14 @@
-"""Is a failed bound in low precision noise of the model, or ours? Several seeds, each against its float64 truth.
+"""Tells noise from mistakes when a bound fails in low precision: several seeds, each against its float64 truth.
 
     python benchmarks/noise.py minimax_m2 --device cuda --seeds 8 --jobs 16
     python benchmarks/noise.py minimax_m2                      # CPU, dense
 
-For every seed (of weights, tokens and the loss) and dtype: the error of the unpatched model one sequence at a time, of
-the unpatched model in batches, of packed rows and of folded batches. All run the same weights. A router that sends a
-token elsewhere is off by a whole expert, in the unpatched model as in ours, so single ratios scatter. What decides:
+Errors are measured for every seed (of weights, tokens and the loss) and dtype: of the unpatched model one sequence at a
+time and in batches, of packed rows and of folded batches. All run the same weights. A router that sends a token to
+another expert makes a large error, unpatched or patched, so single ratios scatter. Two things tell noise:
 
-- the geometric mean over seeds of ours / stock. Noise has one near 1, like stock in batches / stock;
-- float32, where a wrong mask, position or gradient would be as wrong as in 16 bits, and noise is a thousand times less.
+- the geometric mean over seeds of patched / unpatched is near 1, like unpatched in batches / unpatched;
+- float32 errors are a thousand times smaller. A wrong mask, position or gradient would be as wrong as in 16 bits.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from flexpatch.report import Report
 from flexpatch.trials import distance
 from flexpatch.verification import FACTOR, Verification
 
-# A mean ratio beyond this is no scatter of equals, given eight seeds; one below is within what is allowed anyway.
+# A larger mean ratio over eight seeds is no scatter of equal errors. A smaller one is within the bounds anyway.
 MEAN = 1.5
 LAYOUTS = ("stock", "stock in batches", "rows", "folded")
 Errors = dict[str, tuple[float, float]]
@@ -65,7 +65,7 @@ def main() -> int:
 
 
 def measure(model_type: str, variant: int, dtype: str, seed: int, device: str, backend: str) -> Errors:
-    """The mean log-prob error and the gradient error of each layout."""
+    """Measure the mean log-prob error and the gradient error of each layout."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("highest")
     model = tiny_model(model_type, variant, dtype=getattr(torch, dtype), seed=seed).to(device)
@@ -85,7 +85,7 @@ def measure(model_type: str, variant: int, dtype: str, seed: int, device: str, b
 
 
 def show(kind: str, dtype: str, seeds: list[Errors], which: int) -> bool:
-    """One table; whether ours is no worse."""
+    """Print one table. Returns whether patched models are no worse."""
     print(f"\n{dtype}, {kind}\n\n| seed | {' | '.join(LAYOUTS)} |\n|---|{'---|' * len(LAYOUTS)}")
     for seed, errors in enumerate(seeds):
         print(f"| {seed} | {' | '.join(f'{errors[layout][which]:.2g}' for layout in LAYOUTS)} |")

@@ -1,19 +1,23 @@
-"""What flexpatch adds to a training step, at 4k to 128k shared tokens, and its share of a 7B step.
+"""Measures the time that flexpatch adds to a training step, at 4k to 128k shared tokens, and its share of a 7B step.
 
     python benchmarks/overheads.py LENGTHS.json          # on a GPU; --profile: folding the largest batch, by function
     python benchmarks/overheads.py LENGTHS.json --device cpu --tokens 512 1024 --dtype float32 --hidden 256
 
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths. Pairs are drawn from each of --sets
 equally often, with replacement, until they hold the tokens asked for; ids are random. Median milliseconds of each part:
-"folding a batch" is the pre-hook on the same pairs as a padded batch (copies, merging, row, mask), "the same batch
-again" what it does for a reference pass, "giving up" the hook on a batch with nothing to share; "unfolding" and "answer
-sums" are forward and backward; "packing an epoch" is epoch_bins of 10,000 pairs, divided by its rows. A step is 32
-times one decoder layer as wide as Mistral-7B's (random weights, all trained, gradient checkpointing), forward and
-backward over such a row; no head, optimizer or reference pass, with which shares would be smaller. Two sums: a
-trainer's step after flexpatch.apply (policy and reference; unfolding as if both had a backward), and a step on rows of
-one's own (policy and reference share trees and mask).
 
-Exit code 1 on a GPU if either sum is 1% of a step or more at 16k tokens, or anything grows faster than tokens^1.2 from
+- "folding a batch": the pre-hook on the pairs as a padded batch (copies, merging, row, mask);
+- "the same batch again": the pre-hook of the reference pass over the batch;
+- "giving up": the pre-hook on a batch with nothing to share;
+- "unfolding" and "answer sums": forward and backward;
+- "packing an epoch": epoch_bins of 10,000 pairs, divided by its rows.
+
+A step is 32 times one decoder layer as wide as Mistral-7B's (random weights, all trained, gradient checkpointing),
+forward and backward over such a row. The step has no output layer, optimizer or reference pass, with which shares would
+be smaller. Two sums: a trainer's step after flexpatch.apply (policy and reference; unfolding as if both had a
+backward), and a step on rows of one's own (policy and reference share trees and mask).
+
+Exit code 1 on a GPU if either sum is 1% of a step or more at 16k tokens, or a part grows faster than tokens^1.2 from
 there on. Writes overheads.json, table.md and overheads.png to --output.
 """
 
@@ -44,7 +48,7 @@ from flexpatch.masks import block_mask
 from flexpatch.packing import epoch_bins
 
 LAYERS, VOCABULARY, EPOCH = 32, 32000, 10_000
-AT = 16384  # where the share counts, and from where growth is fitted
+AT = 16384  # tokens at which the share counts, and from which growth is fitted
 SHARE, STEEP = 0.01, 1.2
 SUMS = {
     "one line: folding, the same again, 2 × unfolding":
@@ -77,11 +81,13 @@ def main() -> int:
     measured = [overheads(model, drawn[T], T, device) for T in tqdm(sizes, disable=None)]
     times = {part: np.array([m[part] for m in measured]) for part in measured[0]}
     times |= {name: np.sum([times[part] for part in parts], 0) for name, parts in SUMS.items()}
-    # The dense backend of the CPU computes all pairs of tokens: only short rows are worth timing there.
+    # The dense backend of the CPU computes all pairs of tokens, so only short rows are timed there.
     timed = [T for T in sizes if (32768 if cuda else 2048) >= T]
     tokens, steps = np.array(sizes), np.full(len(sizes), np.nan)
     for i, T in enumerate(timed):
-        steps[i:] = LAYERS * layer_ms(model, drawn[T], device) * tokens[i:] / T  # longer ones: until they are timed
+        steps[i:] = (
+            LAYERS * layer_ms(model, drawn[T], device) * tokens[i:] / T
+        )  # longer rows are added until they are timed
     fitted = tokens >= (AT if (enough := sizes[-2:][0] >= AT) else 0)
     growth = {}
     for part, ms in times.items():
@@ -108,7 +114,7 @@ def main() -> int:
 
 
 def make_model(options: argparse.Namespace, device: torch.device) -> Any:
-    """Embeddings, one decoder layer and the last norm. The layer is trained, and passes a gradient on as if deep."""
+    """Make embeddings, one trained decoder layer and the last norm. Gradients reach the layer's input, as if deep."""
     torch.manual_seed(0)
     heads = max(options.hidden // 128, 1)
     config = AutoConfig.for_model(
@@ -125,7 +131,7 @@ def make_model(options: argparse.Namespace, device: torch.device) -> Any:
 
 
 def draw(sets: list[list[list[int]]], tokens: int) -> list[flexpatch.Tree]:
-    """Pairs with ``tokens`` shared tokens in all; the last one takes what is left."""
+    """Draw pairs with ``tokens`` shared tokens in all. The last pair is cut to fit."""
     generator, rng = random.Random(0), np.random.default_rng(0)
     trees = []
     while tokens > 0:
@@ -138,10 +144,11 @@ def draw(sets: list[list[list[int]]], tokens: int) -> list[flexpatch.Tree]:
 
 
 def folding(model: Any, pairs: list[flexpatch.Tree], device: torch.device) -> tuple[Callable[..., Any], np.ndarray]:
-    """The fold of a trainer's batch (chosen, then rejected, padded with 0) without the forward, and the batch's ids.
+    """Make the fold of a trainer's batch (chosen, then rejected, padded with 0) without the forward, and its ids.
 
-    The batch counts as a new one at every call, except with ``again=True``."""
-    flexpatch.apply(model, backend="flex")  # block masks on a CPU too, where nothing will run on them
+    The batch counts as a new batch at every call, except with ``again=True``.
+    """
+    flexpatch.apply(model, backend="flex")  # builds block masks on a CPU too, where no kernel uses them
     sequences = [torch.tensor([*tree.ids, *tree.children[i].ids]) for i in range(2) for tree in pairs]
     ids = pad_sequence(sequences, batch_first=True)
     call = dict(input_ids=ids.to(device), attention_mask=(ids > 0).long().to(device), use_cache=False)
@@ -156,7 +163,7 @@ def folding(model: Any, pairs: list[flexpatch.Tree], device: torch.device) -> tu
 
 
 def overheads(model: Any, trees: list[flexpatch.Tree], tokens: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of every part at one size; NaN where memory might not do."""
+    """Time every part at one size, in milliseconds; NaN if memory might not suffice."""
 
     def ms(work: Callable[[], Any], repeats: int = 30 if tokens <= AT else 15) -> float:
         return measure(work, device, repeats)[0]
@@ -192,7 +199,7 @@ def overheads(model: Any, trees: list[flexpatch.Tree], tokens: int, device: torc
 
 
 def layer_ms(model: Any, trees: list[flexpatch.Tree], device: torch.device) -> float:
-    """Forward and backward of one decoder layer over one packed row."""
+    """Run one decoder layer forward and backward over one packed row."""
     flexpatch.apply(model)
     rows = flexpatch.build_rows([trees]).to(device)
 

@@ -1,11 +1,11 @@
-"""Parity of every registered architecture, rows and folded batches, as the tables in README.
+"""Checks parity of every registered architecture, rows and folded batches, and writes the tables of the documentation.
 
     python benchmarks/parity.py                                # CPU, float64
     python benchmarks/parity.py --device cuda --dtype bfloat16 --jobs 14 --reports runs/parity.jsonl --minutes 8
 
 Each row is the worst of an architecture's tiny random models (one per mask, window and rope variant). First variants
-come first. With ``--reports`` each report is kept as it comes, and a later call goes on where an earlier one stopped.
-Exit code 1 if any fails, 3 if some are still to come.
+run first. With ``--reports`` each report is kept as it comes, and a later call continues an earlier one. Exit code 1 if
+a model fails, 3 if some have not run.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> int:
     missing = [case for case in cases if case not in done]
     failed = {}
     start = time.time()
-    # Processes of their own: each compiles its kernels, which is what takes time on a GPU.
+    # Several processes, because each compiles its own kernels, which takes most of the time on a GPU.
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
         results = {pool.submit(verify, *case, **how): case for case in missing}
         for count, result in enumerate(as_completed(results), 1):
@@ -85,14 +85,14 @@ def main() -> int:
 
 
 def verify(model_type: str, variant: int, device: str, dtype: str, backend: str) -> Report:
-    """One tiny model's report."""
+    """Verify one tiny model."""
     torch.set_num_threads(1)
     model = tiny_model(model_type, variant, dtype=getattr(torch, dtype)).to(device)
     return check_parity(model, name=model_type, backend=backend)
 
 
 def kept(path: Path | None, how: dict[str, Any]) -> dict[tuple[str, int], Report]:
-    """The reports of earlier calls with the same options and the same libraries."""
+    """Read the reports of earlier calls with equal options and libraries."""
     found = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []
     for entry in map(json.loads, lines):
@@ -105,14 +105,14 @@ def kept(path: Path | None, how: dict[str, Any]) -> dict[tuple[str, int], Report
 
 
 def keep(path: Path, how: dict[str, Any], case: tuple[str, int], report: Report) -> None:
-    """Add one line."""
+    """Append one report to the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         print(json.dumps(dict(how=how, type=case[0], variant=case[1], report=report.as_dict())), file=file)
 
 
 def table(types: list[str], done: dict[tuple[str, int], Report]) -> str:
-    """Settings, and a row for each type; README takes it as it is."""
+    """Write settings, and a row for each type, as Markdown for the documentation."""
     if not done:
         return "nothing was verified"
     settings = next(iter(done.values())).settings
@@ -124,7 +124,7 @@ def table(types: list[str], done: dict[tuple[str, int], Report]) -> str:
 
 
 def row(model_type: str, variants: list[Report]) -> str:
-    """The worst of an architecture's variants: each error by its share of its bound."""
+    """Find the worst of an architecture's variants: each error divided by its bound."""
     checks = [check for report in variants for check in report.checks]
     cells = [f"`{model_type}`", str(len(variants))]
     leak = max(check.error for check in checks if check.margin is None and check.name.startswith("leak"))

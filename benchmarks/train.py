@@ -1,4 +1,4 @@
-"""Whole training steps of 7-8B models on one GPU: what sharing and packing gain, over the best without sharing.
+"""Times whole training steps of 7-8B models on one GPU, with sharing and packing and without.
 
     python benchmarks/train.py LENGTHS.json                                # Mistral-7B, on 80 GB
     python benchmarks/train.py LENGTHS.json --shapes Llama-3-8B --modes lora --sets hh tldr --compile --profile
@@ -8,17 +8,17 @@ LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths;
 forward and backward of DPO, without optimizer, on the same pairs in every layout. Modes: full (gradients of all
 weights, reference log-probs given), lora (rank 16 in all linear layers, a reference pass with it off). Layouts:
 
-padded pairs    What stock trainers do: right-padded micro-batches through the unpatched model on sdpa, each of as many
-                pairs as --tokens padded tokens allow. Only hidden states that predict an answer go through the head.
-packed pairs    Every prompt with its answer as a sequence of its own, all in one row, nothing shared or padded, on the
-                fastest attention for it (--paired-kernel; auto: FlashAttention-4 if it works here, torch's varlen,
-                FlexAttention; on a CPU a dense mask). Speed-ups are measured against this.
+padded pairs    Right-padded micro-batches through the unpatched model on sdpa, as in stock trainers, each of as many
+                pairs as --tokens padded tokens allow. Logits are computed only of tokens that predict an answer.
+packed pairs    Every prompt with its answer as a separate sequence, all in one row, without sharing or padding, on the
+                fastest attention for such rows (--paired-kernel; auto: FlashAttention-4 if it works here, torch's
+                varlen, FlexAttention; on a CPU a dense mask). Speed-ups are over this layout.
 shared padded   One tree a row, several rows in a call, micro-batches as above: prefix sharing without packing.
 shared packed   All trees in one row.
 
 --compile compiles the decoder layers of the two packed layouts (the others have too many shapes), and fills rows of
-packed pairs up to a multiple of 2,048 tokens. Exit code 1 if layouts disagree about losses or log-probs. Prints tables;
-writes train.json, table.md and train.png to --output after every set.
+packed pairs up to a multiple of 2,048 tokens. Exit code 1 if layouts differ in losses or log-probs beyond rounding.
+Prints tables; writes train.json, table.md and train.png to --output after every set.
 """
 
 import argparse
@@ -73,7 +73,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 LAYOUTS = ("padded pairs", "packed pairs", "shared padded", "shared packed")
 FILL = 2048
 OUT_OF_MEMORY = "out of memory"
-# Kernels by words in their lower-cased names; the first that match count.
+# Classes of kernels by words in their lower-cased names; the first match counts.
 KERNELS = (
     ("attention", ("flash", "fmha", "attention", "sdpa")),
     ("matmul", ("gemm", "gemv", "nvjet", "cutlass", "xmma", "cublas", "splitk", "triton_tem", "triton_mm")),
@@ -88,7 +88,7 @@ Batch = tuple[Rows, dict[str, Any] | None]  # arguments of the backbone; None: f
 
 @dataclass
 class Job:
-    """One shape in one mode."""
+    """Measure one shape in one mode."""
 
     shape: str
     mode: str
@@ -141,7 +141,9 @@ def main() -> int:
     rate = matmul_rate(options.device, dtype)
     results: dict[str, Any] = {"conditions": conditions, "matmul_tflops": rate, "runs": []}
     print(f"{conditions}; matrix product {rate:.1f} TFLOP/s", flush=True)
-    torch._dynamo.config.recompile_limit = 64  # at the default of 8 the baseline would run uncompiled without a word
+    torch._dynamo.config.recompile_limit = (
+        64  # with the default of 8 the baseline would run uncompiled, without a warning
+    )
     for shape in options.shapes:
         torch._dynamo.reset()
         for mode in options.modes:
@@ -162,7 +164,7 @@ def main() -> int:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """TFLOP/s of one large matrix product. Of random data: zeros draw less power and run faster."""
+    """Measure the TFLOP/s of one large product of random matrices. Zeros draw less power and run faster."""
     size = 8192 if device == "cuda" else 512
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
     times, _ = timed(lambda: a @ b, device, 25)
@@ -170,7 +172,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def timed(step: Callable[[], Any], device: str, repeats: int) -> tuple[list[float], Any]:
-    """Seconds of each call, and what the last one returned."""
+    """Time each call, in seconds. Returns the times, and the result of the last call."""
     times, result, wait = [], None, torch.get_device_module(device).synchronize
     for _ in range(repeats):
         wait()
@@ -187,11 +189,11 @@ def free_memory() -> None:
 
 
 def choose_kernel(options: argparse.Namespace) -> str:
-    """The attention of packed pairs: the first that runs forward and backward here, made known to transformers."""
+    """Register the attention of packed pairs with transformers: the first that runs forward and backward here."""
     names = {"auto": ["fa4", "varlen"] if options.device == "cuda" else ["sdpa"]}
     for name in names.get(options.paired_kernel, [options.paired_kernel]):
         if name in ("flex", "sdpa"):
-            return str(name)  # flexpatch's own backends, on trees that share nothing
+            return str(name)  # backends of flexpatch, on trees that share nothing
         try:
             attend = partial(packed_attention, kernel=load_kernel(name))
             x = torch.randn(1, 8, 256, 128, device=options.device, dtype=torch.bfloat16, requires_grad=True)
@@ -222,14 +224,14 @@ def load_kernel(name: str) -> Any:
         lengths = dict(cu_seqlens_q=starts, cu_seqlens_k=starts, max_seqlen_q=longest, max_seqlen_k=longest)
         return fa4(q, k, v, **lengths, softmax_scale=scaling, causal=True)
 
-    return torch.compiler.disable(run)  # Dynamo would trace into its just-in-time compiler
+    return torch.compiler.disable(run)  # else Dynamo would trace into its just-in-time compiler
 
 
 def packed_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, kernel: Any, scaling: float, cu_seq_lens_q: Tensor,
     max_length_q: int, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """As transformers calls it: q is (1, H, L, D), the output (1, L, H, D)."""
+    """Attention function of transformers: q is (1, H, L, D), the output (1, L, H, D)."""
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     out = kernel(q, k, v, cu_seq_lens_q, max_length_q, scaling)
     return (out[0] if isinstance(out, tuple) else out)[None], None  # FA4 returns log-sum-exps too
@@ -245,7 +247,7 @@ def make_job(shape: str, mode: str, kernel: str, options: argparse.Namespace) ->
     parameters = sum(m.weight.numel() for layer in layers for m in layer.modules() if isinstance(m, nn.Linear))
     if options.liger:
         liger = importlib.import_module("liger_kernel.transformers")
-        # Not its fused loss, which replaces the model's forward.
+        # Liger's fused loss stays off, because it replaces the model's forward.
         liger._apply_liger_kernel_to_instance(model=causal, fused_linear_cross_entropy=False)
     named = {"all": len(layers), "none": 0}
     recomputed = named[options.checkpointing] if options.checkpointing in named else int(options.checkpointing)
@@ -256,7 +258,7 @@ def make_job(shape: str, mode: str, kernel: str, options: argparse.Namespace) ->
     wrapped = causal
     if mode == "lora":
         # Random adapters: with B = 0 policy and reference are equal, and so are the losses of right and wrong layouts.
-        # Not in float32, which only autocast would make fast.
+        # Adapters have the weights' dtype, since float32 adapters are fast only under autocast.
         adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
         wrapped = peft.get_peft_model(causal, adapters, autocast_adapter_dtype=False)
     return Job(shape, mode, kernel, causal, wrapped, parameters)
@@ -269,7 +271,7 @@ def prepare(job: Job, layout: str, compiled: bool, backend: str) -> None:
     for layer in causal.model.layers:
         vars(layer).pop("forward", None)
     causal.set_attn_implementation("sdpa")
-    own = {"flex": "auto", "sdpa": "dense"}  # packed pairs on flexpatch's own backends
+    own = {"flex": "auto", "sdpa": "dense"}  # packed pairs on backends of flexpatch
     if layout.startswith("shared") or (layout == "packed pairs" and job.kernel in own):
         backend = backend if layout.startswith("shared") else own[job.kernel]
         flexpatch.apply(causal, backend=backend, compile=compiled and "packed" in layout)
@@ -283,22 +285,22 @@ def prepare(job: Job, layout: str, compiled: bool, backend: str) -> None:
 
 @cache
 def compiled_forward(layer_type: type) -> Any:
-    """One for all layers."""
+    """Compile the forward of a type of layers, once for all of them."""
     return torch.compile(unwrap(layer_type.forward), dynamic=False)  # type: ignore[attr-defined]
 
 
 def run_compiled(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Later transformers checkpoint in forward, not in __call__; but a graph that a kernel breaks cannot hold that."""
+    """Checkpoint around the compiled layer: newer transformers do so within, where a graph with a break fails."""
     if layer.gradient_checkpointing and layer.training and "__call__" not in vars(GradientCheckpointingLayer):
         return layer._gradient_checkpointing_func(partial(forward, layer, **kwargs), *args)
     return forward(layer, *args, **kwargs)
 
 
 def draw_pairs(lengths: list[list[int]], budget: int, vocabulary: int) -> list[list[list[int]]]:
-    """Ids of the pairs of a step: as many as fit, drawn with replacement; of 200 draws the one that leaves least room.
+    """Draw the ids of the pairs of a step, with replacement, as many as fit. Of 200 draws the fullest is kept.
 
-    FlexAttention compiles for each bucket of lengths; so most sets fill the same."""
-
+    FlexAttention compiles for each bucket of lengths, and full rows of most sets fall into one bucket.
+    """
     most = budget // min(map(sum, lengths)) + 1
 
     def draw(seed: int) -> list[list[int]]:
@@ -322,9 +324,9 @@ def make_batches(job: Job, layout: str, pairs: list[list[list[int]]], options: a
         calls = [[[tree for pair in trees for tree in pair]]]
         missing = -sum(map(len, calls[0][0])) % FILL
         if options.compile and own_kernel and missing:
-            calls[0][0].append(lay_out(Tree([0] * missing), "filler"))  # a root alone scores nothing
+            calls[0][0].append(lay_out(Tree([0] * missing), "filler"))  # a root alone has no scored tokens
     else:
-        # Equally many pairs in each micro-batch, as trainers have them.
+        # Equally many pairs in each micro-batch, as in trainers.
         longest = max(len(tree) for pair in trees for tree in pair)
         most = max(1, options.tokens // (longest * len(trees[0])))
         size = math.ceil(len(trees) / math.ceil(len(trees) / most))
@@ -341,7 +343,7 @@ def make_batches(job: Job, layout: str, pairs: list[list[list[int]]], options: a
         elif own_kernel:
             ends = list(accumulate(map(len, bins[0])))
             starts = torch.tensor([0, *ends], dtype=torch.int32, device=options.device)
-            longest = max(map(len, bins[0]))  # an int: a tensor would make every layer wait for the GPU
+            longest = max(map(len, bins[0]))  # an int, since a tensor would make every layer wait for the GPU
             call = dict(position_ids=rows.position_ids, cu_seq_lens_q=starts, max_length_q=longest)
         batches.append((rows, call))
     return batches
@@ -358,7 +360,7 @@ def log_probs(causal: Any, rows: Rows, call: dict[str, Any] | None) -> AnswerLog
 
 
 def train_step(job: Job, batches: list[Batch]) -> tuple[Tensor, Tensor]:
-    """The loss, and log-probs of all scored tokens: the reference pass's (lora), then the policy's."""
+    """Run a step. Returns the loss, and log-probs of all scored tokens: of the reference (lora), then of the policy."""
     job.causal.zero_grad(set_to_none=True)
     for rows, _ in batches:
         rows.masks.clear()  # a training run builds masks in every step
@@ -367,7 +369,7 @@ def train_step(job: Job, batches: list[Batch]) -> tuple[Tensor, Tensor]:
         passes = reference_pass(job, batches)
         references = [of.answers for of in passes]
         tokens = [of.tokens for of in passes]
-    else:  # of a uniform model: any will do that let the loss depend on every answer
+    else:  # log-probs of a uniform model, with which the loss depends on every answer
         scale = -math.log(job.causal.config.vocab_size)
         references = [scale * (rows.answer_tokens < len(rows.targets)).sum(-1) for rows, _ in batches]
     for batch, reference in zip(batches, references, strict=True):
@@ -385,8 +387,7 @@ def reference_pass(job: Job, batches: list[Batch]) -> list[AnswerLogprobs]:
 
 
 def true_tokens(job: Job, pairs: Any, options: argparse.Namespace) -> Tensor:
-    """Log-probs of all scored tokens, as of :func:`train_step`, of the same weights in twice the precision: unpatched,
-    in padded pairs."""
+    """Compute the log-probs of :func:`train_step` unpatched, in padded pairs, with weights of twice the precision."""
     prepare(job, "padded pairs", False, options.backend)
     wrapped = copy.deepcopy(job.wrapped).to(torch.float64 if options.dtype == "float32" else torch.float32)
     true = replace(job, causal=wrapped if job.mode == "full" else wrapped.get_base_model(), wrapped=wrapped)
@@ -400,9 +401,10 @@ def true_tokens(job: Job, pairs: Any, options: argparse.Namespace) -> Tensor:
 def measure_layouts(
     job: Job, layouts: Sequence[str], pairs: Any, options: argparse.Namespace
 ) -> dict[str, tuple[dict[str, Any], Tensor] | str]:
-    """A record and the log-probs of each layout; or ``OUT_OF_MEMORY``.
+    """Measure a record and the log-probs of each layout, or ``OUT_OF_MEMORY``.
 
-    Layouts take turns: a GPU that gets warm gets slower, and the last of several blocks would pay for it."""
+    Layouts take turns, because a GPU slows down as it warms up, which would hurt the last of several blocks.
+    """
     batches: dict[str, list[Batch]] = {}
     seconds: dict[str, list[float]] = {layout: [] for layout in layouts}
     peaks: dict[str, list[int]] = {layout: [] for layout in layouts}
@@ -450,8 +452,10 @@ def record_of(
 
 
 def measure_layout(job: Job, layout: str, pairs: Any, options: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
-    """Raises:
-    torch.OutOfMemoryError: If it does not fit.
+    """Measure one layout.
+
+    Raises:
+        torch.OutOfMemoryError: If a step does not fit into memory.
     """
     found = measure_layouts(job, [layout], pairs, options)[layout]
     if isinstance(found, str):
@@ -472,7 +476,7 @@ def measure_set(job: Job, name: str, lengths: list[list[int]], options: argparse
             layouts[layout], tokens[layout] = found
         print(job.shape, job.mode, name, layout, layouts[layout], flush=True)
     run = dict(shape=job.shape, mode=job.mode, set=name, pairs=len(pairs), shared_tokens=shared, paired_tokens=paired)
-    run |= dict(token_ratio=paired / shared, layouts=layouts, wrong=None)  # None: nothing to compare with
+    run |= dict(token_ratio=paired / shared, layouts=layouts, wrong=None)  # None if there is nothing to compare with
     base = next((layout for layout in ("padded pairs", "packed pairs") if layout in tokens), None)
     if base is not None:
         true = true_tokens(job, pairs, options)
@@ -480,7 +484,7 @@ def measure_set(job: Job, name: str, lengths: list[list[int]], options: argparse
         losses = [layouts[layout]["loss"] for layout in tokens]
         errors = {layout: (tokens[layout] - true).abs().mean().item() for layout in tokens}
         bound = FACTOR * errors[base]
-        wrong = not all(error <= bound for error in errors.values())  # so that NaN is wrong
+        wrong = not all(error <= bound for error in errors.values())  # so that NaN counts as wrong
         run |= dict(losses_between=[min(losses), max(losses)], errors_nats=errors, bound_nats=bound, wrong=wrong)
         nats = ", ".join(f"{layout} {error:.2e}" for layout, error in errors.items())
         verdict = "WRONG" if wrong else "right"
@@ -490,7 +494,7 @@ def measure_set(job: Job, name: str, lengths: list[list[int]], options: argparse
 
 
 def profile(step: Callable[[], Any], step_ms: float) -> dict[str, float]:
-    """Milliseconds by class of kernel. Idle is what a step without the profiler took longer than all kernels."""
+    """Return milliseconds by class of kernel. Idle is the time of an unprofiled step beyond that of all kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
         step()
         torch.cuda.synchronize()
@@ -499,7 +503,7 @@ def profile(step: Callable[[], Any], step_ms: float) -> dict[str, float]:
 
 
 def by_class(events: Any) -> dict[str, float]:
-    """Milliseconds of profiled kernels, by class."""
+    """Add up the milliseconds of profiled kernels, by class."""
     spent = dict.fromkeys(CLASSES, 0.0)
     for event in events:
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation:

@@ -1,4 +1,4 @@
-"""Stock TRL trainers against the same trainers after one line of flexpatch, and against packed batches.
+"""Times stock TRL trainers, these trainers after one line of flexpatch, and packed batches.
 
     python benchmarks/trainers.py LENGTHS.json                     # on a GPU; all parts
     python benchmarks/trainers.py LENGTHS.json --sets hh tldr --parts dpo
@@ -6,13 +6,14 @@
 
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids are random. Parts:
 
-dpo       LoRA DPOTrainer, reference = adapter off. Stock: without gradient checkpointing, --batch-sizes upwards until
-          memory ends or one is a tenth slower than the fastest; the same with it, from the last size that ran without
-          (what runs without is no faster with); the fastest of these once more on --flash; the fastest counts.
-          One line, flexpatch.apply(model): the largest size that fits without checkpointing. Both: the second of two
-          epochs over the same batches. Packed, PackedDPOTrainer: rows of --budget tokens, compiled layers,
-          checkpointing as memory demands; the median step (rows are full, so equally long) times their number.
-nothing   The same trainer on pairs that share nothing and need no padding: what flexpatch costs where it cannot gain.
+dpo       LoRA DPOTrainer, reference = adapter off. Stock runs --batch-sizes upwards without gradient checkpointing,
+          until memory ends or a size is a tenth slower than the fastest; then with checkpointing, from the last size
+          that ran without (smaller sizes would not be faster); then the fastest setting on --flash. The fastest
+          counts. One line, flexpatch.apply(model), runs the largest size that fits without checkpointing. Both count
+          the second of two epochs over equal batches. Packed, PackedDPOTrainer, runs rows of --budget tokens with
+          compiled layers and as much checkpointing as memory demands: the median step (rows are full, so equally
+          long) times the number of rows.
+nothing   DPOTrainer on pairs that share nothing and need no padding: the cost of flexpatch where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
 profile   Kernels of one step of every set, by class: stock at the first batch size, without checkpointing, and packed.
 
@@ -46,7 +47,7 @@ import flexpatch
 from flexpatch.trl import PackedDPOTrainer
 
 SHAPES = {
-    # 1.9 billion parameters, in layers as wide as those people tune.
+    # 1.9 billion parameters, in layers as wide as in 7B models.
     "8 layers of Mistral-7B": dict(
         hidden_size=4096, num_hidden_layers=8, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
         head_dim=128, vocab_size=32000, tie_word_embeddings=False,
@@ -96,7 +97,7 @@ def main() -> None:
     for part in options.parts:
         if part == "dpo":
             results[part] = {}
-            measure(options, "stock", lengths[names[0]], options.batch_sizes[0])  # compiles TRL's own kernels
+            measure(options, "stock", lengths[names[0]], options.batch_sizes[0])  # compiles kernels of TRL
             start = time.perf_counter()
             for name in names:
                 if time.perf_counter() - start > options.seconds:
@@ -146,7 +147,7 @@ def make_model(options: argparse.Namespace, attention: str = "sdpa") -> Any:
 
 
 def pairs_of(lengths: list[list[int]], count: int, vocabulary: int) -> datasets.Dataset:
-    """``count`` tokenised pairs whose lengths are drawn, with replacement, from ``lengths``."""
+    """Draw ``count`` tokenised pairs with lengths from ``lengths``, with replacement."""
     rng = random.Random(0)
 
     def ids(length: int) -> list[int]:
@@ -157,12 +158,12 @@ def pairs_of(lengths: list[list[int]], count: int, vocabulary: int) -> datasets.
         name: [ids(triple[i]) for triple in drawn]
         for i, name in enumerate(("prompt_ids", "chosen_ids", "rejected_ids"))
     }
-    # Named, because naming it by its contents takes seconds.
+    # A fixed fingerprint, because hashing the contents takes seconds.
     return datasets.Dataset(datasets.table.InMemoryTable.from_pydict(columns), fingerprint=f"random-{count}")
 
 
 class Prepared:
-    """Rows are tokenised ahead, since their ids are random; nothing else differs from the trainer mixed in."""
+    """Mixin for a trainer that takes tokenised rows as they are."""
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset
@@ -177,7 +178,7 @@ class Packed(Prepared, PackedDPOTrainer):
 
 
 class Clock(TrainerCallback):
-    """Seconds of each epoch, data included, and of each step of the last epoch."""
+    """Time each epoch, data included, and each step of the last epoch, in seconds."""
 
     def __init__(self, cuda: bool) -> None:
         self.cuda = cuda
@@ -203,7 +204,7 @@ class Clock(TrainerCallback):
 
 
 class Profiler(TrainerCallback):
-    """Kernels of the longest of the second epoch's second to fourth steps: its last rows are short."""
+    """Profile the longest of the second epoch's second to fourth steps; the last rows of an epoch are short."""
 
     def __init__(self) -> None:
         self.profile: Any = None
@@ -231,7 +232,7 @@ class Profiler(TrainerCallback):
 
 
 def best(options: argparse.Namespace, mode: str, name: str, lengths: list[list[int]]) -> Any:
-    """The fastest of a mode's settings, with what was tried."""
+    """Find the fastest of a mode's settings, and list all that were tried."""
     tried: list[dict[str, Any]] = []
 
     def rate(size: int, recompute: bool, attention: str = "sdpa") -> float:
@@ -250,10 +251,10 @@ def best(options: argparse.Namespace, mode: str, name: str, lengths: list[list[i
 
     if mode == "packed":
         rate(1, True)
-    elif mode == "one line":  # the larger the batch, the more it gains
+    elif mode == "one line":  # larger batches gain more
         any(rate(size, again) for again in (False, True) for size in reversed(options.batch_sizes))
     else:
-        largest = 0  # that ran without checkpointing
+        largest = 0  # largest size that ran without checkpointing
         for recompute in (False, True):
             for size in options.batch_sizes:
                 if size < largest:
@@ -326,14 +327,14 @@ def measure(
 
 
 def nothing_to_gain(options: argparse.Namespace) -> dict[str, float]:
-    """Median step of batches without padding or shared tokens, the better of two runs each."""
+    """Time the median step of batches without padding or shared tokens, the better of two runs each."""
     lengths = [[1, 449, 449]] if options.shape != "tiny" else [[1, 40, 40]]
     times = {mode: min(measure(options, mode, lengths, 8)["ms_per_step"] for _ in range(2)) for mode in MODES[:2]}
     return times | {"cost": times["one line"] / times["stock"] - 1}
 
 
 def grpo(options: argparse.Namespace, mode: str, prompt: int = 4096, answers: int = 16, length: int = 256) -> Any:
-    """Median time and peak memory of answers' log-probs and their gradients in all weights, with checkpointing."""
+    """Measure log-probs of answers and their gradients in all weights, with checkpointing: median time, peak memory."""
     if options.shape == "tiny":
         prompt, answers, length = 64, 4, 16
     model = make_model(options).train()
@@ -358,7 +359,7 @@ def grpo(options: argparse.Namespace, mode: str, prompt: int = 4096, answers: in
 
 
 def timed(step: Callable[[], Any], device: str, repeats: int = 7) -> float:
-    """Median seconds, after two warm-ups."""
+    """Time a call: median seconds, after two warm-ups."""
     times = []
     for _ in range(repeats + 2):
         if device == "cuda":

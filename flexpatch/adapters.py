@@ -1,9 +1,11 @@
-"""Importing this module imports, and so registers, every file of the folder ``adapters/``, and then every module that
-an installed package names in the entry-point group ``flexpatch.adapters``.
+"""Registers all adapters: files of the folder ``adapters/``, then modules of other packages.
 
-The folder sits beside this package in a checkout and inside it in a wheel. It has no ``__init__.py`` on purpose: a
-module that sets ``__path__`` is a package to the import system, and a folder without ``__init__.py`` never shadows
-another distribution's ``adapters`` package.
+An adapter registers itself when it is imported, and this module imports all of them. Other packages name their modules
+in the entry-point group ``flexpatch.adapters``.
+
+The folder is beside this package in a checkout, and inside it in a wheel. The folder has no ``__init__.py`` on purpose:
+so it never shadows another distribution's package ``adapters``. Python takes this module for a package because it sets
+``__path__``.
 """
 
 import importlib
@@ -23,7 +25,7 @@ for _file in pkgutil.iter_modules(__path__):
 for _entry in entry_points(group="flexpatch.adapters"):
     try:
         _entry.load()
-    except Exception as error:  # another package's mistake must not take all architectures with it
+    except Exception as error:  # a mistake of another package must not disable all architectures
         warnings.warn(
             f"flexpatch: the adapter '{_entry.name}' of the package {_entry.dist.name if _entry.dist else '?'} "
             f"({_entry.value}) could not be loaded: {type(error).__name__}: {error}",

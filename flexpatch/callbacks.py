@@ -1,4 +1,4 @@
-"""What folding saves, among a trainer's metrics."""
+"""Savings of folding among a trainer's metrics."""
 
 from typing import Any
 
@@ -8,20 +8,25 @@ from flexpatch.patch import savings
 
 
 class SavingsCallback(TrainerCallback):
-    """Adds to each log entry what folding saved over the ``last`` batches, reference passes included.
+    """Add the savings of folding to each log entry, reference passes included.
 
-    ``flexpatch/token_factor``: how many times fewer tokens were computed than the padded batches hold;
-    ``flexpatch/padding`` and ``flexpatch/shared``: shares of those tokens left out as padding and as shared prefixes.
+    - ``flexpatch/token_factor``: tokens of the padded batches, divided by the tokens that were computed;
+    - ``flexpatch/padding``: fraction of the padded batches' tokens that was left out as padding;
+    - ``flexpatch/shared``: fraction of the padded batches' tokens that was left out as shared prefixes.
 
-    Pass it as ``callbacks=[SavingsCallback()]``. Reporters (TensorBoard, W&B, ...) are called before such callbacks; to
-    reach them too: ``trainer.callback_handler.callbacks.insert(0, SavingsCallback())``.
+    Pass the callback as ``callbacks=[SavingsCallback()]``. Reporters (TensorBoard, W&B, ...) run before callbacks that
+    are passed so, and miss the values. To log them there too, insert the callback first:
+    ``trainer.callback_handler.callbacks.insert(0, SavingsCallback())``.
+
+    Args:
+        last: Number of latest batches that the values are taken over.
     """
 
     def __init__(self, last: int = 100) -> None:
         self.last = last
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        savings(model)  # raises for a model that does not fold, before hours of training
+        savings(model)  # an error now, before hours of training, if the model does not fold
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, model: Any = None, **_: Any

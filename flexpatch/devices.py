@@ -1,8 +1,9 @@
-"""Choose what attention runs on which card: the backend, and tiles with which FlexAttention's kernels fit.
+"""Choose the attention backend of a card, and tiles with which FlexAttention's kernels fit the card.
 
-A kernel of FlexAttention keeps tiles of queries, keys and values in a block's shared memory, and dies at its first call
-on a card that has less than it needs. Torch chooses tiles by a card's generation, and for some heads too large ones.
-``benchmarks/cards.py`` measures what kernels need, without owning the cards; docs/cards.md has the table.
+A kernel of FlexAttention keeps tiles of queries, keys and values in a block's shared memory. On a card with less shared
+memory than it needs, the kernel fails at its first call. Torch chooses tiles by a card's generation, and some of these
+tiles are too large. ``benchmarks/cards.py`` measures the needs of kernels without the cards; docs/cards.md has the
+table.
 """
 
 import warnings
@@ -17,17 +18,17 @@ from torch import nn
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 
 KB = 1024
-# Shared memory that a thread block may take, by compute capability, where torch does not tell. Other cards of a
-# generation have the last one's.
+# Shared memory that a thread block may take, in KB, by compute capability, for releases of torch that do not tell. A
+# capability that is not listed has the memory of the one before it.
 SHARED_KB = {(8, 0): 163, (8, 7): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (11, 0): 227, (12, 0): 99}
 AMPERE = (8, 0)
 
-Sizes = tuple[int, int]  # of a head's queries and keys, and of its values
+Sizes = tuple[int, int]  # width of a head's queries and keys, and of its values
 Tiles = dict[str, int]  # options of a kernel of FlexAttention
 
-# Kernels round heads up to a power of two. By the KB that cards have, the rounded size and the bytes of a number: the
-# options with which forward and backward fit. Torch's own tiles do where there are none. Nothing fits what is missing.
-LARGE = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "fwd_num_stages": 2}  # on an H100 others gain 6% of both passes
+# Options with which forward and backward kernels fit: by shared memory in KB, then by (head size rounded up to a power
+# of two, bytes of a number). An empty entry keeps torch's own tiles. No tiles fit if an entry is missing.
+LARGE = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 16, "fwd_num_stages": 2}  # on an H100 other tiles gain 6% of both passes
 NARROW = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 2, "fwd_num_warps": 4}
 SQUARE = {"bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_M2": 32, "bwd_BLOCK_N2": 32}
 SQUARE |= {"bwd_num_stages": 2, "bwd_num_warps": 4}
@@ -40,18 +41,18 @@ TILES: dict[int, dict[tuple[int, int], Tiles]] = {
     | {(64, 4): {}, (128, 4): {}, (256, 4): NARROW, (512, 4): LARGE},
 }
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SMALLEST_HEAD = 16  # of Triton's matrix products
+SMALLEST_HEAD = 16  # smallest side of Triton's matrix products
 
 
 class Card(NamedTuple):
-    """A device, as far as attention depends on it.
+    """Properties of a device that attention depends on.
 
     Attributes:
         kind: ``"cuda"``, ``"rocm"``, or the device's type.
-        name: As its maker calls it.
-        capability: Of NVIDIA's cards; (0, 0) for others.
-        shared_kb: Shared memory that a thread block may take, in KB; 0 where it is not known.
-        triton: Whether Triton can be imported.
+        name: Product name of the card.
+        capability: Compute capability of NVIDIA's cards; (0, 0) for others.
+        shared_kb: Shared memory that a thread block may take, in KB; 0 if unknown.
+        triton: ``True`` if Triton can be imported.
     """
 
     kind: str
@@ -62,7 +63,7 @@ class Card(NamedTuple):
 
 
 def card_of(device: torch.device) -> Card:
-    """Describe a device. The driver is asked once."""
+    """Describe a device. The driver is asked once a device."""
     if device.type != "cuda":
         return Card(device.type, device.type)
     return _cuda_card(torch.cuda.current_device() if device.index is None else device.index)
@@ -72,7 +73,7 @@ def card_of(device: torch.device) -> Card:
 def _cuda_card(index: int) -> Card:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        # Its "capability" counts AMD's generations: (9, 4) is an MI300, and no Hopper.
+        # AMD's "capability" counts its own generations: (9, 4) is an MI300, not a Hopper.
         return Card("rocm", properties.name, triton=_has_triton())
     capability = torch.cuda.get_device_capability(index)
     shared = getattr(properties, "shared_memory_per_block_optin", 0) // KB
@@ -80,12 +81,12 @@ def _cuda_card(index: int) -> Card:
 
 
 def _known_kb(capability: tuple[int, int]) -> int:
-    """Shared memory of a capability, or of the latest one known before it."""
+    """Look up the shared memory of a capability, or of the latest known capability before it, in KB."""
     return SHARED_KB[max((known for known in SHARED_KB if known <= capability), default=min(SHARED_KB))]
 
 
 def _has_triton() -> bool:
-    """Whether Triton imports: torch for Windows comes without, and a broken one is as good as none."""
+    """Return whether Triton can be imported. Torch for Windows lacks it, and a broken Triton is of no use."""
     try:
         import_module("triton")
     except Exception:
@@ -94,12 +95,18 @@ def _has_triton() -> bool:
 
 
 def heads_of(decoder: nn.Module) -> frozenset[Sizes]:
-    """Sizes of the heads of all attention layers in a decoder, which has its configuration in ``config``.
+    """Read the head sizes of all attention layers of a decoder.
 
-    Layers may differ (Gemma 4), and so may keys and values (DeepSeek). Read from the layers' modules, since only they
-    know what became of the configuration; a model whose layers do not tell has the configuration's size.
+    Layers may differ (Gemma 4), and so may keys and values (DeepSeek). The layers' modules tell their sizes, because
+    modeling code may change the configuration's. If no module tells, the configuration does.
+
+    Args:
+        decoder: A decoder of transformers, with its configuration in ``config``.
+
+    Returns:
+        Pairs of the width of queries and keys, and the width of values.
     """
-    # Kept beside the model: within, copies and pickles would carry it.
+    # A dict beside the model, because copies and pickles would carry an attribute along.
     if decoder not in _heads:
         found = {sizes for module in decoder.modules() if (sizes := _heads_of_layer(module)) is not None}
         if not found:
@@ -123,24 +130,29 @@ def _heads_of_layer(module: nn.Module) -> Sizes | None:
 
 
 class Choice(NamedTuple):
-    """The backend of a model's rows, and a warning for its user; ``None`` if there is nothing to say."""
+    """Backend of a model's rows, and a warning for the user, or ``None``."""
 
     backend: str
     warning: str | None = None
 
 
 def choose(asked: str, device: torch.device, sizes: frozenset[Sizes], dtype: torch.dtype) -> Choice:
-    """The backend of a model's rows. Gradients do not matter: a reference without them must take a policy's kernels.
+    """Choose the backend of a model's rows.
+
+    The choice ignores gradients, so that a reference without gradients runs the policy's kernels.
 
     Args:
         asked: ``"auto"``, ``"flex"``, ``"fa4"`` or ``"dense"``.
-        device: Where the model is. One that is still on the CPU is asked for again at its calls.
-        sizes: Of its heads, from :func:`heads_of`.
-        dtype: In which attention computes.
+        device: Device of the model. A model that is still on the CPU is chosen for again at its calls.
+        sizes: Sizes of its heads, from :func:`heads_of`.
+        dtype: Dtype in which attention computes.
+
+    Returns:
+        The backend, ``"flex"``, ``"fa4"`` or ``"dense"``, and a warning for the user if there is one.
 
     Raises:
         UnsupportedModelError: If ``"flex"`` was asked for, and its kernels would not compile or not fit.
-        FlexpatchError: If ``"fa4"`` was asked for on a GPU that is no Hopper.
+        FlexpatchError: If ``"fa4"`` was asked for on a GPU that is not a Hopper.
     """
     if device.type != "cuda":
         return Choice(("flex" if device.type == "xpu" else "dense") if asked == "auto" else asked)
@@ -157,12 +169,12 @@ def _choose(asked: str, card: Card, sizes: frozenset[Sizes], dtype: torch.dtype)
     if asked == "flex":
         if reason is not None:
             raise UnsupportedModelError(
-                f"backend='flex' cannot run on this {card.name}: {reason}. backend='auto' takes 'dense' here, which is "
+                f"backend='flex' cannot run on this {card.name}: {reason}. backend='auto' uses 'dense' here, which is "
                 "exact, but computes all L x L scores of a row"
             )
         return Choice("flex", UNTESTED.format(card.name) if card.kind == "rocm" else None)
     if card.kind == "rocm" and reason is None:
-        reason = "FlexAttention's kernels were never tested on AMD GPUs; backend='flex' takes them all the same"
+        reason = "FlexAttention's kernels were never tested on AMD GPUs; backend='flex' uses them all the same"
     return Choice("flex") if reason is None else Choice("dense", DENSE.format(card.name, reason))
 
 
@@ -172,12 +184,21 @@ DENSE = (
 )
 UNTESTED = (
     "flexpatch: FlexAttention's kernels were never tested on AMD GPUs such as this {}: run "
-    "flexpatch.check_parity(model), which looks at gradients too, before you trust results"
+    "flexpatch.check_parity(model), which checks gradients too, before you trust results"
 )
 
 
 def obstacle(card: Card, sizes: frozenset[Sizes], dtype: torch.dtype) -> str | None:
-    """Why FlexAttention's kernels would not run on a card; ``None`` if they would."""
+    """Find the reason why FlexAttention's kernels cannot run on a card.
+
+    Args:
+        card: The card.
+        sizes: Sizes of the model's heads, from :func:`heads_of`.
+        dtype: Dtype in which attention computes.
+
+    Returns:
+        The reason, as the end of an error message; ``None`` if the kernels run.
+    """
     if not card.triton:
         return "its kernels need Triton, which does not import here (pip install triton; on Windows triton-windows)"
     if card.kind != "cuda":
@@ -200,7 +221,15 @@ def obstacle(card: Card, sizes: frozenset[Sizes], dtype: torch.dtype) -> str | N
 
 
 def tell(choice: Choice, again: bool = False) -> str:
-    """Warn of a choice, once in a process or, if ``again``, once more; returns its backend."""
+    """Warn the user of a choice, once a process.
+
+    Args:
+        choice: The choice.
+        again: Warn even if the warning was given before.
+
+    Returns:
+        The backend that was chosen.
+    """
     if choice.warning is not None and (again or choice.warning not in _told):
         _told.add(choice.warning)
         warnings.warn(choice.warning, FlexpatchWarning, 3)
@@ -211,8 +240,10 @@ _told: set[str] = set()
 
 
 def check_hopper(card: Card) -> None:
-    """Raises:
-    FlexpatchError: If FlashAttention-4 was not tested on a card.
+    """Refuse a card on which FlashAttention-4 was not tested.
+
+    Raises:
+        FlexpatchError: For all cards but Hopper's.
     """
     if card.kind != "cuda" or card.capability[0] != 9:
         raise FlexpatchError(f"backend='fa4' runs on Hopper GPUs, not on {card.name}: apply with backend='auto'")
@@ -220,9 +251,18 @@ def check_hopper(card: Card) -> None:
 
 @torch.compiler.assume_constant_result
 def tiles(device: torch.device, size: int, value_size: int, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
-    """Options with which FlexAttention's kernels fit a device, as pairs; none where torch's own do.
+    """Look up options with which FlexAttention's kernels fit a device.
 
-    Compiled layers take the result for a constant of their graph, which has one device and one size of heads.
+    Compiled layers treat the result as a constant of their graph, because a graph has one device and one head size.
+
+    Args:
+        device: Device of the rows.
+        size: Width of a head's queries and keys.
+        value_size: Width of a head's values.
+        dtype: Dtype of queries, keys and values.
+
+    Returns:
+        Pairs of a kernel option and its value; empty if torch's own tiles fit.
     """
     card = card_of(device)
     kb = card.shared_kb if card.kind == "cuda" else max(TILES)
@@ -231,7 +271,16 @@ def tiles(device: torch.device, size: int, value_size: int, dtype: torch.dtype) 
 
 
 def fitting(shared_kb: int, sizes: Sizes, dtype: torch.dtype) -> Tiles | None:
-    """Options with which kernels fit into so much shared memory; ``None`` if nothing does."""
+    """Look up options with which kernels fit into a block's shared memory.
+
+    Args:
+        shared_kb: Shared memory that a thread block may take, in KB.
+        sizes: Width of a head's queries and keys, and of its values.
+        dtype: Dtype of queries, keys and values.
+
+    Returns:
+        Kernel options, empty if torch's own tiles fit; ``None`` if no tiles fit.
+    """
     known = [kb for kb in TILES if kb <= shared_kb]
     if not known:
         return None

@@ -1,19 +1,27 @@
-"""The two errors flexpatch raises for what a user can put right, its warning, and how errors are shown."""
+"""Errors and warnings that a user can act on."""
 
 
 class FlexpatchError(ValueError):
-    """Input that cannot be used; the message names the sample, the value found and what is allowed."""
+    """Input that cannot be used. The message names the sample, the value found and the values allowed."""
 
 
 class UnsupportedModelError(FlexpatchError):
-    """A model, or a setting of it, for which shared prefixes would not be exact; the message gives the way out."""
+    """Model or setting with which shared prefixes would not be exact. The message gives the way out."""
 
 
 class FlexpatchWarning(UserWarning):
-    """A batch runs as it was given, without sharing; the message says why. Results are those of the unpatched model."""
+    """Batch that runs as it was given, without sharing. Results are exact; the message gives the reason."""
 
 
 def first_line(error: BaseException, most: int = 500) -> str:
-    """What an error says, for one line of a terminal: other libraries' messages may be empty, or have many lines."""
+    """Shorten an error's message to one line. Messages of other libraries may be empty, or have many lines.
+
+    Args:
+        error: Any error.
+        most: Largest number of characters.
+
+    Returns:
+        The first line of the message.
+    """
     line = (str(error).strip() or "no message").splitlines()[0]
     return line if len(line) <= most else f"{line[:most]} ..."

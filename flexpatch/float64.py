@@ -1,4 +1,4 @@
-"""Float64 all the way: transformers' models round to float32 in places, whatever their own dtype."""
+"""Float64 in all of a model: transformers' models compute some steps in float32, even if their weights are float64."""
 
 import copy
 import os
@@ -14,19 +14,19 @@ from flexpatch.errors import FlexpatchError
 from flexpatch.internals import dequantize, eager_experts
 
 SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax)
-# Dimensions of attention scores: batch, heads, queries, keys. A router's have two.
+# Attention scores have four dimensions: batch, heads, queries, keys. Scores of a router have two.
 SCORES = 4
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class Float64(TorchFunctionMode):
-    """Keeps float64 tensors float64: transformers' norms, ropes, routers and softmaxes ask for float32.
+    """Keep float64 tensors float64, where transformers' norms, ropes, routers and softmaxes convert them to float32.
 
-    It does not hold within ``backward``, where checkpointed layers compute again: torch takes a mode off for the call.
+    Within ``backward`` the mode is off, also for layers that are recomputed: torch suspends modes there.
 
     Args:
-        attention_only: Leave everything but the softmax of attention as it is. FlexAttention's is in float64, where
-            that of a model's eager attention is in float32.
+        attention_only: Widen the softmax of attention alone. FlexAttention computes it in float64, and a model's eager
+            attention in float32.
     """
 
     def __init__(self, attention_only: bool = False) -> None:
@@ -45,16 +45,22 @@ class Float64(TorchFunctionMode):
         if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (lifts and func is Tensor.to):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
-        if lifts and func in PRODUCTS:  # ropes multiply by positions in float32
+        if lifts and func in PRODUCTS:  # ropes multiply by float32 positions
             args = (args[0], args[1].to(torch.float64), *args[2:])
         return func(*args, **kwargs)
 
 
 def wide_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in float64, without checkpointing; of a 16-bit one in float32, where memory asks for it.
+    """Copy a model to float64, with checkpointing off. A 16-bit model is copied to float32 if memory is short.
+
+    Args:
+        model: A model of transformers. It stays as it is.
+
+    Returns:
+        The copy, on the model's device.
 
     Raises:
-        FlexpatchError: If none fits into memory.
+        FlexpatchError: If no copy fits into memory.
     """
     parameters = list(model.parameters())
     device, dtype = parameters[0].device, parameters[0].dtype
@@ -75,12 +81,12 @@ def wide_copy(model: nn.Module) -> nn.Module:
 
 
 def checkpoints(model: nn.Module) -> bool:
-    """Whether any layer of ``model`` is computed again in backward."""
+    """Return whether any layer of ``model`` is recomputed in backward."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Return the free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,4 +1,4 @@
-"""Models to verify and to try: from a hub, a directory, a GGUF file, or a registered architecture's name."""
+"""Loads models to verify: from a hub, a directory or a GGUF file, or tiny random models of an architecture."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from flexpatch.registry import adapter_for, adapters, refused_types, unknown
 SAFE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
-# What tiny models of every architecture have in common; an adapter's ``tiny`` entries override it.
+# Settings of the tiny models of every architecture. An adapter's ``tiny`` entries override them.
 TINY = dict(
     vocab_size=151,
     hidden_size=64,
@@ -40,22 +40,25 @@ TINY = dict(
 def load_model(
     name: str, dtype: torch.dtype, *, trust_remote_code: bool = False, allow_pickle: bool = False
 ) -> PreTrainedModel:
-    """A causal language model in eval mode, on the CPU, with the attention its adapter prefers.
+    """Load a causal language model in eval mode, on the CPU, with the attention that its adapter prefers.
 
     Args:
         name: A hub name, a local directory, or a GGUF file (its weights are dequantized to ``dtype``).
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         trust_remote_code: Run model code that comes with the weights.
-        allow_pickle: Read weights that are pickles, which may run code, where there are no safetensors.
+        allow_pickle: Read weights that are pickles, which may run code, if there are no safetensors.
+
+    Returns:
+        The model, not yet patched.
 
     Raises:
-        UnsupportedModelError: If the architecture is not supported; found out before any weight is read.
-        FlexpatchError: If there is no such model, it cannot be read, lacks weights, or has them in pickles.
+        UnsupportedModelError: If the architecture is not supported. Raised before any weight is read.
+        FlexpatchError: If the model does not exist, cannot be read, lacks weights, or has its weights in pickles.
     """
     source = _source(name)
     adapter = adapter_for(load_config(name, trust_remote_code=trust_remote_code))
     if "gguf_file" in source and Version(transformers.__version__) >= Version("5.17"):
-        # From then on weights may stay packed, and even dense ones count as quantized, which trainers refuse.
+        # Since 5.17 weights may stay packed. Even dense weights then count as quantized, which trainers refuse.
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if "gguf_file" not in source and not allow_pickle:
         _check_weights(name)
@@ -68,17 +71,24 @@ def load_model(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    if missing := sorted(found["missing_keys"]):  # transformers draws them at random, and logs it
+    if missing := sorted(found["missing_keys"]):  # transformers draws these at random, and only logs it
         raise FlexpatchError(f"{name} lacks {len(missing)} of the model's weights, {missing[0]} for one")
     model = model.eval()
     return eager_experts(model) if dtype == torch.float64 else model
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of :func:`load_model`'s ``name``; no weights are read.
+    """Load the configuration of a model. No weights are read.
+
+    Args:
+        name: A hub name, a local directory or a GGUF file.
+        trust_remote_code: Run code that comes with the configuration.
+
+    Returns:
+        The configuration, as transformers has it.
 
     Raises:
-        FlexpatchError: If there is none, or it cannot be read.
+        FlexpatchError: If there is no configuration, or it cannot be read.
     """
     source = _source(name)
     with _loading(name):
@@ -86,14 +96,21 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer that belongs to :func:`load_model`'s ``name``.
+    """Load the tokenizer of a model.
+
+    Args:
+        name: A hub name, a local directory or a GGUF file.
+        trust_remote_code: Run code that comes with the tokenizer.
+
+    Returns:
+        The tokenizer, as transformers has it.
 
     Raises:
-        FlexpatchError: If there is none, or it cannot be read.
+        FlexpatchError: If there is no tokenizer, or it cannot be read.
     """
     source = _source(name)
     with _loading(name):
-        # Never None: transformers would ask on the terminal whether to run the code.
+        # Not None, with which transformers asks on the terminal whether to run the code.
         return AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
 
 
@@ -104,13 +121,13 @@ def _source(name: str) -> dict[str, Any]:
             raise FlexpatchError(f"there is no GGUF file {name}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if not name.strip() or path.is_file():
-        raise FlexpatchError(f"{name!r} is no model; expected a hub name, a directory or a GGUF file")
+        raise FlexpatchError(f"{name!r} is not a model; expected a hub name, a directory or a GGUF file")
     return {"pretrained_model_name_or_path": name}
 
 
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Whatever transformers raises for a model it cannot load, as one line that names the model."""
+    """Turn the errors of transformers for a model that cannot be loaded into one line that names the model."""
     try:
         yield
     except FlexpatchError:
@@ -120,13 +137,13 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def _check_weights(name: str) -> None:
-    """Refuse weights that are pickles, or that name some.
+    """Refuse weights that are pickles, and indices and configurations that name pickles.
 
-    ``use_safetensors=True`` alone does not: transformers reads the files that an index or the configuration names, and
-    the weights of an adapter that lies with the model, whatever they are.
+    ``use_safetensors=True`` does not suffice: transformers also reads the files that an index or the configuration
+    names, and the weights of an adapter beside the model, in any format.
 
     Raises:
-        FlexpatchError: Naming the file.
+        FlexpatchError: For a pickle. The message names the file.
     """
     names = {str(_json(name, "config.json").get("transformers_weights") or SAFE)}
     with _loading(name):
@@ -144,7 +161,7 @@ def _check_weights(name: str) -> None:
 
 
 def _json(name: str, file: str) -> dict[str, Any]:
-    """A JSON file of a model; empty if there is none."""
+    """Read a JSON file of a model; a file that does not exist is empty."""
     path = _file(name, file)
     if path is None:
         return {}
@@ -156,7 +173,7 @@ def _json(name: str, file: str) -> dict[str, Any]:
 
 
 def _file(name: str, file: str) -> str | None:
-    """The path of a model's file, fetched from the hub if need be; ``None`` if there is none."""
+    """Find the path of a model's file, and fetch the file from the hub if needed; ``None`` if there is no such file."""
     try:
         return cached_file(name, file)
     except OSError:
@@ -167,18 +184,18 @@ def check_architecture(name: str) -> None:
     """Refuse the name of an architecture that cannot be verified, before a hub is asked for a model of that name.
 
     Args:
-        name: What a user asked for; names of models are none of this function's business.
+        name: A name that a user gave. Names that are no architecture's pass.
 
     Raises:
-        UnsupportedModelError: If no adapter serves the architecture ``name``, with the reason.
-        FlexpatchError: If one does, but the installed transformers does not.
+        UnsupportedModelError: If no adapter serves the architecture ``name``. The message gives the reason.
+        FlexpatchError: If an adapter serves the architecture, but the installed transformers does not have it.
     """
     if reason := refused_types().get(name):
         raise UnsupportedModelError(f"model type '{name}': {reason}")
     if name in CONFIG_MAPPING:
         try:
             config = CONFIG_MAPPING[name]()
-        except Exception:  # some have no configuration by default
+        except Exception:  # some architectures have no default configuration
             raise unknown(name) from None
         adapter_for(config)
     elif name in adapters():
@@ -186,30 +203,33 @@ def check_architecture(name: str) -> None:
 
 
 def similar_architecture(name: str) -> str | None:
-    """The architecture whose name is most like ``name``, if any is."""
+    """Find the architecture whose name is most like ``name``; ``None`` if no name is like it."""
     plain = name.lower().replace("-", "_")
     known = [*adapters(), *refused_types(), *CONFIG_MAPPING]
     return next(iter(get_close_matches(plain, known, 1, cutoff=0.8)), None)
 
 
 def tiny_types() -> list[str]:
-    """The model types that adapters serve and the installed transformers knows."""
+    """List the model types that adapters serve and the installed transformers has."""
     return [model_type for model_type in adapters() if model_type in CONFIG_MAPPING]
 
 
 def tiny_model(
     model_type: str, variant: int = 0, *, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> PreTrainedModel:
-    """A small random model of a registered architecture, in eval mode, on the CPU.
+    """Make a small random model of a registered architecture, in eval mode, on the CPU.
 
-    The matrices are drawn with a standard deviation of 0.15 instead of 0.02: a model at its usual initialisation
-    predicts almost uniformly and hides errors.
+    Matrices are drawn with a standard deviation of 0.15 instead of 0.02: a model with the usual initialisation predicts
+    almost uniformly, which hides errors.
 
     Args:
         model_type: One of :func:`tiny_types`.
-        variant: Which of the adapter's ``tiny`` configurations.
-        dtype: Of the weights.
-        seed: Of the weights.
+        variant: Index of one of the adapter's ``tiny`` configurations.
+        dtype: Dtype of the weights.
+        seed: Seed of the weights.
+
+    Returns:
+        The model, not yet patched, with the attention that its adapter prefers.
     """
     adapter = adapters()[model_type]
     settings = dict(adapter.tiny[model_type][variant])
@@ -223,7 +243,8 @@ def tiny_model(
         model = AutoModelForCausalLM.from_config(config, attn_implementation=adapter.implementations[0])
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        # Norms start at 1, those of each head as matrices: drawn anew, they would shrink queries and keys to nothing.
+        # Norms keep their ones, also norms of heads, which are matrices: small random norms would shrink queries and
+        # keys to nothing.
         if parameter.ndim > 1 and not (parameter == 1).all():
             nn.init.normal_(parameter, std=0.15, generator=generator)
         else:

@@ -1,8 +1,8 @@
-"""Sequences that ranks hold parts of: refused, however that was switched on.
+"""Refuses context and sequence parallelism, whichever library switched it on.
 
-Context and sequence parallelism (ring attention, Ulysses) give each rank a part of every sequence and let attention
-see all of it by a mask of their own, mostly the causal one. A row's rule would be dropped, and ranks would fold their
-parts each in its own way. Ranks that hold whole sequences (DDP, FSDP, ZeRO, tensor parallelism) are not refused.
+Under context and sequence parallelism (ring attention, Ulysses) each rank holds a part of every sequence. Attention
+then sees whole sequences through a mask of the scheme, mostly the causal one, which would drop a row's rule. And each
+rank would fold its parts in its own way. Ranks with whole sequences (DDP, FSDP, ZeRO, tensor parallelism) may share.
 """
 
 import gc
@@ -20,11 +20,12 @@ from torch.nn import functional as F
 
 from flexpatch.errors import UnsupportedModelError
 
-# Names that such schemes give to their functions and modules.
+# Names that such schemes give to functions and modules.
 SCHEMES = re.compile(r"(context|sequence)_?parallel|ulysses|ring_?(flash_?)?att", re.IGNORECASE)
-# Tensor parallelism splits what acts on single tokens by sequence; attention gets whole ones.
+# Modules with such names that are harmless: tensor parallelism splits layers that act on single tokens by sequence,
+# but its attention gets whole sequences.
 WHOLE = ("torch.distributed.tensor.parallel.", "transformers.")
-# Dimensions of a device mesh, and global variables that hold a process group.
+# Names of a device mesh's dimensions, and of global variables that hold a process group.
 _KINDS = r"(ulysses_)?(cp|sp|seq|sequence|context|ulysses|ring)"
 MESH = re.compile(rf"{_KINDS}(_?(parallel|attn|attention))?", re.IGNORECASE)
 GROUP = re.compile(rf"_*{_KINDS}_(parallel_|attn_|attention_|sp_)?(process_)?group(_override)?", re.IGNORECASE)
@@ -37,8 +38,8 @@ def check_parallelism(model: nn.Module, functions: Mapping[str, Callable[..., An
 
     Args:
         model: Any module.
-        functions: Attention functions by name, as transformers looks them up.
-        thorough: Look for meshes and process groups anew, which takes a tenth of a second.
+        functions: Attention functions by name, as transformers registers them.
+        thorough: Search for device meshes and process groups anew, which takes a tenth of a second.
 
     Raises:
         UnsupportedModelError: If context or sequence parallelism is on.
@@ -46,14 +47,22 @@ def check_parallelism(model: nn.Module, functions: Mapping[str, Callable[..., An
     found = next(_signs(model, functions, thorough), None)
     if found is not None:
         raise UnsupportedModelError(
-            f"ranks hold parts of sequences here ({found}), and flexpatch shares prefixes among whole ones: the rule "
+            f"ranks hold parts of sequences here ({found}), and flexpatch shares prefixes among whole ones: the mask "
             "of a row would be dropped. Train with context or sequence parallelism off (its size set to 1), or "
             "without flexpatch: flexpatch.remove(model). DDP, FSDP, ZeRO and tensor parallelism work"
         )
 
 
 def check_call(model: nn.Module, functions: Mapping[str, Callable[..., Any]]) -> None:
-    """:func:`check_parallelism` before a call: thorough at a model's first, since trainers set up after ``apply``."""
+    """Refuse parallelism before a call. The check is thorough at a model's first call, since trainers set up late.
+
+    Args:
+        model: Any module.
+        functions: Attention functions by name, as transformers registers them.
+
+    Raises:
+        UnsupportedModelError: If context or sequence parallelism is on.
+    """
     thorough = model not in _called
     _called.add(model)
     check_parallelism(model, functions, thorough=thorough)
@@ -88,7 +97,7 @@ def _signs(model: nn.Module, functions: Mapping[str, Callable[..., Any]], thorou
 
 
 def _accelerate() -> Iterator[str]:
-    """Sizes that accelerate was given, by a trainer's arguments or by its launcher."""
+    """Find sizes of parallelism that a trainer's arguments or accelerate's launcher set."""
     state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
     config = getattr(state, "_shared_state", {}).get("parallelism_config")
     used = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
@@ -101,7 +110,10 @@ def _accelerate() -> Iterator[str]:
 
 
 def _meshes() -> list[tuple[str, int]]:
-    """Dimensions of more than one rank, named for sequences, of all device meshes. Torch keeps no list of meshes."""
+    """Find dimensions of device meshes that are named for sequences and have several ranks.
+
+    Torch keeps no list of meshes, so the garbage collector's objects are searched.
+    """
     kind = getattr(sys.modules.get("torch.distributed.device_mesh"), "DeviceMesh", None)
 
     def living() -> list[tuple[str, int]]:
@@ -109,22 +121,22 @@ def _meshes() -> list[tuple[str, int]]:
         sizes = [(name, mesh.size(i)) for mesh in meshes for i, name in enumerate(mesh.mesh_dim_names or ())]
         return [(name, size) for name, size in sizes if MESH.fullmatch(name) and size > 1]
 
-    # Collected: some may be kept by nobody.
+    # A mesh may be garbage, so a find counts only if it outlives a collection.
     return living() and (gc.collect(), living())[1]
 
 
 @cache
 def _groups() -> list[tuple[dict[str, Any], str]]:
-    """Global variables of all modules that are named for a group of ranks which share sequences."""
+    """Find global variables of all modules that are named for a group of ranks which split sequences."""
     spaces = [vars(module) for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
     names = ((space, name) for space in spaces for name in list(space) if name[-5:].lower() in ("group", "rride"))
     return [(space, name) for space, name in names if GROUP.fullmatch(name)]
 
 
 def _hooks(model: nn.Module) -> Iterator[str]:
-    """Hooks and replaced forwards of ``model`` that bear the name of a scheme."""
+    """Find hooks and replaced forwards of ``model`` that bear the name of a scheme."""
     todo = [model]
-    while todo:  # before every call: names of modules are slow to ask for
+    while todo:  # not named_modules(), which is too slow before every call
         has = (module := todo.pop()).__dict__
         todo += [child for child in has["_modules"].values() if child is not None]
         if has["_forward_pre_hooks"] or has["_forward_hooks"] or "forward" in has:
@@ -135,13 +147,13 @@ def _hooks(model: nn.Module) -> Iterator[str]:
 
 
 def hooks_of(module: nn.Module) -> str:
-    """Words for an error: what runs before ``module``."""
+    """List the hooks that run before ``module``, for the end of an error message."""
     names = ", ".join(dict.fromkeys(map(name_of, module.__dict__["_forward_pre_hooks"].values())))
     return f" (hooks of this layer: {names})" if names else ""
 
 
 def name_of(function: Any) -> str:
-    """Where a function comes from, in words: its module and its name."""
+    """Return the module and the name of a function, in dots."""
     while isinstance(function, partial):
         function = function.func
     kind = function if hasattr(function, "__qualname__") else type(function)

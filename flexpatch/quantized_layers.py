@@ -1,9 +1,9 @@
-"""Decide for each class of quantized layers and weights whether tokens stay apart under it.
+"""Decides for each class of quantized layers and weights whether it keeps tokens apart.
 
-A layer keeps tokens apart if it leaves activations as they are, or rounds each token by a scale of its own or by a
-constant. One scale for all tokens of a call lets an answer change how others are rounded. Classes are known by their
-names and their files', because no quantizer's package is imported. One that is not listed is refused until somebody has
-read its code.
+A layer keeps tokens apart if it leaves activations as they are, or rounds each token by its own scale or by a constant.
+With one scale for all tokens of a call, an answer changes the rounding of others. Classes are recognised by their names
+and their files' names, because no quantizer's package is imported. A class of a quantizer's package that is not listed
+is refused until somebody has read its code.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn import Parameter
 
-# Takes a layer or a weight. Returns what is wrong with it and what to use instead; None if it keeps tokens apart.
+# Takes a layer or a weight. Returns its fault and an alternative; None if it keeps tokens apart.
 Rule = Callable[[Any], str | None]
 
 ONE_SCALE = "rounds activations by one scale for all tokens of a call, so one answer would change others"
@@ -38,12 +38,12 @@ def _refused(what: str, way: str) -> Rule:
 
 
 def word(value: Any) -> str:
-    """The plain value of an enum's member, or its text."""
+    """Return the text of a value; of an enum's member, the text of its value."""
     return str(getattr(value, "value", value))
 
 
 def _rows_alone(granularity: Any) -> bool:
-    """Whether torchao's granularity gives each token scales of its own. Tokens are all dimensions but the last."""
+    """Return whether torchao's granularity gives each token its own scales. All dimensions but the last are tokens."""
     kind = type(granularity).__name__
     blocks = getattr(granularity, "block_size", ())
     along_features = kind == "PerRow" and getattr(granularity, "dim", -1) == -1
@@ -70,7 +70,7 @@ def _torchao_intx(weight: Any) -> str | None:
 
 
 def _torchao_function(weight: Any) -> str | None:
-    """Weights of torchao before 0.16, with a function that rounds activations."""
+    """Find the fault of a weight of torchao before 0.16, which has a function that rounds activations."""
     name = getattr(getattr(weight, "input_quant_func", None), "__name__", "")
     granularity = (getattr(weight, "quant_kwargs", None) or {}).get("activation_granularity")
     known = ("_int8_asymm_per_token_quant", "_int8_symm_per_token_quant", "_int8_symm_per_token_reduced_range_quant")
@@ -82,8 +82,10 @@ def _torchao_function(weight: Any) -> str | None:
 
 
 def _float8_training(layer: Any) -> str | None:
-    """torchao's Float8Linear. Gradients of a shared token are rounded once, as a sum, which errs no more than once for
-    each answer."""
+    """Find the fault of torchao's Float8Linear.
+
+    The gradient of a shared token is rounded once, as a sum over answers, which errs no more than rounding each answer.
+    """
     config = getattr(layer, "config", None)
     for name in ("cast_config_input", "cast_config_grad_output"):
         cast = getattr(config, name, None)
@@ -94,7 +96,7 @@ def _float8_training(layer: Any) -> str | None:
 
 
 def _fake_quantized(layer: Any) -> str | None:
-    """torchao's layers for quantization-aware training."""
+    """Find the fault of torchao's layers for quantization-aware training."""
     config = getattr(layer.__dict__["_modules"].get("activation_fake_quantizer"), "config", None)
     alone = config is None or (
         _rows_alone(getattr(config, "granularity", None)) and getattr(config, "is_dynamic", True)
@@ -103,7 +105,7 @@ def _fake_quantized(layer: Any) -> str | None:
 
 
 def _outliers(layer: Any) -> str | None:
-    """LLM.int8 (arXiv 2208.07339) computes features in 16 bits by the largest activation of any token."""
+    """Find the fault of LLM.int8 (arXiv 2208.07339), where one token's outlier puts a feature of all in 16 bits."""
     threshold = getattr(layer.__dict__.get("state"), "threshold", 0.0)
     if not threshold:
         return None
@@ -114,7 +116,7 @@ def _outliers(layer: Any) -> str | None:
 
 
 def _scheme(scheme: Any) -> str | None:
-    """Settings of compressed-tensors, an attribute of ordinary layers too. Weights may have any."""
+    """Find the fault of compressed-tensors' settings, an attribute of any layer. Settings of weights never matter."""
     for name in ("input_activations", "output_activations"):
         wanted = getattr(scheme, name, None)
         if wanted is None or getattr(wanted, "dynamic", True) is False:
@@ -154,7 +156,7 @@ NVFP4 = _refused(
     "rounds activations to 4 bits or not at all, by how many tokens a call has", "Load the model in bfloat16"
 )
 TRANSFORMERS = "transformers.integrations."
-# Layers and weights by the start of their file's name, then by class. A package's other classes are refused.
+# Rules by the start of a class's module, then by the class. Other classes of these modules are refused.
 LAYERS: dict[str, dict[str, Rule]] = {
     f"{TRANSFORMERS}bitnet": _named("BitLinear", "AutoBitLinear"),
     f"{TRANSFORMERS}compressed_tensors": _named("CompressedTensorsFP8Linear"),
@@ -212,12 +214,12 @@ LAYERS: dict[str, dict[str, Rule]] = {
     "sinq": _named("SINQLinear", "SINQExperts"),
     "fp_quant": _named("FPQuantLinear", rule=_fp_quant),
     "quark": _named("QuantLinear", "QParamsLinear", rule=_quark),
-    # Scales of TransformerEngine's default recipe also come from earlier calls; its recipe is nowhere on a layer.
+    # TransformerEngine's default recipe takes scales from earlier calls too, and its layers do not tell their recipe.
     "transformer_engine": _named("LayerNorm", "RMSNorm"),
     "intel_transformer_engine": _named("LayerNorm", "RMSNorm"),
     "deepspeed.linear": _named("QuantizedLinear", "QuantizedParameter", "LoRAOptimizedLinear", "OptimizedLinear"),
 }  # fmt: skip
-# Nothing of these is known to be exact.
+# Packages without a class that is known to be exact.
 LAYERS |= {
     package: {}
     for package in (
@@ -226,7 +228,7 @@ LAYERS |= {
     )
 }
 
-# Says what speaks against a package's classes that are not listed.
+# Rules for the other classes of some packages.
 OTHERS: dict[str, Rule] = {
     "transformer_engine": _refused(
         "may compute in FP8, by scales from all tokens of a call and of earlier ones", BFLOAT16
@@ -247,12 +249,12 @@ def _unknown(layer: Any) -> str:
     )
 
 
-# Found once for each class: rules are asked for before every call.
+# Caches the rule of each class, because rules are looked up before every call.
 _RULES: dict[type, Rule | None] = {}
 
 
 def _rule(kind: type) -> Rule | None:
-    """The rule for a class of layers or weights; ``None`` for one of no quantizer's."""
+    """Look up the rule for a class of layers or weights; ``None`` for a class of no quantizer's."""
     if kind not in _RULES:
         _RULES[kind] = _find_rule(kind)
     return _RULES[kind]
@@ -267,15 +269,15 @@ def _find_rule(kind: type) -> Rule | None:
 
 
 def layer_fault(layer: nn.Module) -> str | None:
-    """Find what is wrong with a layer of its own, its children aside, and the way out.
+    """Find the reason to refuse one layer.
 
     Called for every layer before every call that shares, so it must cost little.
 
     Args:
-        layer: Any module.
+        layer: Any module. Its children are not checked.
 
     Returns:
-        ``None`` if it keeps tokens apart, or is of no quantizer's.
+        The layer's fault, and the way out; ``None`` if it keeps tokens apart, or is of no quantizer's.
     """
     has, kind = layer.__dict__, type(layer)
     rule = _RULES[kind] if kind in _RULES else _rule(kind)
@@ -284,7 +286,7 @@ def layer_fault(layer: nn.Module) -> str | None:
         fault = _scheme(has["quantization_scheme"])
     for weight in has["_parameters"].values():
         if type(weight) is not Parameter and weight is not None and fault is None:
-            weight = getattr(weight, "_local_tensor", weight)  # of FSDP2's and tensor parallelism's parameters
+            weight = getattr(weight, "_local_tensor", weight)  # unwraps parameters of FSDP2 and tensor parallelism
             rule = _rule(type(weight))
             fault = None if rule is None else rule(weight)
     return fault

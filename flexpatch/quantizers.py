@@ -1,7 +1,7 @@
-"""Which quantizers answers may share a row under: decided at ``apply`` from a model's settings and from its layers.
+"""Decides whether answers may share a row under a quantizer, from a model's settings and layers.
 
-What a quantizer's layers do is in ``quantized_layers``. Here is a decision for each method that transformers registers;
-one that is not listed is refused. ``quantizer_table`` prints all of it.
+Each method that transformers registers has a decision here; other methods are refused. ``quantized_layers`` decides
+for single layers. ``quantizer_table`` prints all decisions.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,14 +25,14 @@ TESTED, READ, DOCUMENTED = "tests", "its code", "its documentation"
 
 @dataclass(frozen=True)
 class Decision:
-    """One method's decision.
+    """Decision on one quantization method.
 
     Attributes:
-        activations: What becomes of them.
-        verdict: Whether answers may share a row.
-        shown_by: How this is known.
-        setting: What is exact, of a method that is refused in part or wholly.
-        fault: From the settings to what is wrong with them; layers are looked at besides.
+        activations: Treatment of activations.
+        verdict: ``EXACT``, ``WITHIN``, ``PARTLY`` or ``REFUSED``.
+        shown_by: Evidence for the verdict.
+        setting: Exact setting or alternative, if the method is refused in part or wholly.
+        fault: Takes the settings. Returns their fault, or ``None``. Layers are checked besides.
     """
 
     activations: str
@@ -53,7 +53,7 @@ def _whole(why: str) -> Callable[[Any], str]:
     return lambda settings: f"{why}. Load the model in bfloat16, or with BitsAndBytesConfig(load_in_4bit=True)"
 
 
-# By the names under which transformers registers them.
+# Decisions by transformers' name of the method.
 METHODS: dict[str, Decision] = {
     "aqlm": Decision(UNTOUCHED, EXACT, DOCUMENTED),
     "auto-round": Decision(AS_SET, PARTLY, DOCUMENTED, "`act_bits=16`", _rounds_activations),
@@ -89,7 +89,7 @@ METHODS: dict[str, Decision] = {
     "torchao": Decision(AS_SET, PARTLY, TESTED, "`granularity=PerRow()`, or weights alone"),
     "vptq": Decision(UNTOUCHED, EXACT, DOCUMENTED),
 }  # fmt: skip
-# Layers that reach a model by other ways than transformers' quantizers.
+# Decisions on layers that reach a model without a quantizer of transformers.
 BY_HAND: dict[str, Decision] = {
     "torchao's FP8 training, accelerate's `AORecipeKwargs`": Decision(
         AS_SET, PARTLY, TESTED, 'recipes `"rowwise"` and `"rowwise_with_gw_hp"` (within stock\'s own error)'
@@ -117,10 +117,13 @@ UNKNOWN = (
 
 
 def check_quantization(model: nn.Module) -> None:
-    """Refuse a model whose quantizer, layers or weights may round one answer's tokens by another's.
+    """Refuse a model whose quantizer, layers or weights may round one answer's tokens by another answer's.
+
+    Args:
+        model: Any module.
 
     Raises:
-        UnsupportedModelError: For a method that is unknown or cannot be exact, and for layers with such settings.
+        UnsupportedModelError: For a method or a layer that is unknown, or whose settings are not exact.
     """
     for method, settings in _methods(model):
         decision = METHODS.get(method)
@@ -139,7 +142,7 @@ def check_quantization(model: nn.Module) -> None:
 
 
 def _methods(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The quantization methods in a model's settings, by transformers' names."""
+    """List the quantization methods in a model's settings, by transformers' names, with their settings."""
     for module in model.modules():
         has = module.__dict__
         for holder in (has.get("config"), has.get("hf_quantizer")):
@@ -157,8 +160,10 @@ def _get(settings: Any, name: str) -> Any:
 
 
 def _given_flat_tokens(model: nn.Module) -> Iterator[str]:
-    """Layers that would give one scale to all tokens: heads, which log-probs are computed with in chunks of tokens, and
-    those of mixtures of experts."""
+    """List layers with scales for each token that are given (token, feature) inputs, and so have one scale for all.
+
+    Output layers are, because log-probs are computed in chunks of tokens. Experts are in any model.
+    """
     for name, layer in model.named_modules():
         if not _scales_flat_tokens(layer):
             continue
@@ -172,9 +177,9 @@ def _given_flat_tokens(model: nn.Module) -> Iterator[str]:
 
 
 def _scales_flat_tokens(layer: nn.Module) -> bool:
-    """Whether a layer has a scale for each token of (batch, token, feature) inputs, and one of (token, feature) inputs.
+    """Return whether a layer scales each token of (batch, token, feature) inputs, but all tokens of (token, feature).
 
-    compressed-tensors has that under the strategy "token".
+    The strategy "token" of compressed-tensors does.
     """
     has = layer.__dict__
     scheme = has.get("quantization_scheme") if has.get("quantization_enabled", True) else None
@@ -187,7 +192,7 @@ def _scales_flat_tokens(layer: nn.Module) -> bool:
 
 
 def quantizer_table() -> str:
-    """All decisions, as a table in Markdown."""
+    """List all decisions as a Markdown table, for the documentation."""
     rows = ["| quantizer | activations | answers that share a row | exact setting | shown by |", "|" + " --- |" * 5]
     for names in (METHODS, BY_HAND):
         for name, made in names.items():

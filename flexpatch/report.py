@@ -1,4 +1,4 @@
-"""How a verification came out: its checks, and the table that shows them."""
+"""Report of a verification: its checks, and the table that shows them."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -6,14 +6,17 @@ from typing import Any
 
 @dataclass
 class Check:
-    """One comparison. It passes if ``error <= bound``; a negative control if ``error > margin * bound``.
+    """One comparison, or one negative control.
+
+    A comparison passes if ``error <= bound``. A negative control has a mistake built in, and passes if the mistake is
+    caught: ``error > margin * bound``.
 
     Attributes:
-        name: What was compared.
-        error: Tokens that leak, nats, or a relative norm.
-        bound: What is allowed.
-        detail: Where the worst error is.
-        margin: For a negative control: how far beyond the bound it must be.
+        name: Name of the comparison.
+        error: Worst error: a number of tokens, nats, or a relative norm.
+        bound: Largest error that is allowed, in the unit of ``error``.
+        detail: Place of the worst error.
+        margin: Factor by which a negative control must exceed the bound; ``None`` for a comparison.
     """
 
     name: str
@@ -24,7 +27,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """NaN passes nothing."""
+        """``True`` if the comparison holds or the control was caught. An error of NaN never passes."""
         return self.error <= self.bound if self.margin is None else self.error > self.margin * self.bound
 
     def __str__(self) -> str:
@@ -39,11 +42,11 @@ class Check:
 
 @dataclass
 class Report:
-    """Hold the checks of one model, where they ran, and how they came out.
+    """Checks of one model, and the settings they hold for.
 
     Attributes:
-        model: Its name.
-        settings: Device, dtype, versions, and whatever else the results hold for.
+        model: Name of the model.
+        settings: Device, dtype, versions and other settings of the run.
         checks: Comparisons and negative controls, in the order they were made.
     """
 
@@ -53,11 +56,11 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every check holds and every negative control was caught."""
+        """``True`` if every comparison holds and every negative control was caught."""
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON types."""
+        """Convert the report to JSON types."""
         checks = [asdict(check) | {"passed": check.passed} for check in self.checks]
         return {"model": self.model, "passed": self.passed, "settings": self.settings, "checks": checks}
 

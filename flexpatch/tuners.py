@@ -1,4 +1,7 @@
-"""Which adapters of peft act on each token alone: decided by the names in peft's registry, refused unless known."""
+"""Decides whether adapters of peft act on each token alone. Adapters that are not known to do so are refused.
+
+The decisions are lists of names in peft's registry, so peft is not imported.
+"""
 
 from typing import Any
 
@@ -6,8 +9,8 @@ from torch import nn
 
 from flexpatch.errors import UnsupportedModelError
 
-# peft's names of tuners (``PeftType``) whose layers act on each token alone, forward and backward. A tuner's layers are
-# in the package of the same name. ``tests/test_tuners.py`` proves every entry against the unpatched model.
+# Tuners whose layers act on each token alone, forward and backward, by peft's names (``PeftType``). A tuner's layers
+# are in the package of that name. ``tests/test_tuners.py`` checks every entry against the unpatched model.
 EXACT = {
     *("ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA"),
     *("GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT"),
@@ -39,7 +42,7 @@ REFUSED = {
     "XLORA": "mixes its adapters by scalings of the batch, which do not fit the row that the layers see",
 }
 
-# Classes that give one of LoRA's variants to its layers.
+# Variants of LoRA, by the classes that apply them to a layer.
 EXACT_VARIANTS = {
     *("ArrowLinearVariant", "BdLoraLinearVariant", "DoraEmbeddingVariant", "DoraLinearVariant", "KasaLinearVariant"),
     *("MiCAEmbeddingVariant", "MiCALinearVariant", "QALoraLinearVariant"),
@@ -52,15 +55,15 @@ REFUSED_VARIANTS = {
         "VeloraConfig(init_type='random') does not"
     ),
 }
-# VeLoRA's kinds of projections that do not look at a call's tokens.
+# Projections of VeLoRA that do not depend on a call's tokens.
 EXACT_VELORA = {"random"}
 
-# How LoRA's weights may start. All of them are settled before training, except MiCA, which is a variant.
+# Initialisations of LoRA's weights. All take place before training, except MiCA, which is a variant.
 EXACT_INITS = {
     *("true", "false", "gaussian", "eva", "olora", "pissa", "corda", "loftq", "lora_ga", "orthogonal", "mica"),
 }
 
-# Files of peft's LoRA whose layers were looked at. Those of quantizers add LoRA's product to the quantizer's own.
+# Files of peft's LoRA whose layers were read. The layers for quantizers add LoRA's product to the quantizer's product.
 LORA_FILES = {
     *(
         "aqlm",
@@ -79,7 +82,7 @@ LORA_FILES = {
         "variants",
     ),
 }
-# Files that all tuners build on.
+# Files with the base classes of all tuners.
 _COMMON = {"_buffer_dict", "lycoris_utils", "mixed", "tuners_utils"}
 
 _UNKNOWN = "is unknown to this version of flexpatch, and nobody has shown that it acts on each token alone"
@@ -90,13 +93,13 @@ _WAY_OUT = (
 
 
 def check_tuners(model: nn.Module) -> None:
-    """Refuse a model with adapters that look at more than one token.
+    """Refuse a model with adapters that act on more than one token.
 
     Args:
-        model: Of transformers, bare or wrapped. It need not have adapters.
+        model: A model of transformers, bare or wrapped, with or without adapters.
 
     Raises:
-        UnsupportedModelError: Names the adapter, what it does, and what to use instead.
+        UnsupportedModelError: For such an adapter. The message names it, its fault, and an alternative.
     """
     for name, module in model.named_modules():
         if why := refusal(module):
@@ -104,15 +107,16 @@ def check_tuners(model: nn.Module) -> None:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Find what speaks against one module. It is asked before every call and must cost little.
+    """Find the reason to refuse one module.
 
-    The names of classes and settings tell it, so peft is not imported, and any of its versions will do.
+    Called for every module before every call, so it must cost little. It reads names of classes and settings alone, so
+    peft is not imported, and every version of peft will do.
 
     Args:
-        module: Any module; its children are not looked at.
+        module: Any module. Its children are not checked.
 
     Returns:
-        What the adapter does, and what to do about it; ``None`` if the module is exact.
+        The adapter's fault, and the way out; ``None`` if the module is exact.
     """
     has = module.__dict__
     adapts, why = _verdict(type(module))
@@ -124,20 +128,20 @@ def refusal(module: nn.Module) -> str | None:
 
 
 def as_given(module: nn.Module) -> str | None:
-    """Find hooks of peft that are on one module for some calls, which must then run as they are given.
+    """Find hooks of peft on one module that need the batch as it was given. Peft sets them for single calls.
 
     Args:
-        module: Any module; its children are not looked at.
+        module: Any module. Its children are not checked.
 
     Returns:
-        The reason, as in "batches that run as given: ..."; ``None`` if there is none.
+        The reason, as the end of "batches that run as given: ..."; ``None`` if there are no such hooks.
     """
     has = module.__dict__
     for hook in has["_forward_pre_hooks"].values():
         if "adapter_names" in (getattr(hook, "keywords", None) or {}):
             return "with adapter_names, which give each sequence an adapter of its own"
     for hook in has["_forward_hooks"].values():
-        # EVA and CorDA start LoRA's weights from the inputs of layers, of which a row holds each shared token once.
+        # EVA and CorDA start LoRA's weights from the inputs of layers. A row would count shared tokens once.
         if str(getattr(hook, "__module__", None)).startswith("peft.tuners."):
             return f"while {hook.__module__} collects the inputs of layers"
     return None
@@ -147,25 +151,25 @@ _verdicts: dict[type, tuple[bool, str | None]] = {}
 
 
 def _verdict(kind: type) -> tuple[bool, str | None]:
-    """Look up what :func:`_judge` said of a class. Each class is judged once."""
+    """Look up the verdict of :func:`_judge` on a class. Each class is judged once."""
     if kind not in _verdicts:
         _verdicts[kind] = _judge(kind)
     return _verdicts[kind]
 
 
 def _judge(kind: type) -> tuple[bool, str | None]:
-    """Whether a class is peft's or builds on it, and what speaks against the class."""
+    """Return whether a class is peft's or derives from one, and the reason to refuse it or ``None``."""
     if not any(each.__module__.startswith("peft.") for each in kind.__mro__):
         return False, None
-    # FSDP makes classes of its own from the layers it shards: who wrote the forward is what counts.
+    # FSDP derives classes from the layers that it shards, so the class that defines ``forward`` decides.
     owner = next(each for each in kind.__mro__ if "forward" in vars(each))
     path = owner.__module__.split(".")
     layer = f"{kind.__module__}.{kind.__qualname__}"
     plain = path[0] == "torch" and (owner is nn.Module or kind.__module__.startswith("peft."))
     if plain or (path[0] == "peft" and (path[1] != "tuners" or path[2] in _COMMON)):
-        return True, None  # containers, torch's layers by another name, and wrappers that leave it to layers
+        return True, None  # containers, renamed layers of torch, and wrappers that only call layers
     if path[0] != "peft":
-        return True, f"the layer {layer}, which builds on peft's, {_UNKNOWN}. {_WAY_OUT}"
+        return True, f"the layer {layer}, which derives from peft's, {_UNKNOWN}. {_WAY_OUT}"
     if any(each.__name__ == "Conv1d" for each in kind.__mro__):
         return True, f"peft's layer {layer} convolves neighbouring tokens of a row. Leave it out of target_modules"
     if path[2] == "lora" and path[3] not in LORA_FILES:
@@ -190,7 +194,7 @@ def _settings_refusal(adapter: str, settings: Any) -> str | None:
 
 def _layer_refusal(layer: nn.Module) -> str | None:
     has = layer.__dict__
-    # X-LoRA puts methods of its own in the place of forward.
+    # X-LoRA replaces a layer's ``forward`` by a method of another class.
     forward = getattr(has.get("forward"), "__self__", layer)
     if forward is not layer and (why := _verdict(type(forward))[1]):
         return why
@@ -200,7 +204,7 @@ def _layer_refusal(layer: nn.Module) -> str | None:
         velora = (has.get("lora_velora_init_type") or {}).get(adapter)
         if not (exact or (name == "VeloraLinearVariant" and velora in EXACT_VELORA)):
             return f"peft adapter '{adapter}' (LoRA's {name}) {REFUSED_VARIANTS.get(name, _UNKNOWN)}. {_WAY_OUT}"
-    # torch's own Dropout is looked for in all modules.
+    # Dropout layers of torch are found elsewhere, in all modules.
     rates = {name: has[name] for name in ("module_dropout", "rank_dropout") if isinstance(has.get(name), dict)}
     if type(layer).__name__.startswith("MultiplicativeDropout"):
         rates["p"] = {"": has["p"]}
@@ -211,10 +215,10 @@ def _layer_refusal(layer: nn.Module) -> str | None:
 
 
 def tuner_table() -> str:
-    """List what is exact and what is refused, as a Markdown table for the documentation.
+    """List exact and refused tuners as a Markdown table, for the documentation.
 
     Returns:
-        A row for each tuner in peft's registry that flexpatch knows, then for LoRA's variants.
+        A row for each known tuner of peft's registry, and for each known variant of LoRA.
     """
     rows = [(tuner, "exact", "") for tuner in sorted(EXACT)]
     rows += [(tuner, "refused", why) for tuner, why in REFUSED.items()]

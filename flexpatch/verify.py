@@ -22,10 +22,10 @@ from flexpatch.registry import adapters
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 parity holds, 1 it fails, 2 it could not be run."""
+    """Run the command line. Returns the exit code: 0 parity holds, 1 parity fails, 2 could not be run."""
     options = _parser().parse_args(argv)
     reports = []
-    adapters()  # here, where a package whose adapter does not load is still heard of
+    adapters()  # here, because warnings of other packages' adapters are silenced below
     with _quiet():
         try:
             for name, model in _models(options):
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("flexpatch.verify: interrupted", file=sys.stderr)
             return 2
-        except Exception as error:  # whatever transformers, peft or a driver raises is a report here, not a crash
+        except Exception as error:  # errors of transformers, peft or a driver are told in one line too
             said = f"{type(error).__name__}: {first_line(error)}"
             print(f"flexpatch.verify: could not verify {options.model}: {said}", file=sys.stderr)
             return 2
@@ -63,12 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "model",
         help="hub name, local directory, GGUF file, registered architecture (tiny random models of all its variants), "
-        "or 'all' registered architectures",
+        "or 'all' for all registered architectures",
     )
     dtypes = ["auto", "float64", "float32", "bfloat16", "float16"]
     add("--dtype", default="auto", choices=dtypes, help="auto: float64 for tiny models on the CPU, else float32")
-    add("--device", default="auto", help="auto: cuda if there is one")
-    add("--compile", action="store_true", help="verify compiled decoder layers (flex backend)")
+    add("--device", default="auto", help="auto: cuda if available, else cpu")
+    add("--compile", action="store_true", help="compile decoder layers (flex backend)")
     add(
         "--backend",
         default="auto",
@@ -77,16 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--lora", action="store_true", help="train random LoRA adapters on all linear layers")
     kinds = ["non-reentrant", "reentrant"]
-    add("--gradient-checkpointing", nargs="?", const=kinds[0], choices=kinds, help="train under checkpointing")
+    add("--gradient-checkpointing", nargs="?", const=kinds[0], choices=kinds, help="train with gradient checkpointing")
     add("--trust-remote-code", action="store_true", help="run model code that comes with the weights")
     add("--allow-pickle", action="store_true", help="read weights that are pickles, which may run code")
-    add("--seed", type=int, default=0, help="of token ids and random weights")
+    add("--seed", type=int, default=0, help="seed of token ids and random weights (%(default)s)")
     add("--json", action="store_true", help="print the reports as JSON")
     return parser
 
 
 def _models(options: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
-    """The models to verify, one at a time."""
+    """Load the models to verify, one at a time, with their names."""
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     known = tiny_types()
     types = known if options.model == "all" else [options.model] * (options.model in known)
@@ -105,7 +105,7 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _loaded(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
-    """The model of a hub, directory or file. A bare name may also have been meant for an architecture's."""
+    """Load the model of a hub, directory or file. If a bare name fails, suggest an architecture of a similar name."""
     bare = not os.path.exists(options.model) and os.sep not in options.model
     if bare:
         check_architecture(options.model)
@@ -121,7 +121,7 @@ def _loaded(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
 
 
 def _prepared(model: nn.Module, options: argparse.Namespace) -> nn.Module:
-    """The model with the adapters and the checkpointing it will be trained with."""
+    """Add the adapters and the checkpointing that the command line asks for."""
     if options.gradient_checkpointing:
         reentrant = options.gradient_checkpointing == "reentrant"
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore[operator]
@@ -132,13 +132,13 @@ def _prepared(model: nn.Module, options: argparse.Namespace) -> nn.Module:
         model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
         generator = torch.Generator().manual_seed(options.seed)
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at the start, which would leave lora_A without gradients
+            if "lora_B" in name:  # starts at zero, which would leave lora_A without gradients
                 parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def _line(report: Report) -> str:
-    """One model in one line."""
+    """Sum up the report of one model in one line."""
     worst = {}
     for kind in ("leak", "log-probs", "gradients"):
         worst[kind] = max(
@@ -153,7 +153,7 @@ def _line(report: Report) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings and loading bars of other libraries between the lines of a report."""
+    """Silence warnings and progress bars of other libraries."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()

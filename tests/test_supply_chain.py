@@ -196,7 +196,7 @@ def test_weights_that_are_missing_are_not_random_ones(change: str, model_dir: Pa
 def test_a_file_is_no_model(name: str, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(pickled(model_dir))
     for load in (load_config, load_tokenizer):
-        with pytest.raises(FlexpatchError, match="is no model; expected a hub name, a directory or a GGUF file"):
+        with pytest.raises(FlexpatchError, match="is not a model; expected a hub name, a directory or a GGUF file"):
             load(name)
 
 

@@ -126,7 +126,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", [["sft"], ["sigmoid", "aot"]])
 def test_losses_that_are_no_means_over_pairs_are_refused(tmp_path: Path, loss: list[str]) -> None:
-    with pytest.raises(FlexpatchError, match=f"loss_type {loss[-1]} is no mean over pairs"):
+    with pytest.raises(FlexpatchError, match=f"loss_type {loss[-1]} is not a mean over pairs"):
         train(Packed, tmp_path, settings=dict(loss_type=loss), token_budget=300)
 
 

@@ -366,7 +366,7 @@ def test_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
 
     config = peft.LoraConfig(target_modules=["q_proj"])
     config._register_custom_module({nn.Linear: Averaged})
-    with pytest.raises(UnsupportedModelError, match=rf"Averaged, which builds on peft's, {match}"):
+    with pytest.raises(UnsupportedModelError, match=rf"Averaged, which derives from peft's, {match}"):
         flexpatch.apply(peft.get_peft_model(bare(), config))
 
 
