@@ -74,7 +74,7 @@ def test_former_names_still_work(name: str, module: str) -> None:
 
 def test_a_name_that_never_was() -> None:
     with pytest.raises(AttributeError, match="module 'flexpatch' has no attribute 'fold_everything'"):
-        flexpatch.fold_everything
+        flexpatch.fold_everything  # noqa: B018
 
 
 @parameterized.expand([(name,) for name in flexpatch.__all__])
