@@ -158,11 +158,11 @@ def test_tests_ask_for_the_words_of_an_error(path: str) -> None:
 
 
 def test_only_some_files_know_transformers_and_flex() -> None:
-    # verify and parity are leaves that report versions and settings; models loads models; callbacks serves its Trainer.
-    assert importers("transformers") <= {"patch", "models", "parity", "verify", "callbacks"}
+    # env, parity and verify report versions and settings; models loads models; callbacks serves its Trainer.
+    assert importers("transformers") <= {"patch", "models", "env", "parity", "verify", "callbacks"}
     assert "patch" in importers("transformers")
     assert importers(FLEX) == {"arrival", "attention", "compiled", "masks", "patch"}
-    for leaf in ("verify", "estimate", "trl", "callbacks"):
+    for leaf in ("env", "verify", "estimate", "trl", "callbacks"):
         assert importers(f"flexpatch.{leaf}") == set()
     assert importers("trl") == {"trl"}
 
