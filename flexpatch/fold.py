@@ -210,17 +210,20 @@ def lookup(hidden_LD: Tensor, index: Tensor, padding: int | None = None) -> Tens
 
 
 def _filled_lookup(hidden_LD: Tensor, index: Tensor, padding: int | None) -> Tensor:
-    """:func:`lookup` with ``SORTED`` indices. What is looked up for nothing passes on a gradient of zero."""
+    """Look up ``SORTED`` indices instead of fewer. The additional ones pass on a gradient of zero."""
     filled = F.pad(index.flatten(), (0, SORTED - index.numel()))
     return F.embedding(filled, hidden_LD, padding_idx=padding)[: index.numel()].unflatten(0, index.shape)
 
 
 def follow_columns(positions: np.ndarray, mask: np.ndarray | None) -> bool:
-    """Whether given position ids count columns, from wherever in each sequence: then folding keeps distances.
+    """Tell whether position ids count columns, from any start in each sequence: then folding keeps distances.
 
     Args:
         positions: (N, S), as given.
         mask: (N, S) bool; ``None``: no padding. Padding counts only where a token of its sequence is on both sides.
+
+    Returns:
+        Whether they do.
     """
     shift = positions - np.arange(positions.shape[1])
     if not shift.size:
@@ -233,11 +236,14 @@ def follow_columns(positions: np.ndarray, mask: np.ndarray | None) -> bool:
 
 
 def moved(positions: np.ndarray | None, mask: np.ndarray | None) -> bool:
-    """Whether folding gives any token of a batch another position, the same for all tokens of its sequence.
+    """Tell whether folding moves any sequence of a batch to other positions.
 
     Args:
         positions: (N, S), as given; ``None``: columns.
         mask: (N, S) bool; ``None``: no padding.
+
+    Returns:
+        Whether it does.
     """
     if mask is None:
         return positions is not None and bool(positions[:, 0].any())
@@ -247,7 +253,7 @@ def moved(positions: np.ndarray | None, mask: np.ndarray | None) -> bool:
 
 
 def longest_hole(mask: np.ndarray | None) -> int:
-    """Columns from a token to the farthest padding behind it that predicts the next token of the same sequence.
+    """Count columns from a token to the farthest padding behind it that predicts its sequence's next token.
 
     Args:
         mask: (N, S) bool; ``None``: no padding.
@@ -265,6 +271,11 @@ def longest_hole(mask: np.ndarray | None) -> int:
 
 def check_ids(ids: np.ndarray, mask: np.ndarray | None, vocabulary: int) -> None:
     """Refuse ids outside the vocabulary, which a GPU reports as a failed assertion somewhere later.
+
+    Args:
+        ids: (N, S) int64.
+        mask: (N, S) bool, True for tokens; ``None``: no padding.
+        vocabulary: Its size.
 
     Raises:
         FlexpatchError: Naming the row and column.

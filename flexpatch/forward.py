@@ -1,9 +1,9 @@
 """Run one call through a backbone: stages change it on the way in, their exits change its output on the way out.
 
 A **stage** takes the backbone and the call's arguments. It returns the arguments and an **exit**, which takes the
-output (``None`` if the forward raised), or ``None`` for an exit that has nothing to do. Exits run in reverse. Those of
-our own stages run before other libraries' hooks on the backbone, which so see the caller's layout; a caller's exits
-(:func:`run_rows`) run after them.
+output (``None`` if the forward raised), or ``None`` for an exit that has nothing to do. Exits run in reverse. Our own
+stages' exits run before other libraries' hooks on the backbone, which so see the caller's layout. A caller's exits
+(:func:`run_rows`) run after those hooks.
 
 Exits travel on the call's ``input_ids`` and nowhere else: other arguments reach every layer, compiled ones included.
 """
@@ -113,14 +113,31 @@ class BackboneHook:
 
 
 def with_exits(ids: Tensor, exits: Exits) -> Tensor:
-    """Return ``ids`` as another tensor object that carries ``exits``: the caller's own carries nothing."""
+    """Put exits on token ids.
+
+    Args:
+        ids: (B, L) int64.
+        exits: The exits.
+
+    Returns:
+        Another tensor object that shares the numbers of ``ids``: the caller's own carries nothing.
+    """
     ids = ids.detach()
     setattr(ids, EXITS, exits)
     return ids
 
 
 def exits_of(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Exits | None:
-    """Find the exits of a call, wherever another hook has put its ids."""
+    """Find the exits of a call, wherever another hook has put its ids.
+
+    Args:
+        backbone: The backbone that is called.
+        args: Its positional arguments.
+        kwargs: Its other arguments.
+
+    Returns:
+        The exits; ``None`` if the ids carry none.
+    """
     ids = kwargs.get("input_ids") if not args else (arguments_of(backbone, args, kwargs) or {}).get("input_ids")
     return getattr(ids, EXITS, None)
 
@@ -131,6 +148,9 @@ def run_own_exits(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], 
     Args:
         backbone, args, kwargs: Of the call, after all pre-hooks.
         output: Its output; ``None`` if the forward raised.
+
+    Returns:
+        ``output``, changed in place; ``None`` without exits.
 
     Raises:
         FlexpatchError: If something took the exits away.
@@ -160,6 +180,9 @@ def run_callers_exits(backbone: PreTrainedModel, args: Any, kwargs: dict[str, An
 
     Args:
         backbone, args, kwargs, output: Of the call, as those hooks left them.
+
+    Returns:
+        ``output``, changed in place.
     """
     exits = exits_of(backbone, args, kwargs)
     while exits is not None and exits.callers:

@@ -102,7 +102,15 @@ def device_of(inner: PreTrainedModel) -> torch.device:
 
 
 def attention_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype:
-    """Return the dtype in which attention computes: the model's, or that of autocast where it is on."""
+    """Find the dtype in which attention computes.
+
+    Args:
+        inner: The model.
+        device: Where it computes.
+
+    Returns:
+        The model's dtype, or that of autocast where it is on.
+    """
     autocast = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.get_autocast_dtype(device.type) if autocast else inner.dtype
 
@@ -116,6 +124,10 @@ def set_attention(inner: PreTrainedModel, name: str) -> None:
     """Set the attention implementation of ``inner``'s text layers.
 
     Layers may carry copies of the configuration (peft's ``layer_replication`` makes such): these are set too.
+
+    Args:
+        inner: The model.
+        name: A registered name.
     """
     decoder = decoder_of(inner)
     before = attention_name(decoder)
@@ -158,6 +170,11 @@ def parameters_of(backbone: nn.Module) -> Mapping[str, Parameter]:
 def arguments_of(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """Return all arguments of a backbone's call by name.
 
+    Args:
+        backbone: The backbone that is called.
+        args: Its positional arguments.
+        kwargs: Its other arguments.
+
     Returns:
         A new dict; ``None`` if a wrapper around the forward hides the names of positional arguments.
     """
@@ -169,7 +186,16 @@ def arguments_of(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict
 
 
 def takes_argument(backbone: PreTrainedModel, call: Mapping[str, Any], name: str) -> bool:
-    """Tell whether a backbone takes an argument. Multimodal ones hand what they do not know to their text stack."""
+    """Tell whether a backbone takes an argument. Multimodal ones hand those that they do not know to their text stack.
+
+    Args:
+        backbone: The backbone that is called.
+        call: The call's arguments by name.
+        name: Of the argument.
+
+    Returns:
+        Whether it does.
+    """
     return name in call or name in parameters_of(backbone) or name in parameters_of(decoder_of(backbone))
 
 

@@ -80,7 +80,7 @@ def score_rows(
     compiled = bool((settings_of(model) or {}).get("compile"))
 
     def score(hidden_BLD: Tensor) -> Tensor:
-        hidden_TD = lookup(hidden_BLD.flatten(0, 1), rows.predictors)  # its backward adds in a fixed order
+        hidden_TD = lookup(hidden_BLD.flatten(0, 1), rows.predictors)  # backward adds in a fixed order
         fused = compiled and hidden_TD.device.type != "cpu"
         return token_logprobs(
             head, hidden_TD, rows.targets, transform=transform, chunk_tokens=chunk_tokens, compiled=fused
@@ -234,6 +234,9 @@ def separate_logprobs(
         batch_size: Sequences a call; ``None`` for all at once. Gemma 2 in float64 needs 1: for padding beyond a window
             transformers' eager attention gives NaN there.
 
+    Returns:
+        Sums over answers (A,) and single tokens (T,), in the order of :func:`answer_logprobs`.
+
     Raises:
         FlexpatchError: For a malformed tree (the message names the sample), an id or ``pad_id`` outside the vocabulary,
             or ``batch_size < 1``.
@@ -264,6 +267,14 @@ def separate_logprobs(
 
 
 def sum_answers(tokens: Tensor, rows: Rows) -> Tensor:
-    """Add (T,) token values, answer by answer, to (A,) sums. Its bits are those of every other run, also on CUDA."""
+    """Add up token values, answer by answer, with equal bits in every run, also on CUDA.
+
+    Args:
+        tokens: (T,), one for each scored token.
+        rows: The rows that they belong to.
+
+    Returns:
+        (A,) sums.
+    """
     lengths_A = (rows.answer_tokens < len(tokens)).sum(-1)
     return torch.segment_reduce(tokens, "sum", lengths=lengths_A, unsafe=True)

@@ -31,7 +31,7 @@ def bucket(length: int) -> int:
 
 
 def mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
-    """The rule as a FlexAttention ``mask_mod``.
+    """Write the rule as a FlexAttention ``mask_mod``.
 
     All closures come from here and capture tensors alone: a captured int would recompile the kernel for each value.
     All windows share one compiled graph, unlimited attention has its own, without the loads of ``positions``.
@@ -40,6 +40,9 @@ def mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
         ends: (B, L) int32.
         positions: (B, L) int32.
         window: In tokens, or ``None`` for unlimited.
+
+    Returns:
+        A function of batch, head, query and key indices: whether the query sees the key.
     """
     length = ends.shape[1]
     ends, positions = ends.flatten(), positions.flatten()  # 1-D loads: cheaper in every backend
@@ -105,7 +108,16 @@ def block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask
 
 
 def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
-    """The same rule as a (B, 1, L, L) bool tensor, True where attention is allowed. For the dense backend alone."""
+    """Write the rule as a tensor, for the dense backend.
+
+    Args:
+        ends: (B, L) integers, exclusive subtree ends.
+        positions: (B, L) integers, rope positions.
+        window: In tokens, or ``None``.
+
+    Returns:
+        (B, 1, L, L) bool, True where attention is allowed.
+    """
     B, L = ends.shape
     index = torch.arange(L, device=ends.device)
     batch = torch.arange(B, device=ends.device)
@@ -114,12 +126,15 @@ def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
 
 
 def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None) -> BlockMask | Tensor:
-    """The mask of ``rows`` for one window, built at its first use and then shared.
+    """Return the mask of ``rows`` for one window, built at its first use and then shared.
 
     Args:
         rows: Packed rows.
         window: In tokens, or ``None``. One that no sequence reaches is dropped: the plain kernel is faster.
         dtype: ``None`` for a block mask; ``torch.bool`` for a dense mask; a floating dtype for an additive one.
+
+    Returns:
+        The mask, for ``bucket(L)`` tokens as a block mask, and for L as a dense one.
     """
     window = None if window is None or window >= rows.depth else window
     # A tensor that was written to since has another version, and needs another mask.
@@ -136,5 +151,5 @@ def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None) -> BlockM
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to. Tensors made in inference mode do not count that."""
+    """Return how often a tensor was written to. Tensors made in inference mode do not count that."""
     return 0 if tensor.is_inference() else tensor._version

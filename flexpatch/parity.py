@@ -1,4 +1,4 @@
-"""Does a patched model compute what the unpatched one does?
+"""Check that a patched model computes the same as the unpatched one.
 
 Three independent checks, on the device, in the dtype and under the checkpointing setting that will be trained with:
 
@@ -62,6 +62,9 @@ def check_parity(
         backend, compile: As in :func:`flexpatch.apply`.
         seed: Of the token ids.
         progress: Show a progress bar on stderr.
+
+    Returns:
+        All checks and negative controls, with errors and bounds; ``report.passed`` tells whether parity holds.
 
     Raises:
         UnsupportedModelError: If the model cannot be patched, or has no log-probs: classifiers, bare backbones.

@@ -234,6 +234,9 @@ def savings(model: nn.Module, last: int | None = None) -> Savings:
         model: A model after :func:`apply`.
         last: How many of the latest batches to count; ``None``: all that are kept, at most 10,000.
 
+    Returns:
+        Tokens given and computed, and why batches ran as they were given. It prints as a sentence.
+
     Raises:
         FlexpatchError: If the model does not fold batches, or for ``last < 1``.
     """

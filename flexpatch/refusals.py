@@ -1,4 +1,4 @@
-"""What would be inexact in a model's present mode: refused at the call, with the way out."""
+"""Reject model states, and rows, in which sharing a prefix would change results. Errors name the way out."""
 
 from typing import Any
 
@@ -14,8 +14,11 @@ from flexpatch.tuners import as_given, refusal
 def check_mode(model: nn.Module) -> str | None:
     """Refuse modules that do not act on each token alone.
 
+    Args:
+        model: A model, or its backbone.
+
     Returns:
-        Why this one call has to run as it is given (peft's hooks for it); ``None`` if it need not.
+        The reason for which this one call has to run as it is given (peft's hooks for it); ``None`` without one.
 
     Raises:
         UnsupportedModelError: For active dropout, NEFTune or router noise, peft adapters that look at more than one
@@ -71,7 +74,7 @@ def check_mode(model: nn.Module) -> str | None:
 
 
 def _is_reentrant(function: Any) -> bool:
-    """Whether a layer's checkpointing function is known to be reentrant.
+    """Tell whether a layer's checkpointing function is known to be reentrant.
 
     transformers makes a ``functools.partial``; others wrap it in functions of their own (LLaMA-Factory, by default).
     One that hides its setting counts as not reentrant: nothing else of a layer tells.
@@ -92,6 +95,10 @@ def _name(model: nn.Module, wanted: nn.Module) -> str:
 
 def check_rows(config: Any, rows: Rows) -> None:
     """Refuse rows that this model cannot run exactly.
+
+    Args:
+        config: The configuration of the model's text stack.
+        rows: Packed rows.
 
     Raises:
         FlexpatchError: For ids outside the vocabulary, naming the sample.
@@ -119,12 +126,12 @@ def check_rows(config: Any, rows: Rows) -> None:
 
 
 def scaling_limit(config: Any) -> int | None:
-    """Position from which on queries are scaled by where they are (Ministral 3); ``None``: nowhere."""
+    """Return the position from which on queries are scaled by where they are (Ministral 3); ``None``: nowhere."""
     limits = (r["original_max_position_embeddings"] for r in ropes(config).values() if r.get("llama_4_scaling_beta"))
     return min(limits, default=None)
 
 
 def longrope_limit(config: Any) -> int | None:
-    """Length above which longrope uses other frequencies for a whole call; ``None`` without longrope."""
+    """Return the length above which longrope uses other frequencies for a whole call; ``None`` without longrope."""
     longrope = ropes(config).get("longrope")
     return None if longrope is None else longrope["original_max_position_embeddings"]

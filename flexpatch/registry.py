@@ -52,7 +52,7 @@ def unchanged_logits(config: Any) -> LogitTransform:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
-    """What flexpatch must know about one family of architectures.
+    """Record of one family of architectures: all that flexpatch must know of it.
 
     Attributes:
         name: The family, as people write it.
@@ -105,13 +105,13 @@ def register(adapter: Adapter) -> Adapter:
 
 
 def adapters() -> dict[str, Adapter]:
-    """All model types an adapter serves, in order of registration."""
+    """Return all model types that an adapter serves, in order of registration."""
     importlib.import_module("flexpatch.adapters")  # here, because those files import this one
     return {model_type: adapter for model_type, adapter in _adapters.items() if model_type in adapter.tiny}
 
 
 def refused_types() -> dict[str, str]:
-    """The model types that an adapter refuses in every configuration, with its reason."""
+    """Return the model types that an adapter refuses in every configuration, with its reason."""
     adapters()
     return {
         model_type: adapter.refused[model_type]
@@ -156,7 +156,7 @@ def decoder_config(config: Any) -> Any:
 
 
 def adapter_for(config: Any) -> Adapter:
-    """The adapter of a model configuration.
+    """Return the adapter of a model configuration.
 
     Args:
         config: A ``transformers.PreTrainedConfig``, of a text model or of a multimodal one.
@@ -176,7 +176,7 @@ def adapter_for(config: Any) -> Adapter:
 
 
 def unknown(model_type: str) -> UnsupportedModelError:
-    """The refusal of a type that no adapter mentions."""
+    """Make the refusal of a type that no adapter mentions."""
     return UnsupportedModelError(
         f"no adapter for model type '{model_type}'; known: {', '.join(sorted(adapters()))}. "
         "Write one (adapters/llama.py is the shortest), flexpatch.register() it, "
@@ -185,14 +185,14 @@ def unknown(model_type: str) -> UnsupportedModelError:
 
 
 def ropes(config: Any) -> dict[str, Mapping[str, Any]]:
-    """Rope type -> its parameters, from ``config.rope_parameters``, which is flat or keyed by layer type."""
+    """Map rope types to their parameters, from ``config.rope_parameters``, which is flat or keyed by layer type."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [rope for rope in parameters.values() if isinstance(rope, Mapping)]
     return {rope.get("rope_type", "default"): rope for rope in nested or [parameters]}
 
 
 def _reject(config: Any, adapter: Adapter) -> str | None:
-    """What no architecture can do exactly, checked for all."""
+    """Find a setting that no architecture can run exactly."""
     if inexact := set(ropes(config)) - adapter.ropes:
         return (
             f"rope type {', '.join(sorted(inexact))} is not exact: its frequencies depend on the longest sequence of "
@@ -212,7 +212,7 @@ def _reject(config: Any, adapter: Adapter) -> str | None:
 
 
 def support_table() -> str:
-    """The table of supported architectures in README, as Markdown."""
+    """Make the table of supported architectures, as Markdown."""
     lines = ["| family | `model_type` | masks | sliding windows | limits |", "|---|---|---|---|---|"]
     for adapter in dict.fromkeys(adapters().values()):
         types = ", ".join(f"`{model_type}`" for model_type in adapter.tiny)

@@ -27,6 +27,9 @@ def sample_trees(reach: int, vocabulary: int, generator: torch.Generator) -> lis
             distances.
         vocabulary: Ids are drawn from 3 to this, exclusive.
         generator: Of the ids.
+
+    Returns:
+        Four trees.
     """
 
     def ids(length: int) -> list[int]:
@@ -48,6 +51,13 @@ def in_one_batch(model: nn.Module, trees: Sequence[Tree]) -> AnswerLogprobs:
     """Compute log-probs as :func:`flexpatch.logprobs.separate_logprobs` does, in one batch of all sequences.
 
     None is padded: each is continued with its own tokens to the length of the longest, and no token sees later ones.
+
+    Args:
+        model: A causal language model.
+        trees: The samples.
+
+    Returns:
+        Sums over answers and single tokens.
     """
     layouts = [lay_out(tree, sample) for sample, tree in enumerate(trees)]
     sequences = [torch.from_numpy(layout.ids[path]) for layout in layouts for path in layout.answers]
@@ -85,12 +95,28 @@ def whole_trees(rows: Rows) -> Tensor:
 
 
 def worst_error(ours: Tensor, oracle: Tensor) -> float:
-    """Return the largest difference of log-probs, in nats."""
+    """Measure the largest difference of log-probs.
+
+    Args:
+        ours: (T,) log-probs.
+        oracle: (T,) log-probs.
+
+    Returns:
+        Nats.
+    """
     return float((ours.double() - oracle.double()).abs().max())
 
 
 def distance(ours: Gradients, oracle: Gradients) -> tuple[float, str]:
-    """Return ||ours - oracle|| / ||oracle|| over all parameters together, and the parameter that adds most to it."""
+    """Measure the difference of gradients over all parameters together.
+
+    Args:
+        ours: Gradients by parameter.
+        oracle: Gradients by parameter.
+
+    Returns:
+        ||ours - oracle|| / ||oracle||, and the parameter that adds most to it.
+    """
     squares = {name: float((ours[name].double() - oracle[name].double()).square().sum()) for name in oracle}
     norm = sum(float(gradient.double().square().sum()) for gradient in oracle.values())
     return math.sqrt(sum(squares.values()) / norm), max(squares, key=lambda name: squares[name])

@@ -68,6 +68,7 @@ class Verification:
         self.bar = tqdm(desc="verify", unit=" passes", disable=not progress, leave=False, file=sys.stderr)
 
     def run(self) -> Report:
+        """Run all checks and negative controls."""
         # Norms and ropes round to float32, which blows a difference in the last bit up to 1e-8, one time in a thousand.
         # Checkpointing computes again outside the mode, and compiled kernels do not know it.
         lifted = self.exact and self.device.type == "cpu" and not (checkpoints(self.model) or self.options["compile"])
@@ -192,11 +193,11 @@ class Verification:
         self._add("log-probs, adapters off", worst_error(ours, stock), bound, self._where(ours, stock))
 
     def _leaks(self, rows: Rows) -> float:
-        """How many tokens the first answer reaches outside itself (or, by derivatives, with how many of its own)."""
+        """Count tokens that the first answer reaches outside itself (or, by derivatives, with how many of its own)."""
         self.bar.update()
         own = rows.answer_tokens[0]
         own = own[own < len(rows.targets)]
-        start = int(rows.predictors[own[1]])  # what predicts an answer's second token is its first
+        start = int(rows.predictors[own[1]])  # an answer's first token predicts its second
         inside = torch.zeros_like(rows.input_ids, dtype=torch.bool)
         inside[0, start : start + len(own)] = True
         inputs = model_inputs(self.model, rows)

