@@ -107,7 +107,7 @@ def _key(model: nn.Module, layouts: Sequence[Layout]) -> str:
     """Hash everything that the log-probs depend on."""
     digest = hashlib.blake2b(b"2", digest_size=16)  # version of the file's format
     settings, tensors = base_weights(model)
-    settings["_backend"] = (settings_of(model) or {}).get("backend")
+    settings["flexpatch"] = (settings_of(model) or {}).get("backend")
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
