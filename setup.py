@@ -1,8 +1,9 @@
-"""Puts the folder ``adapters/`` into wheels as ``flexpatch/adapters``; pyproject.toml holds everything else.
+"""Puts the folder ``adapters/`` into wheels as ``flexpatch/adapters``. All other settings are in pyproject.toml.
 
-A mapping in pyproject.toml would do the same, but would also change what ``pip install -e`` writes: a finder that
-Python asks after its own. Python's own takes a checkout called ``flexpatch`` for an empty package wherever the folder
-above it is on ``sys.path``. Without a mapping, setuptools writes a path file, and the real package wins over the empty.
+A mapping of folders in pyproject.toml would do so too, but it would break ``pip install -e``. With a mapping,
+setuptools installs an import finder, which Python asks after its own finder. If the folder above a checkout called
+``flexpatch`` is on ``sys.path``, Python's own finder takes the checkout for an empty package. Without a mapping,
+setuptools writes a path file, and the real package wins.
 """
 
 from setuptools import setup
@@ -10,7 +11,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildPy(build_py):
-    """Copies the adapters too, unless the checkout itself is installed: there ``flexpatch/adapters.py`` finds them."""
+    """Copy the adapters too. In an editable install ``flexpatch/adapters.py`` finds them in the checkout."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

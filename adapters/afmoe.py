@@ -1,4 +1,4 @@
-"""AFMoE, which Arcee's Trinity is: windows with rope in three layers of four, full attention without rope in one."""
+"""AFMoE (Arcee's Trinity): windows with rope in three layers of four, full attention without rope in the fourth."""
 
 from flexpatch.registry import Adapter, register, sliding_windows
 

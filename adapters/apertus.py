@@ -1,4 +1,4 @@
-"""Apertus (Swiss AI): one mask for all layers, normed queries and keys."""
+"""Apertus (Swiss AI): one mask for all layers, normalised queries and keys."""
 
 from flexpatch.registry import Adapter, register
 

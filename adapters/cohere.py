@@ -1,4 +1,4 @@
-"""Cohere Command R (one mask) and Command R7B, Command A (rope and windows on three of four layers)."""
+"""Cohere: Command R (one mask for all layers), Command R7B and Command A (rope and windows in three layers of four)."""
 
 from flexpatch.registry import Adapter, LogitTransform, register, sliding_windows
 

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (latent attention, experts), what runs on their code, such as Moonlight, and GLM-4.7-Flash."""
+"""DeepSeek V2 and V3 (latent attention, experts), GLM-4.7-Flash, and models with their code, such as Moonlight."""
 
 from flexpatch.registry import Adapter, register
 
@@ -14,14 +14,9 @@ TINY = dict(
     qk_nope_head_dim=8,
     v_head_dim=16,
     head_dim=8,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_shared_experts=1,
-    moe_intermediate_size=32,
-    first_k_dense_replace=1,
-    n_group=1,
-    topk_group=1,
 )
+TINY |= dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1)
+TINY |= dict(moe_intermediate_size=32, first_k_dense_replace=1)
 
 register(
     Adapter(

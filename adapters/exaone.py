@@ -1,4 +1,4 @@
-"""EXAONE 4, dense and mixture of experts: windows with rope, and full attention without, unless all layers are full."""
+"""EXAONE 4, dense and mixture of experts: windows with rope, full attention without rope, or full attention alone."""
 
 from flexpatch.registry import FULL, Adapter, register, sliding_windows
 

@@ -8,7 +8,7 @@ SHORT = dict(sliding_window=8, query_pre_attn_scalar=16)
 
 
 def bidirectional(config: Any) -> str | None:
-    """An encoder looks ahead, so no token's state can be shared between answers. Gemma 4's images alone may."""
+    """Refuse encoders, whose prompts see their answers. Gemma 4's images may look ahead among themselves."""
     value = getattr(config, "use_bidirectional_attention", None)
     if value and value != "vision":
         return f"use_bidirectional_attention={value} lets a prompt see its answer, so nothing can be shared"
@@ -23,7 +23,7 @@ register(
         masks="by_layer_type",
         windows=sliding_windows,
         logit_transform=lambda config: LogitTransform(softcap=config.final_logit_softcapping),
-        # Gemma 2 caps its attention scores; sdpa cannot, and older releases of transformers dropped the cap in silence.
+        # Gemma 2 caps its attention scores. sdpa cannot, and older releases of transformers then drop the cap silently.
         implementations=("eager",),
         reject=bidirectional,
         tiny={"gemma2": [SHORT], "vaultgemma": [SHORT]},
@@ -56,7 +56,7 @@ register(
 
 PER_LAYER = dict(SHORT, layer_types=[SLIDING, FULL] * 2, hidden_size_per_layer_input=16, vocab_size_per_layer_input=151)
 SPARSE = dict(PER_LAYER, laurel_rank=8, intermediate_size=[96] * 4, activation_sparsity_pattern=[0.9, 0.0, 0.0, 0.0])
-# Only full layers have heads of another size, and keys that are values too.
+# Full layers alone have heads of another size, and keys that serve as values.
 WIDE = dict(PER_LAYER, global_head_dim=32)
 SHARED = dict(WIDE, num_kv_shared_layers=2, final_logit_softcapping=30.0)
 SAME = dict(WIDE, num_kv_shared_layers=0, attention_k_eq_v=True, num_global_key_value_heads=1)

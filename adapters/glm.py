@@ -1,17 +1,13 @@
-"""GLM-4 and GLM-4.5: one mask for all layers, half of each head rotated. Later ones that pick keys are refused;
-GLM-4.7-Flash has latent attention: adapters/deepseek.py."""
+"""GLM-4 and GLM-4.5: one mask for all layers, rope on half of each head.
+
+GLM-4.7-Flash has latent attention, so it is in adapters/deepseek.py. Later models, whose layers choose keys, are
+refused.
+"""
 
 from flexpatch.registry import Adapter, register
 
-MOE = dict(
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_shared_experts=1,
-    moe_intermediate_size=32,
-    first_k_dense_replace=1,
-    n_group=1,
-    topk_group=1,
-)
+EXPERTS = dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1)
+MOE = dict(EXPERTS, moe_intermediate_size=32, first_k_dense_replace=1)
 
 register(
     Adapter(

@@ -1,4 +1,4 @@
-"""Llama 1 to 3: one mask for all layers, no windows. Llama 4 is refused."""
+"""Llama 1 to 3: one mask for all layers, without windows. Llama 4 is refused."""
 
 from flexpatch.registry import Adapter, register
 

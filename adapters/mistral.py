@@ -1,4 +1,4 @@
-"""Mistral, Mixtral and Ministral: windowed in every layer when ``sliding_window`` is set."""
+"""Mistral, Mixtral and Ministral: windows in every layer if ``sliding_window`` is set."""
 
 from flexpatch.registry import FULL, SLIDING, Adapter, register, sliding_windows
 
@@ -12,7 +12,7 @@ register(
         tiny={
             "mistral": [dict(sliding_window=None), dict(sliding_window=8)],
             "mixtral": [dict(MOE, sliding_window=None), dict(MOE, sliding_window=8)],
-            # A yarn rope, and queries scaled by their position.
+            # Ministral 3 has a yarn rope, and queries scaled by their positions.
             "ministral3": [{}, dict(sliding_window=8)],
         },
         limits="Mixtral: no router auxiliary loss",

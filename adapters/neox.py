@@ -1,8 +1,8 @@
-"""GPT-NeoX, which Pythia is: rope on a quarter of each head, attention and MLP in parallel or in turn."""
+"""GPT-NeoX (Pythia): rope on a quarter of each head, attention and MLP in parallel or in turn."""
 
 from flexpatch.registry import Adapter, register
 
-# Each head has keys of its own.
+# Keys are not shared by heads.
 HEADS = dict(num_key_value_heads=4)
 
 register(

@@ -1,4 +1,4 @@
-"""Phi 1 to 4: one mask for all layers. Phi-4 is a Phi-3 by its model type. PhiMoE is refused."""
+"""Phi 1 to 4: one mask for all layers. Phi-4 has the model type of Phi-3. PhiMoE is refused."""
 
 from flexpatch.registry import FULL, Adapter, register
 
@@ -20,7 +20,7 @@ register(
             "phi3": [
                 dict(sliding_window=None),
                 dict(sliding_window=8),
-                # transformers 5.0 takes the factor from here alone.
+                # transformers 5.0 reads this factor, newer ones read it in rope_parameters.
                 dict(
                     sliding_window=8,
                     rope_parameters=LONGROPE,

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen3, dense and mixture of experts. Members with linear attention are refused.
 
-Windows are off unless ``use_sliding_window`` is set; Qwen2-MoE then stores 0, the others None.
+Windows are off unless ``use_sliding_window`` is set. A window that is off is 0 in Qwen2-MoE and None in the others.
 """
 
 from flexpatch.registry import FULL, SLIDING, Adapter, register

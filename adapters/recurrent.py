@@ -1,4 +1,4 @@
-"""Families with layers that carry a state from token to token: none can be exact, and each says why."""
+"""Families with layers that carry a state from token to token. All are refused, with the reason."""
 
 from flexpatch.registry import Adapter, register
 

@@ -1,4 +1,4 @@
-"""Seed-OSS. Its configuration asks for dropout, which is refused: load it with both rates set to 0.0."""
+"""Seed-OSS. Its configuration asks for dropout, which is refused: load the model with both rates set to 0.0."""
 
 from flexpatch.registry import Adapter, register
 

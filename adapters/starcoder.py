@@ -1,4 +1,4 @@
-"""StarCoder 2: one mask for all layers, windowed in every layer when ``sliding_window`` is set."""
+"""StarCoder 2: one mask for all layers, windows in every layer if ``sliding_window`` is set."""
 
 from flexpatch.registry import FULL, Adapter, register
 

@@ -96,14 +96,13 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """Load the tokenizer of a model.
+    """Load the tokenizer of a model, as transformers has it.
 
     Args:
-        name: A hub name, a local directory or a GGUF file.
-        trust_remote_code: Run code that comes with the tokenizer.
+        name, trust_remote_code: As in :func:`load_config`.
 
     Returns:
-        The tokenizer, as transformers has it.
+        The tokenizer.
 
     Raises:
         FlexpatchError: If there is no tokenizer, or it cannot be read.
