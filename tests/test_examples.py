@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tokenizers_offline import make_tokenizer
+from parameterized import parameterized
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -90,8 +91,14 @@ def test_plain_peft_reloads_the_trained_adapter(outputs: dict[str, Path], model_
         assert abs(after - 0.6931472) > 1e-3
 
 
-@pytest.mark.parametrize(
-    "options", [("--device", "nowhere"), ("--device", "cuda:99"), ("--lr", "nan"), ("--beta", "-1"), ("--seed", "-1")]
+@parameterized.expand(
+    [
+        (("--device", "nowhere"),),
+        (("--device", "cuda:99"),),
+        (("--lr", "nan"),),
+        (("--beta", "-1"),),
+        (("--seed", "-1"),),
+    ]
 )
 def test_settings_that_cannot_be_used(options: tuple[str, str]) -> None:
     stopped = example(*options)
