@@ -1,4 +1,8 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests.
+
+Cases: ``@parameterized.expand``, above all other decorators (they would be lost), where a test takes its cases and
+nothing else; ``@pytest.mark.parametrize`` where pytest has more to do: fixtures, ids, marks of one case, crossed lists.
+"""
 
 import os
 import sys

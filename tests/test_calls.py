@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.oracle import BOUNDS, random_ids, see_siblings
+from parameterized import parameterized
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -145,7 +146,7 @@ def test_the_first_token_behind_a_hole_keeps_its_log_prob(model_type: str, backe
         assert (read(model)[0] - tokens).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@parameterized.expand(["llama", "gemma3_text"])
 def test_a_loss_over_left_padded_sequences(model_type: str) -> None:
     """Labels that are hidden by the mask alone: the first token of a sequence is predicted at padding."""
     model = tiny_model(model_type)
@@ -178,9 +179,9 @@ RECORDERS: dict[str, Callable[[nn.Module, tuple[Tensor, Tensor]], Any]] = {
 }
 
 
+@parameterized.expand([(each,) for each in RECORDERS])
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:flexpatch")
-@pytest.mark.parametrize("recorder", RECORDERS)
 def test_recorded_models_run_any_batch(recorder: str) -> None:
     """A recorded fold would belong to the ids it was recorded with."""
     stock, model = twins()
@@ -316,7 +317,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@parameterized.expand([(each,) for each in WRAPPERS])
 def test_a_checkpointing_function_may_be_anything(wrapper: str) -> None:
     stock, model = (m.train() for m in twins())
     gradients = []
@@ -331,7 +332,7 @@ def test_a_checkpointing_function_may_be_anything(wrapper: str) -> None:
     assert flexpatch.savings(model).folded == 1
 
 
-@pytest.mark.parametrize("wrapper", ["wraps", "partial of a wrapper"])
+@parameterized.expand(["wraps", "partial of a wrapper"])
 def test_reentrant_checkpointing_is_found_within_wrappers(wrapper: str) -> None:
     """Gemma 4's last layers take keys of earlier ones, which get no gradient through it."""
     model = flexpatch.apply(tiny_model("gemma4_text")).train()
@@ -342,7 +343,7 @@ def test_reentrant_checkpointing_is_found_within_wrappers(wrapper: str) -> None:
         model(**batch(), use_cache=False)
 
 
-@pytest.mark.parametrize("again", [0, 1])
+@parameterized.expand([0, 1])
 def test_an_interrupted_step_leaves_no_setting_behind(again: int) -> None:
     """Ctrl-C skips our hook after the backbone. What the user sets before the next step holds."""
     model = flexpatch.apply(tiny_model("llama", dtype=torch.float32), recompute_layers=again).train()
@@ -377,7 +378,7 @@ def test_an_interrupted_step_leaves_no_setting_behind(again: int) -> None:
 # --- mistakes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", [flexpatch.apply, flexpatch.remove])
+@parameterized.expand([(flexpatch.apply,), (flexpatch.remove,)])
 def test_what_is_no_model(call: Any) -> None:
     model = tiny_model("llama")
     two = nn.ModuleDict({"policy": model, "value": tiny_model("llama", 1)})

@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.processes import PATH, PROGRAMS
 from helpers.trl_runs import Packed, Stock, train, weights
+from parameterized import parameterized
 
 import flexpatch
 
@@ -43,8 +44,8 @@ def processes() -> dict[tuple[int, int], Hashes]:
     return results
 
 
+@parameterized.expand([1, 2])
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_bits_in_two_runs_and_two_processes(threads: int) -> None:
     """Weights and losses after three steps; and of a data set its trees, bins of two epochs, and rows."""
     one, other = processes()[threads, 0], processes()[threads, 1]

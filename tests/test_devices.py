@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.oracle import random_ids
+from parameterized import parameterized
 
 import flexpatch
 from benchmarks import cards as cards_benchmark
@@ -129,7 +130,7 @@ def test_flash_attention_4_is_for_hoppers(cards: Cards) -> None:
             choose("fa4", CUDA, heads(128), BF16)
 
 
-@pytest.mark.parametrize("device", ["cpu", "xpu", "mps", "meta"])
+@parameterized.expand(["cpu", "xpu", "mps", "meta"])
 def test_other_devices_are_as_they_were(device: str) -> None:
     expected = "flex" if device == "xpu" else "dense"
     for asked in ("auto", "flex", "fa4", "dense"):
@@ -207,15 +208,14 @@ def test_a_refused_backend_leaves_the_model_as_it_was(cards: Cards) -> None:
     assert caught(lambda: flexpatch.apply(model.to(BF16), backend="flex"))[1] == []
 
 
-@pytest.mark.parametrize(
-    ("model_type", "expected"),
+@parameterized.expand(
     [
         ("llama", heads(16)),
         ("gpt_neox", heads(16)),
         ("gemma4_text", heads(16, 32)),
         ("gemma4", heads(16, 32)),
         ("deepseek_v3", heads((16, 16))),
-    ],
+    ]
 )
 def test_heads_of_all_layers(model_type: str, expected: Any) -> None:
     model = tiny_model(model_type)

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from parameterized import parameterized
 
 import flexpatch
 from benchmarks import drift
@@ -110,8 +111,7 @@ def records(**shifts: float) -> tuple[dict[str, Any], dict[tuple[str, int], drif
     return settings, runs
 
 
-@pytest.mark.parametrize(
-    ("shifts", "held"),
+@parameterized.expand(
     [
         (dict(paired=0.0, shared=1e-6), True),
         (dict(paired=0.0, shared=0.1), False),  # the end is beyond the noise of seeds, 0.016
@@ -119,7 +119,7 @@ def records(**shifts: float) -> tuple[dict[str, Any], dict[tuple[str, int], drif
         (dict(paired=0.0, shared=1e-3, eager=1e-6, broken=1e-2), False),  # curves are farther apart than rounding
         (dict(paired=0.0, shared=1e-6, eager=1e-6, broken=1e-6), False),  # the control is not seen
         (dict(paired=0.0, eager=1e-6), False),  # nothing to judge
-    ],
+    ]
 )
 def test_verdicts(shifts: dict[str, float], held: bool) -> None:
     verdict, text = drift.judge(*records(**shifts))

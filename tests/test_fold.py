@@ -287,7 +287,7 @@ def test_calls_that_run_as_they_are_without_a_word() -> None:
     assert flexpatch.savings(ran.model).batches == 0
 
 
-@pytest.mark.parametrize("name", CACHES)
+@parameterized.expand([(each,) for each in CACHES])
 def test_a_given_cache_is_used(name: str) -> None:
     """Whatever the installed transformers calls it, also where no new entries are asked for."""
     model, batch = tiny_model("llama"), padded_batch()["input_ids"]

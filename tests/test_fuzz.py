@@ -20,6 +20,7 @@ from helpers.fuzzing import HUGE, any_dtype, arrays, fuzz, good_ids, mostly, num
 from helpers.mask_tables import blocks_with, by_definition, partial_and_full, rule_of, what_kernels_see
 from helpers.oracle import separate
 from hypothesis import strategies as st
+from parameterized import parameterized
 from torch import Tensor
 
 import flexpatch
@@ -402,7 +403,7 @@ BROKEN: list[tuple[Any, Any, str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("prop", "place", "name", "change"), BROKEN)
+@parameterized.expand(BROKEN)
 def test_the_properties_can_fail(prop: Any, place: Any, name: str, change: Any) -> None:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(place, name, broken(getattr(place, name), change))

@@ -35,6 +35,7 @@ from helpers.tokenizers_offline import make_tokenizer
 from helpers.trl_trees import same as same_trees
 from helpers.trl_trees import trl
 from hypothesis import strategies as st
+from parameterized import parameterized
 from torch import Tensor
 
 import flexpatch
@@ -527,15 +528,14 @@ def test_files_of_dialogues(dialogues: Any) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    ("prop", "place", "name", "change"),
+@parameterized.expand(
     [
         (test_tokenised_rows, flexpatch.collator, "_answers", lambda answers: answers[::-1]),
         (test_rows_of_text_and_messages, flexpatch.collator, "_shared", lambda shared: max(shared - 1, 0)),
         (test_json_lines, sys.modules[__name__], "read_jsonl", lambda rows: rows[:-1]),
         (test_reference_caches, reference, "_digest", lambda digest: ""),
         (test_command_line_of_estimate, estimate, "read_samples", lambda pair: pair[5]),
-    ],
+    ]
 )
 def test_the_properties_can_fail(prop: Any, place: Any, name: str, change: Any) -> None:
     honest = getattr(place, name)

@@ -18,6 +18,7 @@ import torch
 from helpers.fuzzing import fuzz
 from helpers.oracle import see_siblings
 from hypothesis import strategies as st
+from parameterized import parameterized
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -356,7 +357,7 @@ def test_sequences(kind: tuple[str, int], sequence: list[tuple[str, int]]) -> bo
     return True
 
 
-@pytest.mark.parametrize("name", STEPS)
+@parameterized.expand([(each,) for each in STEPS])
 @pytest.mark.filterwarnings("ignore")
 def test_batches_fold_after_every_step(name: str) -> None:
     """So the sequences above mean something."""

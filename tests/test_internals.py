@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.probes import PROBES
+from parameterized import parameterized
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "flexpatch").glob("*.py"))
 
@@ -123,8 +124,7 @@ def test_the_lists_are_no_longer_than_needed_and_each_name_is_tested() -> None:
         assert listed == of_transformers(sources[name])[1], name
 
 
-@pytest.mark.parametrize(
-    ("code", "private", "used"),
+@parameterized.expand(
     [
         ("model._tied_weights_keys", {"_tied_weights_keys"}, (set(), set())),
         ("getattr(module, '_gradient_checkpointing_func')", {"_gradient_checkpointing_func"}, (set(), set())),
@@ -133,7 +133,7 @@ def test_the_lists_are_no_longer_than_needed_and_each_name_is_tested() -> None:
         ("import transformers.cache_utils", set(), (set(), {"transformers.cache_utils"})),
         ("from transformers import Cache", set(), ({"Cache"}, set())),
         ("transformers.Cache()", set(), ({"Cache"}, set())),
-    ],
+    ]
 )
 def test_touches_are_noticed(code: str, private: set[str], used: tuple[set[str], set[str]]) -> None:
     assert (private_names(ast.parse(code)), of_transformers(ast.parse(code))) == (private, used)

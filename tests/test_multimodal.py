@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.batches import padded_batch
+from parameterized import parameterized
 from torch import Tensor, nn
 
 import flexpatch
@@ -70,7 +71,7 @@ def test_calls_with_images_run_as_they_are_given(model_type: str, variant: int, 
     assert flexpatch.savings(model).folded == 0
 
 
-@pytest.mark.parametrize(("model_type", "variant"), CASES)
+@parameterized.expand(CASES)
 def test_images_matter(model_type: str, variant: int) -> None:
     """The control of the above: folded as if they were text, the same calls are wrong."""
     model, batch = tiny_model(model_type, variant), with_images(model_type)

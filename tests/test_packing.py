@@ -168,7 +168,7 @@ def test_small_integers_do_not_overflow() -> None:
     assert pack(np.array([100, 100], np.int8), 16384) == [[0, 1]]
 
 
-@pytest.mark.parametrize(("lengths", "capacity", "name"), [
+@parameterized.expand([
     ([1, 1.5], 8, "sample 1's length is 1.5"), ([1, "2"], 8, "sample 1's length is '2'"), ([1], 8.0, "capacity is 8.0"),
     (np.array([1, 1], "m8[s]"), 8, "sample 0's length is"),
 ])  # fmt: skip

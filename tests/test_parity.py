@@ -119,8 +119,8 @@ class FlexParityTest(unittest.TestCase):
     def test_verifier(self, model_type: str, variant: int) -> None:
         self.verify(model_type, variant)
 
-    @pytest.mark.slow
     @parameterized.expand([case for case in MODELS if case not in KINDS], name_func=name)
+    @pytest.mark.slow
     def test_verifier_of_all(self, model_type: str, variant: int) -> None:
         self.verify(model_type, variant)
 
@@ -136,8 +136,8 @@ class FlexParityTest(unittest.TestCase):
     def test_logits_to_keep(self, model_type: str, variant: int) -> None:
         self.keep(model_type, variant)
 
-    @pytest.mark.slow
     @parameterized.expand([case for case in MODELS if case not in KINDS], name_func=name)
+    @pytest.mark.slow
     def test_logits_to_keep_of_all(self, model_type: str, variant: int) -> None:
         self.keep(model_type, variant)
 

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from helpers.oracle import BOUNDS, CONTROL, Result, random_ids, see_siblings, separate, trees
+from parameterized import parameterized
 from torch import nn
 
 import flexpatch
@@ -45,7 +46,7 @@ def adapted(kind: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@parameterized.expand([(each,) for each in KINDS])
 def test_packed_rows(kind: str) -> None:
     """Log-probs and gradients of what is trained; without adapters, the base model's."""
     model = adapted(kind)

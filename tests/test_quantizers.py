@@ -17,6 +17,7 @@ import torch
 import transformers
 from helpers.quantizers import batch, inner_layers, keeps_apart, leaks, linears, logprobs, model_of, rounds_no_more
 from packaging.version import Version
+from parameterized import parameterized
 from torch import nn
 from transformers.quantizers import auto
 
@@ -52,7 +53,7 @@ def test_every_quantized_layer_of_transformers_is_decided() -> None:
     assert len(found) >= 8, "the layers of the quantizers are found where they are looked for"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@parameterized.expand([(each,) for each in METHODS])
 def test_methods(method: str) -> None:
     """By their settings alone, which a saved model has as a dictionary."""
     model = model_of()
@@ -66,7 +67,7 @@ def test_methods(method: str) -> None:
     assert not flexpatch.is_applied(model)
 
 
-@pytest.mark.parametrize("as_dict", [True, False])
+@parameterized.expand([True, False])
 def test_an_unknown_method_is_refused(as_dict: bool) -> None:
     model = model_of()
     settings = {"quant_method": "brand_new"}
@@ -296,12 +297,12 @@ INEXACT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", EXACT)
+@parameterized.expand([(each,) for each in EXACT])
 def test_layers_that_keep_tokens_apart(case: str) -> None:
     assert layer_fault(EXACT[case]()) is None
 
 
-@pytest.mark.parametrize("case", INEXACT)
+@parameterized.expand([(each,) for each in INEXACT])
 def test_layers_that_do_not(case: str) -> None:
     """At ``apply``; and before the first call that shares, where somebody puts them in afterwards."""
     make, words = INEXACT[case]
@@ -514,7 +515,7 @@ def test_accelerate_converts_after_apply() -> None:
             logprobs(model, ids, mask)
 
 
-@pytest.mark.parametrize("activated", [False, True])
+@parameterized.expand([False, True])
 def test_quanto(activated: bool) -> None:
     """Its scales are constants, found by calibration."""
     quanto = pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")

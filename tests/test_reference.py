@@ -47,7 +47,7 @@ def close(a: list[Tensor], b: list[Tensor], atol: float = 1e-6) -> bool:
     return all(torch.allclose(x, y, rtol=1e-6, atol=atol) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("capacity", [40, 60, 1000])
+@parameterized.expand([40, 60, 1000])
 def test_it_is_the_base_model(capacity: int) -> None:
     expected = separate(model())
     assert [len(value) for value in expected] == [1, 3, 2, 2]

@@ -15,6 +15,7 @@ import torch
 from helpers.tokenizers_offline import CHAT_TEMPLATE, make_tokenizer
 from packaging.requirements import Requirement
 from packaging.version import Version
+from parameterized import parameterized
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -64,7 +65,7 @@ def dangers(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["flexpatch", "adapters", "examples", "benchmarks"])
+@parameterized.expand(["flexpatch", "adapters", "examples", "benchmarks"])
 def test_no_program_runs_data(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
@@ -72,8 +73,7 @@ def test_no_program_runs_data(folder: str) -> None:
     assert found <= ALLOWED
 
 
-@pytest.mark.parametrize(
-    "source",
+@parameterized.expand(
     ["eval('1')", "import pickle", "from subprocess import run", "import os\nos.system('x')", "torch.load(path)",
      "torch.load(path, weights_only=False)", "load(name, trust_remote_code=True)", "from torch import load",
      "np.load(path, allow_pickle=True)", "__import__(name)"],

@@ -16,6 +16,7 @@ import pytest
 import torch
 from helpers.oracle import BOUNDS, CONTROL, Result, see_siblings, separate
 from helpers.tuner_kinds import EXACT, REFUSED, TREES, Maker, adapted, bare, batch, corda, eva, lora_ga, of
+from parameterized import parameterized
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import variants
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
@@ -274,7 +275,7 @@ def token_by_token(layer: nn.Module) -> tuple[float, float]:
 QUANTIZED = [("aqlm", "AqlmLoraLinear"), ("awq", "AwqLoraLinear"), ("gptq", "GPTQLoraLinear"), ("te", "TeLinear")]
 
 
-@pytest.mark.parametrize(("file", "kind"), [*QUANTIZED, ("bnb", "Linear4bit"), ("bnb", "Linear8bitLt")])
+@parameterized.expand([*QUANTIZED, ("bnb", "Linear4bit"), ("bnb", "Linear8bitLt")])
 def test_layers_over_quantizers(file: str, kind: str) -> None:
     """What LoRA adds to them; the quantizers themselves are not looked at here."""
     for variant in ({}, {"use_qalora": True}) if file == "gptq" else ({},):
@@ -301,7 +302,7 @@ RATES = [
 ]
 
 
-@pytest.mark.parametrize(("tuner", "rate"), RATES)
+@parameterized.expand(RATES)
 def test_dropout(tuner: str, rate: str) -> None:
     """Every dropout of every tuner is refused while it is active, however it is made, and only then."""
     more = dict(r=4) if tuner == "SUPERTUNING" else dict(boft_block_size=16) if tuner == "BOFT" else {}
@@ -401,7 +402,7 @@ def test_an_adapter_for_each_sequence() -> None:
     assert flexpatch.savings(model).folded == 1
 
 
-@pytest.mark.parametrize("start", [eva, corda])
+@parameterized.expand([(eva,), (corda,)])
 def test_starts_that_count_tokens(start: Maker) -> None:
     """EVA and CorDA read the layers' inputs, of which rows would hold fewer: such calls run as given."""
     adapters = []

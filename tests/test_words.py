@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from parameterized import parameterized
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = sorted((ROOT / "flexpatch").glob("*.py"))
@@ -133,8 +134,7 @@ def test_files_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
-@pytest.mark.parametrize(
-    "source",
+@parameterized.expand(
     [
         '"""What a row needs."""',
         '"""Those that fold."""',
@@ -145,7 +145,7 @@ def test_files_are_short(path: Path) -> None:
         "# Kept here. Those of others are not.",
         "# Kept here, beside the rest.\n# What is left goes.",
         "x = 1  # which is odd",
-    ],
+    ]
 )
 def test_notices_riddles(source: str) -> None:
     assert len(riddles(source)) == 1
@@ -155,8 +155,7 @@ def test_lets_plain_words_pass() -> None:
     assert riddles('"""Rows of tokens. It is short."""\n# Keeps what is needed.\n#!shebang\nx = "# What"') == []
 
 
-@pytest.mark.parametrize(
-    ("function", "missing"),
+@parameterized.expand(
     [
         ("def f(a): ...", "a docstring"),
         ('def f(a, b):\n    """Fold."""', "Args:"),
@@ -165,7 +164,7 @@ def test_lets_plain_words_pass() -> None:
         ('def f():\n    """Fold."""\n    raise FlexpatchError("no")', "Raises:"),
         ('class A:\n    def f(self, a, *, b):\n        """Fold."""', "Args:"),
         ('class A(NamedTuple):\n    def f(self, a, b):\n        """Fold."""', "Args:"),
-    ],
+    ]
 )
 def test_notices_missing_sections(function: str, missing: str) -> None:
     (found,) = undocumented(f"from typing import NamedTuple\n{function}")
