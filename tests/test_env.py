@@ -79,6 +79,7 @@ def test_settings_of_a_model() -> None:
     after = env.report(model)["model"]
     assert after["class"] == "PeftModelForCausalLM of LlamaForCausalLM"
     assert after["gradient_checkpointing"] is True
+    assert after["attention"] == "sdpa", "the original"
     assert after["applied"] == flexpatch.patch.settings_of(model)
     assert (after["applied"]["backend"], after["applied"]["fold"], after["backend"]) == ("dense", False, "dense")
     json.dumps(env.report(model))  # JSON types alone
