@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from parameterized import parameterized
 from torch import nn
 
 import flexpatch
@@ -85,7 +86,7 @@ def test_settings_of_a_model() -> None:
     json.dumps(env.report(model))  # JSON types alone
 
 
-@pytest.mark.parametrize("as_dict", [True, False])
+@parameterized.expand([True, False])
 def test_a_quantized_model_names_its_method(as_dict: bool) -> None:
     model = tiny_model("llama")
     settings = {"quant_method": "bitsandbytes"}
