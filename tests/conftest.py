@@ -7,6 +7,7 @@ nothing else; ``@pytest.mark.parametrize`` where pytest has more to do: fixtures
 import os
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def torchao() -> Any:
     from torchao import quantization
 
     return quantization
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked ``heavy("deepspeed")`` where that package is not installed."""
+    for mark in item.iter_markers("heavy"):
+        if find_spec(mark.args[0]) is None:
+            pytest.skip(f"needs {mark.args[0]}, which comes with the extra test-all: pip install -e '.[test-all]'")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -20,8 +20,13 @@ TITLES = {
     "fsdp2": ("FSDP2", "float64: within 1e-10, or twice the stock trainer's error"),
     "zero3": ("DeepSpeed ZeRO-3", "float32: within twice the stock trainer's error"),
 }
-ENGINES = list(TITLES)
+needs_deepspeed = pytest.mark.heavy("deepspeed")
+ENGINES = [pytest.param(name, marks=[needs_deepspeed] if name == "zero3" else []) for name in TITLES]
 TORCHRUN = ["torchrun_fsdp2.json", "torchrun_zero3.json"]
+STARTS = [
+    pytest.param(name, marks=[needs_deepspeed] if "zero3" in name else [])
+    for name in ("ddp.yaml", "fsdp2.yaml", "zero3.yaml", "torchrun", *TORCHRUN)
+]
 FAST = [
     "one line", "one line, lora", "packed", "own rows", "recompute_layers=auto", "answers see each other"
 ]  # fmt: skip
@@ -180,6 +185,7 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
 
 
 @needs_engines
+@needs_deepspeed
 @pytest.mark.slow
 def test_compiled_layers_under_zero3_are_refused(tmp_path: Path) -> None:
     save_model(tmp_path, torch.float32)
@@ -190,7 +196,7 @@ def test_compiled_layers_under_zero3_are_refused(tmp_path: Path) -> None:
 
 @needs_engines
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["ddp.yaml", "fsdp2.yaml", "zero3.yaml", "torchrun", *TORCHRUN])
+@pytest.mark.parametrize("start", STARTS)
 def test_the_example(start: str, tmp_path: Path) -> None:
     """In bfloat16, as the files say, with LoRA: three steps, whose losses are those of one rank but for rounding."""
     arguments = [*small_run(tmp_path), "--lr", "0.01", "--steps", "3"]

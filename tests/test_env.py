@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from parameterized import parameterized
 from torch import nn
 
 import flexpatch
@@ -79,12 +80,13 @@ def test_settings_of_a_model() -> None:
     after = env.report(model)["model"]
     assert after["class"] == "PeftModelForCausalLM of LlamaForCausalLM"
     assert after["gradient_checkpointing"] is True
+    assert after["attention"] == "sdpa", "the original"
     assert after["applied"] == flexpatch.patch.settings_of(model)
     assert (after["applied"]["backend"], after["applied"]["fold"], after["backend"]) == ("dense", False, "dense")
     json.dumps(env.report(model))  # JSON types alone
 
 
-@pytest.mark.parametrize("as_dict", [True, False])
+@parameterized.expand([True, False])
 def test_a_quantized_model_names_its_method(as_dict: bool) -> None:
     model = tiny_model("llama")
     settings = {"quant_method": "bitsandbytes"}
@@ -124,7 +126,7 @@ def test_a_saved_model_is_described_from_its_configuration(tmp_path: Path, capsy
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("mamba", "state-space layers"), ("/nowhere/model.gguf", "there is no GGUF file"), ("", "is no model")],
+    [("mamba", "state-space layers"), ("/nowhere/model.gguf", "there is no GGUF file"), ("", "is not a model")],
 )
 def test_command_line_with_a_model_that_cannot_be_described(
     name: str, reason: str, capsys: pytest.CaptureFixture[str]

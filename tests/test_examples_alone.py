@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-import pytest
 from parameterized import parameterized
 
 import flexpatch
@@ -52,18 +51,17 @@ def test_all_examples_are_looked_at() -> None:
     assert set(MOST_LINES) <= set(FILES)
 
 
-@parameterized.expand([(name,) for name in FILES])
+@parameterized.expand(FILES)
 def test_an_example_stands_alone(name: str) -> None:
     assert faults((EXAMPLES / name).read_text(encoding="utf-8")) == []
 
 
-@parameterized.expand([(name,) for name in FILES])
+@parameterized.expand(FILES)
 def test_an_example_is_short(name: str) -> None:
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES.get(name, 119)
 
 
-@pytest.mark.parametrize(
-    ("source", "found"),
+@parameterized.expand(
     [
         ("from lora_dpo import load", ["lora_dpo"]),
         ("from .lora_dpo import load", [".lora_dpo"]),
@@ -74,7 +72,7 @@ def test_an_example_is_short(name: str) -> None:
         ("from flexpatch import patch", ["flexpatch.patch"]),
         ("import flexpatch, json\nflexpatch.apply(model)\nflexpatch.__version__", []),
         ("from flexpatch.trl import PackedDPOTrainer", []),
-    ],
+    ]
 )
 def test_faults_are_noticed(source: str, found: list[str]) -> None:
     assert faults(source) == found

@@ -54,6 +54,7 @@ OWN = {"_attention", "_device", "_ids", "_num_blocks", "_indices"}
 INTERNAL = {"internals", "dispatch"}
 PUBLIC = {
     "callbacks": {"TrainerCallback"},
+    "env": {"AutoModelForCausalLM"},
     "models": {
         "AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "CONFIG_MAPPING", "GgufConfig", "__version__",
     },

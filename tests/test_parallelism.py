@@ -33,7 +33,7 @@ IDS = torch.tensor([PROMPT + answer for answer in ANSWERS])
 # On several ranks. Those of CI, and the others.
 FAST = ["torch_context_manager", "accelerate_configuration", "a_trainers_attention", "meshes_without_parts"]
 SLOW = [
-    "torch_dispatcher", "torch_module_hooks", "accelerate_mesh", "deepspeed_ulysses", "a_trainers_group",
+    "torch_dispatcher", "torch_module_hooks", "accelerate_mesh", "a_trainers_group",
     "a_trainers_mesh", "a_patched_sdpa", "ddp", "fsdp2", "megatron_norms",
 ]  # fmt: skip
 ALLOWED = {"ddp", "fsdp2", "meshes_without_parts", "megatron_norms"}
@@ -254,5 +254,6 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_other_ways_on_two_ranks(tmp_path: Path) -> None:
-    on_two_ranks(SLOW, tmp_path)
+@pytest.mark.parametrize("names", [SLOW, pytest.param(["deepspeed_ulysses"], marks=pytest.mark.heavy("deepspeed"))])
+def test_the_other_ways_on_two_ranks(names: list[str], tmp_path: Path) -> None:
+    on_two_ranks(names, tmp_path)

@@ -16,6 +16,8 @@ from flexpatch.models import tiny_model
 
 OUTLIERS = dict(load_in_8bit=True, llm_int8_threshold=6.0)
 
+pytestmark = pytest.mark.heavy("bitsandbytes")
+
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.mark.parametrize("kind", KINDS)

@@ -39,7 +39,7 @@ def test_stock_trainers(tmp_path: Path, ranks: int) -> None:
 @needs_engines
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=pytest.mark.heavy("deepspeed"))])
 def test_sharded(tmp_path: Path, engine: str) -> None:
     """Checkpoints of several files from each rank, full fine-tuning with a reference that is sharded too."""
     killed(tmp_path, 2, ["stock", "one line", "packed"], engine)

@@ -25,7 +25,12 @@ def name_of(entry: Probe) -> str:
     return f"{entry.package}: {entry.name}, {entry.user}"
 
 
-@pytest.mark.parametrize("entry", [entry for entry in PROBES if not entry.of], ids=name_of)
+def marked(entry: Probe) -> Any:
+    """A probe as a parameter, which is skipped where its package may be missing and is."""
+    return pytest.param(entry, marks=pytest.mark.heavy(entry.package)) if entry.package == "bitsandbytes" else entry
+
+
+@pytest.mark.parametrize("entry", [marked(entry) for entry in PROBES if not entry.of], ids=name_of)
 def test_what_flexpatch_relies_on(entry: Probe) -> None:
     entry.check()
 
@@ -47,7 +52,7 @@ def test_the_table() -> None:
         functools.reduce(getattr, path, importlib.import_module(f"flexpatch.{module}"))
 
 
-@pytest.mark.parametrize("entry", [entry for entry in PROBES if entry.gone], ids=name_of)
+@pytest.mark.parametrize("entry", [marked(entry) for entry in PROBES if entry.gone], ids=name_of)
 def test_a_missing_internal_is_named(entry: Probe, monkeypatch: pytest.MonkeyPatch) -> None:
     """With package and version, and the function that needs it."""
     entry.skip_old()

@@ -8,7 +8,7 @@ from helpers.quantized import FOUR, KINDS, quantized, quiet
 
 import flexpatch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.gpu, pytest.mark.heavy("bitsandbytes"), pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,6 @@ from programs.engine_ranks import CASES, Weights, save_model, vector
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-needs_deepspeed = pytest.mark.skipif(not find_spec("deepspeed"), reason="needs DeepSpeed")
 
 NAMES = [
     "one line", "one line, lora", "packed", "own rows", "recompute_layers=auto", "compile", "answers see each other"
@@ -53,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @needs_two
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.heavy("deepspeed"))])
 def test_two_gpus_train_what_one_trains(engine: str, precision: str, folder: Path) -> None:
     names = [name for name in NAMES if not (engine == "zero3" and "compile" in CASES[name].options)]
     yardsticks = [CASES[name].yardstick() for name in names]
