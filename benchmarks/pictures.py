@@ -1,11 +1,13 @@
 """Draw the two pictures of README: a row with its mask, and the speed table as bars.
 
     python benchmarks/pictures.py      # writes docs/images/row.svg and docs/images/speed.svg
+    python benchmarks/pictures.py runs/pictures
 
 The row comes from ``build_rows`` and the mask from ``dense_mask``: the code that training runs. The bars come from
 benchmarks/results/trainers.md. Text stays text in the files, so that a test can read what they show.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +100,13 @@ def save(figure: pyplot.Figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def main() -> None:
+def main(folder: Path) -> None:
+    """Write both pictures to a folder."""
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "flexpatch"})
-    draw_row(IMAGES / "row.svg")
-    draw_speed(IMAGES / "speed.svg")
+    draw_row(folder / "row.svg")
+    draw_speed(folder / "speed.svg")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if sys.argv[1:] else IMAGES)
