@@ -391,11 +391,13 @@ def check_all() -> bool:
 
 INTRODUCTION = """# Cards
 
-What `backend="auto"` runs, and the shared memory in KB that one block of its larger kernel, forward or backward, needs.
+For whoever wants to know what a GPU runs: the choice of `backend="auto"` by card and head size, and the shared memory
+in KB that one block of its larger kernel, forward or backward, needs.
+
 *flex*: with torch's own tiles, or with smaller ones where those would die at the first call (torch's need in brackets).
 *dense*: exact as well, but attention computes all L x L scores of a row; `apply` warns of it, and `backend="flex"` is
-refused. Kernels round heads up to a power of two, and tiles are chosen by that size: what is not listed gets the tiles
-of a listed head that rounds alike, but was not measured.
+refused. Kernels round heads up to a power of two, and tiles are chosen by that size: a head that is not
+listed gets the tiles of a listed one that rounds alike, but was not measured.
 
 Elsewhere: before Ampere (V100, T4), without Triton (Windows without triton-windows), in float64 (for which Triton does
 not compile torch's kernels), and for heads under 16 or over 512, `auto` is dense. On AMD GPUs nobody has run it:

@@ -59,7 +59,7 @@ def report(runs: dict[str, Any]) -> str:
     device = torch.cuda.get_device_name() if settings["device"] == "cuda" else cpu
     lines += [
         "",
-        f"The same losses: no step of {steps} differs by more than {largest_difference(runs):.0e}. Conditions: "
+        f"Losses agree: no step of {steps} differs by more than {largest_difference(runs):.0e}. Conditions: "
         f"{settings['model'] or 'SmolLM2-135M-Instruct (dequantized)'}, {settings['dtype']}, {settings['batch_size']} "
         f"pairs a step of `{Path(settings['data']).name}`, {device}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if name != "flexpatch")

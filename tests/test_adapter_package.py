@@ -67,7 +67,8 @@ def test_a_broken_package_is_named_and_harms_no_other(installed: Path) -> None:
     assert asked_for.returncode == 2 and "the package flexpatch-nanochat" in asked_for.stderr, asked_for.stderr
 
 
-def test_readme_shows_the_package() -> None:
-    readme = (ROOT / "README.md").read_text().split("<!-- adapter package -->")[1].split("<!-- end adapter package")[0]
-    assert (PACKAGE / "flexpatch_nanochat.py").read_text() in readme
-    assert '[project.entry-points."flexpatch.adapters"]\nnanochat = "flexpatch_nanochat"' in readme
+def test_the_documentation_shows_the_package() -> None:
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    shown = page.split("<!-- adapter package -->")[1].split("<!-- end adapter package")[0]
+    assert (PACKAGE / "flexpatch_nanochat.py").read_text() in shown
+    assert '[project.entry-points."flexpatch.adapters"]\nnanochat = "flexpatch_nanochat"' in shown

@@ -64,7 +64,7 @@ def cases_of(engine: str) -> list[str]:
 
 
 def table() -> str:
-    """README's: what is tested under each engine, and how near its weights are to one rank's."""
+    """Table of docs/distributed.md: what is tested under each engine, and how near its weights are to one rank's."""
     kinds = {"one line": "`DPOTrainer`", "packed": "`PackedDPOTrainer`", "own rows": "rows of your own"}
     options = {
         "accumulation": "gradient accumulation",
@@ -206,12 +206,10 @@ def test_the_example(start: str, tmp_path: Path) -> None:
     assert ours == pytest.approx(stock, abs=0.03)
 
 
-def test_readme() -> None:
+def test_the_page() -> None:
     """The table of engines lists what is tested here, and the commands name files that exist."""
-    text = (ROOT / "README.md").read_text()
-    assert re.search(r"<!-- engines table -->\n(.*?)<!-- end engines table -->", text, re.DOTALL)[1] == table()
-    section = text.split("## Across GPUs")[1].split("\n## ")[0]
-    named = set(re.findall(r"examples/[\w/.]+", section))
+    assert (ROOT / "benchmarks" / "results" / "engines.md").read_text() == table()
+    named = set(re.findall(r"examples/[\w/.]+", (ROOT / "docs" / "distributed.md").read_text()))
     assert {f"examples/accelerate/{path.name}" for path in CONFIGS.iterdir()} <= named
     assert all((ROOT / name).exists() for name in named)
 

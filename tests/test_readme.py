@@ -1,4 +1,4 @@
-"""README's programs run as printed, but for the model's name and the length of training."""
+"""Programs in README and docs/ run as printed, but for the model's name and the length of training."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,15 @@ import flexpatch
 from flexpatch.models import TINY, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = re.findall(r"```python\n(import flexpatch.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def programs(page: Path) -> list[str]:
+    """Find the whole programs of a page: they import what they use."""
+    return re.findall(r"```python\n(import flexpatch.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+PROGRAMS = programs(ROOT / "README.md")
+PAGES = {page.name: programs(page) for page in sorted((ROOT / "docs").glob("*.md")) if programs(page)}
 
 
 @pytest.fixture
@@ -49,3 +57,9 @@ def test_rows_of_your_own(model: Path) -> None:
     assert names["logps"].shape == (2,)
     assert all(p.grad is not None and p.grad.isfinite().all() for p in names["model"].parameters())
     assert len(PROGRAMS) == 2
+
+
+def test_rows_of_three_answers(model: Path) -> None:
+    assert {name: len(found) for name, found in PAGES.items()} == {"trainers.md": 1}  # every program is run here
+    names = run(PAGES["trainers.md"][0], model)
+    assert names["logps"].shape == (3,) and names["rows"].sample_of_answer.tolist() == [0, 0, 0]

@@ -32,7 +32,7 @@ def config(model_type: str, **settings: Any) -> Any:
 
 
 def test_all_families_are_found() -> None:
-    """Every adapter that stands in a file is in the table; README's is made of it, and every test of all types too."""
+    """Every adapter in a file is in the table, from which the documentation and every test of all types are made."""
     known = {adapter.name for adapter in registry._adapters.values()} if adapters() else set()
     for file in FILES:
         source = file.read_text(encoding="utf-8")
