@@ -111,7 +111,7 @@ def main() -> int:
     add("--fixed", nargs="+", default=[], metavar="P:C", help="and sets of pairs of one size: prompt, each answer")
     add("--backend", default="auto", help="of shared rows, as of flexpatch.apply (%(default)s)")
     add("--paired-kernel", choices=("auto", "fa4", "varlen", "flex", "sdpa"), default="auto")
-    add("--checkpointing", default="all", help="decoder layers computed again in backward: all, none or a number")
+    add("--checkpointing", default="all", help="decoder layers to recompute in backward: all, none or a number")
     add("--compile", action="store_true")
     add("--liger", action="store_true", help="Liger's norms, rope and SwiGLU in all layouts")
     add("--repeats", type=int, default=3, help="timed steps of each layout, after one more (%(default)s)")

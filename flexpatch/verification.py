@@ -70,7 +70,7 @@ class Verification:
     def run(self) -> Report:
         """Run all checks and negative controls."""
         # Norms and ropes round to float32, which blows a difference in the last bit up to 1e-8, one time in a thousand.
-        # Checkpointing computes again outside the mode, and compiled kernels do not know it.
+        # Checkpointing recomputes outside the mode, and compiled kernels do not know it.
         lifted = self.exact and self.device.type == "cpu" and not (checkpoints(self.model) or self.options["compile"])
         with Float64() if lifted else nullcontext():
             return self._run(lifted)

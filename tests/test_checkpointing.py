@@ -1,4 +1,4 @@
-"""How much is computed again in backward: counted, with the same gradients whatever it is."""
+"""How much is recomputed in backward: counted, with the same gradients whatever it is."""
 
 import re
 from collections import Counter
@@ -40,7 +40,7 @@ class Layer(nn.Module):
 
 
 def forward(policy: Recomputation, device: Device, model: nn.Module, tokens: int) -> int:
-    """One training forward and backward; how many layers it computes again."""
+    """One training forward and backward; how many layers it recomputes."""
     ids = torch.zeros(1, tokens)
     count, measured = policy.plan(list(model), ids, model)
     before = device.allocated

@@ -58,7 +58,7 @@ def test_the_same_bits_in_two_runs_and_two_processes(threads: int) -> None:
 
 @pytest.mark.slow
 def test_checkpointing_keeps_the_bits() -> None:
-    """What is computed again in backward is what was computed before."""
+    """Recomputation in backward gives the bits of the forward."""
     hashes = processes()[1, 0]
     for kind in ("packed", "folded"):
         plain = hashes[f"llama 0, float32, {kind}, short"]

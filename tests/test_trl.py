@@ -56,7 +56,7 @@ def test_ranks_share_a_step(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("flex_on_cpu")
 def test_compiled_layers_and_less_recomputation(tmp_path: Path) -> None:
-    """The same training, whatever is compiled or computed again."""
+    """The same training, whatever is compiled or recomputed."""
     settings = dict(gradient_accumulation_steps=2, num_train_epochs=1, gradient_checkpointing=True)
     plain = train(Packed, tmp_path, settings=settings, token_budget=300)
     fast = flexpatch.apply(tiny_model("llama"), backend="flex", compile=True, recompute_layers=1)
