@@ -63,6 +63,13 @@ def test_readme_is_short() -> None:
     assert [line for line in lines if len(line) > 120 and not line.startswith("|") and line not in commands] == []
 
 
+def test_links_are_into_the_project() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'Homepage = "{REPOSITORY}"' in project
+    ours = [link for link in links(README) if "flexpatch/flexpatch" in link]
+    assert len(ours) > 8 and all(FILE.fullmatch(link) for link in ours)
+
+
 def test_readme_stands_alone() -> None:
     """A package index shows README without the repository: relative links and images would lead nowhere."""
     assert [link for link in links(README) if not link.startswith("https://")] == []
