@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from flexpatch.counts import WORTH, Counts
 from flexpatch.fold import Folded, follow_columns, longest_hole, moved
 from flexpatch.internals import SCALES_BY_INDEX
+from flexpatch.padding_free import VARLEN, find_starts
 from flexpatch.refusals import longrope_limit, scaling_limit
 from flexpatch.registry import Adapter
 
@@ -28,6 +29,8 @@ IMAGES = "images, sound or video"
 CACHES = ("past_key_values", "cache")
 # The reason of a batch that ran as it was given because folding would keep more than ``WORTH`` of it. Nobody is warned.
 LITTLE = "with too little to share"
+# The reason of padding-free rows in calls that make a cache. transformers then takes a row for one sequence.
+RESTARTS_WITH_CACHE = "with position_ids that restart, which transformers ignores where a call makes a cache,"
 
 
 def without_cache(call: dict[str, Any]) -> bool:
@@ -64,36 +67,44 @@ def obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> st
     positions = call.get("position_ids")
     if positions is not None and (positions.is_floating_point() or positions.shape not in (ids.shape, ids[:1].shape)):
         return "position_ids that are not integers, one for each token"
-    for name in ("output_attentions", "output_router_logits"):
-        if asked(name):
-            return f"{name}=True"
+    if asked("output_attentions"):
+        return "output_attentions=True"
     if asked("return_dict") is False:
         return "return_dict=False"
     multimodal = config is not backbone.config
     if multimodal and any(call.get(name) is not None for name in MEDIA):
         return IMAGES
     for name, value in call.items():
-        known = name in ("input_ids", "attention_mask", "position_ids") or (multimodal and name in IGNORED)
+        known = name in ("input_ids", "attention_mask", "position_ids", *VARLEN) or (multimodal and name in IGNORED)
         if isinstance(value, Tensor) and not known and value.ndim and len(value) == len(ids):
             return f"the argument {name}"
     return None
 
 
-def batch_obstacle(positions: np.ndarray | None, mask: np.ndarray | None, types: list[np.ndarray | None]) -> str | None:
+def batch_obstacle(
+    positions: np.ndarray | None, mask: np.ndarray | None, types: list[np.ndarray | None], cached: bool
+) -> str | None:
     """Find what keeps a batch from being folded, whatever folding would gain.
 
     Args:
         positions: (N, S) position ids; ``None``: not given.
         mask: (N, S) bool, True for tokens; ``None``: no padding.
         types: (N, S) kinds of tokens, 0 for text, one array for each argument in ``TYPES``.
+        cached: Whether the unpatched model would make a cache.
 
     Returns:
         The reason as the end of a sentence; ``None`` if there is none.
     """
     if any(each is not None and each.any() for each in types):
         return f"with {IMAGES}"
-    if positions is not None and not follow_columns(positions, mask):
-        return "with position_ids that do not count a sequence's columns (packed rows, for example)"
+    if positions is None or follow_columns(positions, mask):
+        return None
+    if mask is not None:
+        return "with position_ids that do not count a sequence's columns (and an attention_mask)"
+    if cached:
+        return f"{RESTARTS_WITH_CACHE} (pass use_cache=False)"
+    if positions[find_starts(positions)].any():
+        return "with position_ids that do not count a sequence's columns, nor restart at 0"
     return None
 
 

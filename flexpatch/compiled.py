@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from flexpatch.attention import many_recompiles
 from flexpatch.dispatch import a_mask
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
-from flexpatch.internals import change_hidden_states
+from flexpatch.internals import change_tokens
 from flexpatch.masks import bucket
 
 
@@ -51,7 +51,7 @@ def pad_row(backbone: PreTrainedModel, call: dict[str, Any]) -> tuple[dict[str, 
 
     def leave(output: Any) -> None:
         if output is not None:
-            change_hidden_states(output, lambda hidden_BPD: hidden_BPD[:, :length])
+            change_tokens(output, lambda hidden_BPD: hidden_BPD[:, :length])
 
     return call | wider, leave
 
@@ -96,7 +96,7 @@ def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"a {type(layer).__name__} of this model does not compile; apply with compile=False. Known causes: experts "
             "run by a loop (set_experts_implementation('grouped_mm'), in 16 bits), and hooks of modules in the layer: "
             "DeepSpeed's ZeRO-3 gathers weights in them (FSDP2 does not), and transformers sets some when "
-            "output_hidden_states or output_attentions is first asked for. Torch says: "
+            "output_hidden_states, output_attentions or output_router_logits is first asked for. Torch says: "
             + next((line for line in str(error).splitlines() if line), type(error).__name__)
         ) from None
 

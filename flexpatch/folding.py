@@ -17,12 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
-from flexpatch.calls import IGNORED, LITTLE, TYPES, batch_obstacle, fold_obstacle, gains, obstacle
+from flexpatch.calls import IGNORED, LITTLE, RESTARTS_WITH_CACHE, TYPES, batch_obstacle, fold_obstacle, gains, obstacle
 from flexpatch.counts import Counts
 from flexpatch.dispatch import check_ranks, mask_dtype, original_of, row_inputs, warn_as_given
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
-from flexpatch.fold import Folded, check_ids, fold_batch, see_themselves, unfold
-from flexpatch.internals import attention_name, change_hidden_states, device_of, layers_of, text_config
+from flexpatch.fold import Folded, check_ids, fold_batch, follow_columns, see_themselves, unfold
+from flexpatch.internals import attention_name, change_tokens, device_of, layers_of, text_config
+from flexpatch.padding_free import VARLEN, find_starts, fold_sequences
 from flexpatch.refusals import check_mode, longrope_limit, scaling_limit
 from flexpatch.registry import adapter_for
 
@@ -85,7 +86,7 @@ class Folding:
         """
         check_ranks(backbone)  # for every batch: ranks must agree
         config = text_config(backbone)
-        _decline_cache(backbone, config, call)
+        cached = _decline_cache(backbone, config, call)
         ids, given = call.get("input_ids"), call.get("attention_mask")
         if given is None and ids is not None and len(ids) == 1 and call.get("position_ids") is None:
             return call, None  # one sequence has nothing to share
@@ -97,12 +98,14 @@ class Folding:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):  # rounded to integers they would give some model's numbers
             raise FlexpatchError(f"input_ids are {ids.dtype}; token ids are torch.int64 or torch.int32")
-        latest = self._fold(backbone, config, call)
+        latest = self._fold(backbone, config, call, cached)
         if latest.folded is not None and (reason := check_mode(backbone)) is not None:
             self.given(call, reason)
             return call, None
         if latest.folded is None and latest.counts.reason != LITTLE:
             self.given(call, latest.counts.reason or "")
+            if (latest.counts.reason or "").startswith(RESTARTS_WITH_CACHE):
+                call["attention_mask"] = torch.ones_like(ids)  # without a cache they would not be ignored
             return call, None
         self.counts.append(latest.counts)
         if latest.folded is None:
@@ -114,10 +117,10 @@ class Folding:
         # Copies: a hook of others may change them in place, and the next call gets this fold again.
         inputs |= {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
         leave = partial(_unfold, latest.folded.index, latest.folded.padding)
-        return call | dict.fromkeys(IGNORED & call.keys()) | inputs, leave
+        return call | dict.fromkeys({*IGNORED, *VARLEN} & call.keys()) | inputs, leave
 
-    def _fold(self, backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> _Latest:
-        """Fold a call's batch, or find it to be the latest one again.
+    def _fold(self, backbone: PreTrainedModel, config: Any, call: dict[str, Any], cached: bool) -> _Latest:
+        """Fold a call's batch, or find it to be the latest one again. ``cached``: whether stock would make a cache.
 
         Trainers run a batch through the policy and then the reference: it is folded once. Not under a mode that
         watches operations (selective checkpointing), which expects the same ones every time.
@@ -135,44 +138,59 @@ class Folding:
         watched = is_in_torch_dispatch_mode()
         present = [x is not None for x in batch]
         key = (
-            present, dtype, device, config.vocab_size, longrope_limit(config), scaling_limit(config),
+            present, dtype, device, config.vocab_size, longrope_limit(config), scaling_limit(config), cached,
             torch.is_inference_mode_enabled(), watched,
         )  # fmt: skip
         latest = self.latest
         if watched or latest is None or latest.key != key or not np.array_equal(latest.arrays, arrays):
             rest = iter(arrays)
-            latest = _folded(backbone, config, [next(rest) if there else None for there in present], dtype, device)
+            given_arrays = [next(rest) if there else None for there in present]
+            latest = _folded(backbone, config, given_arrays, cached, dtype, device)
             self.latest = latest = replace(latest, key=key, arrays=arrays)
         return latest
 
 
-def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> None:
+def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> bool:
     """Set ``use_cache=False`` in training, where a caller did not say whether a cache is wanted.
 
     Not for batches that fold alone: whether a caller gets a cache must not depend on what a batch holds.
+
+    Returns:
+        Whether the unpatched model would make one.
     """
     by_default = call.get("use_cache") is None and getattr(config, "use_cache", None)
     if not (by_default and backbone.training and torch.is_grad_enabled()):
-        return
+        return False
     call["use_cache"] = False
-    if not any(layer.gradient_checkpointing for layer in layers_of(backbone)):  # or stock drops caches too
+    cached = not any(layer.gradient_checkpointing for layer in layers_of(backbone))  # or stock drops caches too
+    if cached:
         warnings.warn(
             "flexpatch: in training, calls without use_cache run with use_cache=False, so past_key_values is None. "
             "Pass use_cache=True to get a cache, from calls that are not folded",
             FlexpatchWarning,
             2,
         )
+    return cached
 
 
-def _folded(backbone: PreTrainedModel, config: Any, arrays: list[Any], dtype: Any, device: torch.device) -> _Latest:
+def _folded(
+    backbone: PreTrainedModel, config: Any, arrays: list[Any], cached: bool, dtype: Any, device: torch.device
+) -> _Latest:
     """Fold a batch. ``arrays``: (N, S) ids, mask, positions and kinds of tokens; ``None`` for one that is not given."""
     ids, mask, positions, *types = arrays
     mask = None if mask is None else mask != 0
     check_ids(ids, mask, config.vocab_size)
-    reason = batch_obstacle(positions, mask, types)
+    reason = batch_obstacle(positions, mask, types, cached)
     folded = None
     if reason is None:
-        folded = fold_batch(ids, mask, lambda counts: gains(config, counts, ids.shape[1], dtype))
+
+        def worth(counts: Counts) -> bool:
+            return gains(config, counts, ids.shape[1], dtype)
+
+        if positions is None or follow_columns(positions, mask):
+            folded = fold_batch(ids, mask, worth)
+        else:
+            folded = fold_sequences(ids, find_starts(positions), worth)
         reason = LITTLE if folded is None else None
     if folded is not None:
         eager = original_of(attention_name(backbone)) == "eager"
@@ -187,6 +205,6 @@ def _folded(backbone: PreTrainedModel, config: Any, arrays: list[Any], dtype: An
 
 
 def _unfold(index: Tensor, padding: int | None, output: Any) -> None:
-    """Bring the hidden states of a row back into the batch's layout; there is no output if the forward raised."""
+    """Bring the output of a row back into the batch's layout. There is none if the forward raised."""
     if output is not None:
-        change_hidden_states(output, lambda hidden_1LD: unfold(hidden_1LD, index, padding))
+        change_tokens(output, lambda tokens_1LD: unfold(tokens_1LD, index, padding))

@@ -199,15 +199,21 @@ def takes_argument(backbone: PreTrainedModel, call: Mapping[str, Any], name: str
     return name in call or name in parameters_of(backbone) or name in parameters_of(decoder_of(backbone))
 
 
-def change_hidden_states(output: Any, change: Callable[[Tensor], Tensor]) -> None:
-    """Put ``change(hidden)`` in place of every hidden state of a backbone's output.
+def change_tokens(output: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Put ``change(tensor)`` in place of every tensor of a backbone's output that has one entry for each token.
 
     Args:
-        output: A ``ModelOutput`` with ``last_hidden_state`` and perhaps ``hidden_states``. It is changed in place.
-        change: Called once for each tensor: a last hidden state that stands in both places stays one tensor.
+        output: A ``ModelOutput`` with ``last_hidden_state``, and perhaps ``hidden_states`` and ``router_logits``. It is
+            changed in place.
+        change: Takes and returns (B, L, ...). Called once for each tensor: a last hidden state that stands in both
+            places stays one tensor.
     """
     last = output.last_hidden_state
     output.last_hidden_state = change(last)
+    if output.get("router_logits") is not None:
+        # One (B * L, experts) tensor for each layer, all rows behind each other.
+        shaped = (None if r is None else r.reshape(*last.shape[:2], -1) for r in output.router_logits)
+        output.router_logits = tuple(None if r is None else change(r).flatten(0, 1) for r in shaped)
     if output.get("hidden_states") is not None:
         output.hidden_states = tuple(
             output.last_hidden_state if h is last else h if h is None else change(h) for h in output.hidden_states
