@@ -45,7 +45,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("lengths", type=Path)
-    add("--pairs", type=int, default=60_000, help="of an epoch (%(default)s)")
+    add("--pairs", type=int, default=60_000, help="pairs of an epoch (%(default)s)")
     add("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
     add("--budgets", type=int, nargs="+", default=[8192, 16384, 32768], help="tokens of a row (%(default)s)")
     add("--output", type=Path, default=Path("runs/balance"))

@@ -410,12 +410,17 @@ window and a soft cap (which take half a KB more); no speed was measured elsewhe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--heads", nargs="+", default=list(HEADS), help="192/128: of queries and keys, and of values")
+    parser.add_argument(
+        "--heads",
+        nargs="+",
+        default=list(HEADS),
+        help="sizes of heads; 192/128: 192 for queries and keys, 128 for values",
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
     parser.add_argument("--assemble", action="store_true", help="run ptxas as well")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--docs", action="store_true", help="measure nothing")
-    parser.add_argument("--check", action="store_true", help="run all of flexpatch's tiles on the GPU at hand")
+    parser.add_argument("--docs", action="store_true", help="write docs/cards.md from the results, without measuring")
+    parser.add_argument("--check", action="store_true", help="run all of flexpatch's tiles on this machine's GPU")
     options = parser.parse_args()
     if options.check:
         sys.exit(0 if check_all() else 1)

@@ -83,38 +83,48 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     add = (prepare := commands.add_parser("prepare", help="tokenise pairs")).add_argument
-    add("data", help="JSON Lines, may be gzipped, in any form flexpatch.Collator reads")
-    add("tokens", type=Path, help="the file to write, .jsonl.gz")
-    add("--held-out", type=int, default=512, metavar="N", help="the last N pairs are not trained on (%(default)s)")
-    add("--model", help="hub name, directory or GGUF file whose tokenizer to use")
-    add("--vocabulary", type=int, default=4096, help="else: of a tokenizer trained on the training pairs (%(default)s)")
+    add("data", help="JSON Lines file, plain or gzipped, in any form that flexpatch.Collator reads")
+    add("tokens", type=Path, help="file to write, .jsonl.gz")
+    add("--held-out", type=int, default=512, metavar="N", help="hold the last N pairs out of training (%(default)s)")
+    add("--model", help="hub name, directory or GGUF file whose tokenizer is used")
+    add(
+        "--vocabulary",
+        type=int,
+        default=4096,
+        help="tokens of the tokenizer that is trained without --model (%(default)s)",
+    )
     prepare.set_defaults(function=prepare_tokens)
 
     add = (run := commands.add_parser("run", help="train, and plot")).add_argument
-    add("tokens", type=Path, help="a file made by prepare")
-    add("--shape", choices=SHAPES, default="tiny", help="of a base that is trained first (%(default)s)")
+    add("tokens", type=Path, help="file made by prepare")
+    add("--shape", choices=SHAPES, default="tiny", help="shape of a base model that is trained first (%(default)s)")
     add("--model", help="instead of --shape: hub name, directory or GGUF file")
     add("--layouts", nargs="+", choices=LAYOUTS, default=["shared", "paired", "eager"])
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--steps", type=int, default=500, help="(%(default)s)")
     add("--batch-size", type=int, default=8, help="pairs a step (%(default)s)")
-    add("--max-length", type=int, default=256, help="pairs with a longer sequence are left out (%(default)s)")
-    add("--row-tokens", type=int, help="of a packed row (2048, and every row is filled to it; on the CPU 512)")
-    add("--lr", type=float, default=5e-4, help="of LoRA, after ten steps of warm-up (%(default)s)")
+    add("--max-length", type=int, default=256, help="skip pairs with a longer sequence (%(default)s)")
+    add("--row-tokens", type=int, help="tokens of a packed row (2048, with every row filled; on the CPU 512)")
+    add("--lr", type=float, default=5e-4, help="learning rate of LoRA, after ten steps of warm-up (%(default)s)")
     add("--beta", type=float, default=0.1, help="(%(default)s)")
     add("--lora-rank", type=int, default=16, help="(%(default)s)")
     add("--eval-every", type=int, default=100, help="steps (%(default)s)")
-    add("--base-steps", type=int, help="of the base's training, instead of its shape's own")
-    add("--dtype", choices=["float32", "bfloat16"], help="of frozen weights (bfloat16; on the CPU float32)")
-    add("--device", help="(cuda if there is one, else cpu)")
-    add("--jobs", type=int, default=1, help="runs at a time, in processes of their own (%(default)s)")
-    add("--base", type=Path, help="folder of the base model, made if it is not there (OUTPUT/base)")
-    add("--output", type=Path, default=Path("runs/drift"), help="for drift.jsonl, drift.md, drift.png (%(default)s)")
+    add("--base-steps", type=int, help="steps of the base model's training (by its shape)")
+    add("--dtype", choices=["float32", "bfloat16"], help="dtype of frozen weights (bfloat16; on the CPU float32)")
+    add("--device", help="(cuda if available, else cpu)")
+    add("--jobs", type=int, default=1, help="runs at a time, each in its own process (%(default)s)")
+    add("--base", type=Path, help="folder of the base model, trained if it does not exist (OUTPUT/base)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/drift"),
+        help="folder for drift.jsonl, drift.md, drift.png (%(default)s)",
+    )
     run.set_defaults(function=run_all)
 
     add = (plot := commands.add_parser("plot", help="table and plot of records")).add_argument
     add("records", type=Path, nargs="+", help="files drift.jsonl of one or more calls of run, with equal settings")
-    add("--output", type=Path, help="for drift.md and drift.png (the first file's folder)")
+    add("--output", type=Path, help="folder for drift.md and drift.png (the first file's folder)")
     plot.set_defaults(function=plot_files)
     return parser.parse_args()
 

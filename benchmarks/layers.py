@@ -522,12 +522,23 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, nargs="+", help="tokens of a prompt (default: 128 512 2048 8192)")
     parser.add_argument("--ratios", type=float, nargs="+", help="prompt to answer (default: 0.5 1 4 16)")
     parser.add_argument("--full", action="store_true", help="also prompts of 256, 1024, 4096 and ratios of 2 and 8")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a batch of separate sequences, at least")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after these, with what there is")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a batch of separate sequences, at least")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="stop after so many seconds, and write the results so far"
+    )
     parser.add_argument("--tune", action="store_true", help="only compare block sizes of the Triton kernels")
-    parser.add_argument("--trials", type=int, nargs=2, metavar=("I", "N"), default=(0, 1), help="of --tune: every Nth")
+    parser.add_argument(
+        "--trials",
+        type=int,
+        nargs=2,
+        metavar=("I", "N"),
+        default=(0, 1),
+        help="with --tune, run every Nth trial from the Ith",
+    )
     parser.add_argument("--check", type=int, metavar="N", help="only compare all kernels with float64, N times")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="attention; default: all")
+    parser.add_argument(
+        "--kernels", nargs="+", choices=KERNELS, default=list(KERNELS), help="attention kernels (default: all)"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/layers"))
     options = parser.parse_args()
     prompts = options.prompts or ([2**n for n in range(7, 14)] if options.full else [128, 512, 2048, 8192])

@@ -36,10 +36,10 @@ def main() -> None:
     add("--shape", choices=SHAPES, default="Mistral-7B")
     add("--modes", nargs="+", choices=("full", "lora"), default=["lora"])
     add("--sets", nargs="+", help="default: all")
-    add("--largest", nargs="+", help="sets whose largest batch is sought, which takes minutes (default: all)")
-    add("--pairs", type=int, default=8, help="of the equal batches (%(default)s)")
+    add("--largest", nargs="+", help="sets whose largest batch is measured, which takes minutes (default: all)")
+    add("--pairs", type=int, default=8, help="pairs of the equal batches (%(default)s)")
     add("--checkpointing", nargs="+", default=["none", "all"], help="layers to recompute: all, none or a number")
-    add("--compile", action="store_true", help="layers of shared rows")
+    add("--compile", action="store_true", help="compile the layers of shared rows")
     add("--output", type=Path, default=Path("runs/memory"))
     options = parser.parse_args()
     vars(options).update(device="cuda", dtype="bfloat16", liger=False, tokens=sys.maxsize)  # one call

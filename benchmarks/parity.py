@@ -35,10 +35,12 @@ def main() -> int:
     parser.add_argument("--dtype", default="float64", choices=["float64", "float32", "bfloat16"])
     parser.add_argument("--backend", default="auto", choices=["auto", "flex", "dense"])
     parser.add_argument("--types", nargs="+", choices=tiny_types(), default=tiny_types(), metavar="TYPE")
-    parser.add_argument("--variants", type=int, help="only so many of each type")
+    parser.add_argument("--variants", type=int, help="most variants of each type")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--minutes", type=float, help="start no more models after so many, and print what is there")
-    parser.add_argument("--reports", type=Path, help="JSON lines: read what they hold, add to them what they lack")
+    parser.add_argument(
+        "--minutes", type=float, help="start no model after so many minutes, and print the results so far"
+    )
+    parser.add_argument("--reports", type=Path, help="JSON Lines file: read its reports, and append the missing ones")
     parser.add_argument("--table", type=Path, help="write settings and table to this file too")
     options = parser.parse_args()
     how = dict(device=options.device, dtype=options.dtype, backend=options.backend)

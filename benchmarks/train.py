@@ -108,15 +108,21 @@ def main() -> int:
     add("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     add("--tokens", type=int, default=16384, help="padded tokens of a micro-batch, at most (%(default)s)")
     add("--shared-tokens", type=int, default=8192, help="tokens of the shared row, at most (%(default)s)")
-    add("--fixed", nargs="+", default=[], metavar="P:C", help="and sets of pairs of one size: prompt, each answer")
-    add("--backend", default="auto", help="of shared rows, as of flexpatch.apply (%(default)s)")
+    add(
+        "--fixed",
+        nargs="+",
+        default=[],
+        metavar="P:C",
+        help="further sets of pairs of one size: tokens of a prompt, of each answer",
+    )
+    add("--backend", default="auto", help="backend of shared rows, for flexpatch.apply (%(default)s)")
     add("--paired-kernel", choices=("auto", "fa4", "varlen", "flex", "sdpa"), default="auto")
     add("--checkpointing", default="all", help="decoder layers to recompute in backward: all, none or a number")
     add("--compile", action="store_true")
     add("--liger", action="store_true", help="Liger's norms, rope and SwiGLU in all layouts")
     add("--repeats", type=int, default=3, help="timed steps of each layout, after one more (%(default)s)")
-    add("--seconds", type=float, default=math.inf, help="begin nothing new after so long")
-    add("--profile", action="store_true", help="and kernels of a step of the packed layouts (GPU)")
+    add("--seconds", type=float, default=math.inf, help="begin no measurement after so many seconds")
+    add("--profile", action="store_true", help="profile the kernels of a step of the packed layouts (GPU)")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/train"))

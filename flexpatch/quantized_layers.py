@@ -105,7 +105,7 @@ def _fake_quantized(layer: Any) -> str | None:
 
 
 def _outliers(layer: Any) -> str | None:
-    """Find the fault of LLM.int8 (arXiv 2208.07339), where one token's outlier puts a feature of all in 16 bits."""
+    """Find the fault of LLM.int8 (arXiv 2208.07339), where an outlier of one token changes all tokens."""
     threshold = getattr(layer.__dict__.get("state"), "threshold", 0.0)
     if not threshold:
         return None

@@ -204,7 +204,7 @@ def _layer_refusal(layer: nn.Module) -> str | None:
         velora = (has.get("lora_velora_init_type") or {}).get(adapter)
         if not (exact or (name == "VeloraLinearVariant" and velora in EXACT_VELORA)):
             return f"peft adapter '{adapter}' (LoRA's {name}) {REFUSED_VARIANTS.get(name, _UNKNOWN)}. {_WAY_OUT}"
-    # Dropout layers of torch are found elsewhere, in all modules.
+    # Dropout layers of torch are checked in refusals.py, for all modules.
     rates = {name: has[name] for name in ("module_dropout", "rank_dropout") if isinstance(has.get(name), dict)}
     if type(layer).__name__.startswith("MultiplicativeDropout"):
         rates["p"] = {"": has["p"]}
