@@ -38,7 +38,7 @@ def main() -> None:
     add("--sets", nargs="+", help="default: all")
     add("--largest", nargs="+", help="sets whose largest batch is measured, which takes minutes (default: all)")
     add("--pairs", type=int, default=8, help="pairs of the equal batches (%(default)s)")
-    add("--checkpointing", nargs="+", default=["none", "all"], help="layers that are recomputed: all, none or a number")
+    add("--checkpointing", nargs="+", default=["none", "all"], help="layers to recompute: all, none or a number")
     add("--compile", action="store_true", help="compile the layers of shared rows")
     add("--output", type=Path, default=Path("runs/memory"))
     options = parser.parse_args()

@@ -52,8 +52,21 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
 DENSE = [case for case in MODELS if not any("experts" in name for name, _ in tiny_model(*case).named_modules())]
 
 
-@parameterized.expand(DENSE, name_func=name)
+KINDS = [("llama", 0), ("qwen2", 1), ("gemma2", 0), ("gemma3_text", 0)]
+
+
+@parameterized.expand(KINDS, name_func=name)
 def test_parity(model_type: str, variant: int) -> None:
+    parity(model_type, variant)
+
+
+@parameterized.expand([case for case in DENSE if case not in KINDS], name_func=name)
+@pytest.mark.slow
+def test_parity_of_all(model_type: str, variant: int) -> None:
+    parity(model_type, variant)
+
+
+def parity(model_type: str, variant: int) -> None:
     model, rows, true = compiled_model(model_type, variant), build_rows(ROWS), oracle(model_type, variant)
     bounds = bounds_of(model_type)
     Result.packed(model, rows).matches(true, bounds)

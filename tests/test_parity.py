@@ -44,45 +44,44 @@ from flexpatch.trials import in_one_batch
 from flexpatch.verification import FLOAT64_FACTOR
 
 
-def shared(model_type: str, variant: int, backend: str, rows: Rows, adapter: Adapter | None = None) -> Result:
-    model = flexpatch.apply(tiny_model(model_type, variant), backend=backend)
-    with Float64():
-        return Result.packed(model, rows, adapter)
+class Served:
+    """A patched model of one kind, on one backend, and the results that its unpatched twin has."""
 
+    def __init__(self, model_type: str, variant: int, backend: str) -> None:
+        self.kind = model_type, variant
+        self.model = flexpatch.apply(tiny_model(model_type, variant), backend=backend)
+        self.true = oracle(model_type, variant, lifted=True)
 
-def folded(model_type: str, variant: int, backend: str) -> Result:
-    """All answers as one ordinary batch, padded on the right, which the patched model folds."""
-    model = flexpatch.apply(tiny_model(model_type, variant), backend=backend)
-    with Float64():
-        result = Result.of(model, flexpatch.separate_logprobs(model, trees()))
-    assert flexpatch.savings(model).folded == 1
-    return result
+    def packed(self, rows: Rows, adapter: Adapter | None = None) -> Result:
+        with Float64():
+            return Result.packed(self.model, rows, adapter)
 
+    def matches(self) -> None:
+        """One row of all trees, two rows with padding, and a folded batch."""
+        one, two = build_rows([trees()]), build_rows([trees()[:3], trees()[3:]], pad_id=7)
+        assert two.input_ids.numel() > two.tokens, "the second case must have padding"
+        for rows in (one, two):
+            self.packed(rows).matches(self.true)
+        self.folded().matches(self.true)
 
-def matches(model_type: str, variant: int, backend: str) -> None:
-    """One row of all trees, two rows with padding, and a folded batch."""
-    true = oracle(model_type, variant, lifted=True)
-    bounds = bounds_of(model_type, variant, lifted=True)
-    assert bounds == BOUNDS, f"in float64 the unpatched model itself is {bounds} off in another batch"
-    one, two = build_rows([trees()]), build_rows([trees()[:3], trees()[3:]], pad_id=7)
-    assert two.input_ids.numel() > two.tokens, "the second case must have padding"
-    for rows in (one, two):
-        shared(model_type, variant, backend, rows).matches(true, bounds)
-    folded(model_type, variant, backend).matches(true, bounds)
+    def folded(self) -> Result:
+        """All answers as one ordinary batch, padded on the right, which the patched model folds."""
+        with Float64():
+            result = Result.of(self.model, flexpatch.separate_logprobs(self.model, trees()))
+        assert flexpatch.savings(self.model).folded == 1
+        return result
 
-
-def differs(model_type: str, variant: int, backend: str) -> None:
-    """The ways to break a row."""
-    true, one = oracle(model_type, variant, lifted=True), build_rows([trees()])
-    adapter = adapters()[model_type]
-    broken: dict[str, tuple[Rows, Adapter | None]] = {"answers see their siblings": (see_siblings(one), None)}
-    if has_window(model_type, variant):
-        broken["no window"] = one, no_window(adapter)
-        broken["a window one token too wide"] = one, wider(adapter, 1)
-        broken["a window one token too narrow"] = one, wider(adapter, -1)
-    broken["positions are row indices"] = packed_positions(one), None
-    for what, (rows, other) in broken.items():
-        shared(model_type, variant, backend, rows, other).differs(true, BOUNDS, what)
+    def differs(self) -> None:
+        """The ways to break a row."""
+        one, adapter = build_rows([trees()]), adapters()[self.kind[0]]
+        broken: dict[str, tuple[Rows, Adapter | None]] = {"answers see their siblings": (see_siblings(one), None)}
+        if has_window(*self.kind):
+            broken["no window"] = one, no_window(adapter)
+            broken["a window one token too wide"] = one, wider(adapter, 1)
+            broken["a window one token too narrow"] = one, wider(adapter, -1)
+        broken["positions are row indices"] = packed_positions(one), None
+        for what, (rows, other) in broken.items():
+            self.packed(rows, other).differs(self.true, what=what)
 
 
 def has_window(model_type: str, variant: int) -> bool:
@@ -102,19 +101,31 @@ KINDS = [
 ]
 
 
-class DenseParityTest(unittest.TestCase):
+@pytest.mark.usefixtures("flex_on_cpu")
+class ParityTest(unittest.TestCase):
+    """Names end in the backend, so that tests of one model run one after the other: they share its oracle."""
+
+    @parameterized.expand([(*case, "dense") for case in MODELS] + [(*case, "flex") for case in KINDS], name_func=name)
+    def test(self, model_type: str, variant: int, backend: str) -> None:
+        served = Served(model_type, variant, backend)
+        served.matches()
+        if backend == "dense":
+            served.differs()
+
+    @parameterized.expand([(*case, "flex") for case in MODELS if case not in KINDS], name_func=name)
+    @pytest.mark.slow
+    def test_all(self, model_type: str, variant: int, backend: str) -> None:
+        Served(model_type, variant, backend).matches()
+
     @parameterized.expand(MODELS, name_func=name)
-    def test(self, model_type: str, variant: int) -> None:
-        matches(model_type, variant, "dense")
-        differs(model_type, variant, "dense")
+    @pytest.mark.slow
+    def test_bounds(self, model_type: str, variant: int) -> None:
+        bounds = bounds_of(model_type, variant, lifted=True)
+        assert bounds == BOUNDS, f"in float64 the unpatched model itself is {bounds} off in another batch"
 
 
 @pytest.mark.usefixtures("flex_on_cpu")
 class FlexParityTest(unittest.TestCase):
-    @parameterized.expand(MODELS, name_func=name)
-    def test(self, model_type: str, variant: int) -> None:
-        matches(model_type, variant, "flex")
-
     @parameterized.expand(KINDS, name_func=name)
     def test_verifier(self, model_type: str, variant: int) -> None:
         self.verify(model_type, variant)
@@ -231,6 +242,16 @@ class BoundsTest(unittest.TestCase):
         assert "NOT CAUGHT" in str(report)
 
 
+# Models of two kinds of layers, and the mask of one of them.
+HYBRIDS = [
+    (*case, masks)
+    for case in MODELS
+    if adapters()[case[0]].masks == "by_layer_type" and has_window(*case)
+    for masks in (FULL, SLIDING)
+    if set(text_config(tiny_model(*case)).layer_types) != {masks}
+]
+
+
 class TrapTest(unittest.TestCase):
     """What looks right, runs without an error and is wrong."""
 
@@ -241,8 +262,16 @@ class TrapTest(unittest.TestCase):
         model = flexpatch.apply(tiny_model(model_type, variant), backend="dense")
         return answers_under(model, rows, adapter).tokens
 
-    @parameterized.expand([case for case in MODELS if case[1] == 0], name_func=name)
+    @parameterized.expand(KINDS, name_func=name)
     def test_restarted_positions_alone_do_not_share_a_prompt(self, model_type: str, variant: int) -> None:
+        self.restart(model_type, variant)
+
+    @parameterized.expand([case for case in MODELS if case[1] == 0 and case not in KINDS], name_func=name)
+    @pytest.mark.slow
+    def test_restarted_positions_of_all(self, model_type: str, variant: int) -> None:
+        self.restart(model_type, variant)
+
+    def restart(self, model_type: str, variant: int) -> None:
         """Stock packing: transformers sees position_ids restart and starts a new sequence, without the prompt."""
         model = tiny_model(model_type, variant)
         rows = build_rows([trees()])
@@ -250,8 +279,16 @@ class TrapTest(unittest.TestCase):
         naive = read(logits, rows).tokens
         assert (naive - oracle(model_type, variant).tokens).abs().max() > self.visible
 
-    @parameterized.expand([case for case in MODELS if has_window(*case)], name_func=name)
+    @parameterized.expand([case for case in KINDS if has_window(*case)], name_func=name)
     def test_windows_count_positions_not_row_indices(self, model_type: str, variant: int) -> None:
+        self.window_by_index(model_type, variant)
+
+    @parameterized.expand([case for case in MODELS if has_window(*case) and case not in KINDS], name_func=name)
+    @pytest.mark.slow
+    def test_windows_of_all_count_positions(self, model_type: str, variant: int) -> None:
+        self.window_by_index(model_type, variant)
+
+    def window_by_index(self, model_type: str, variant: int) -> None:
         """By index a later answer is too far from its prompt. Rope still sees the right positions here."""
         rows = build_rows([trees()])
         by_index = packed_positions(rows)
@@ -260,17 +297,16 @@ class TrapTest(unittest.TestCase):
         wrong = read(model(**inputs).logits, rows).tokens
         assert (wrong - oracle(model_type, variant).tokens).abs().max() > self.visible
 
-    @parameterized.expand(
-        [
-            (*case, masks)
-            for case in MODELS
-            if adapters()[case[0]].masks == "by_layer_type" and has_window(*case)
-            for masks in (FULL, SLIDING)
-            if set(text_config(tiny_model(*case)).layer_types) != {masks}
-        ],
-        name_func=name,
-    )
+    @parameterized.expand([case for case in HYBRIDS if case[:2] in KINDS], name_func=name)
     def test_one_mask_for_a_hybrid_is_taken_without_a_word(self, model_type: str, variant: int, layer: str) -> None:
+        self.one_mask(model_type, variant, layer)
+
+    @parameterized.expand([case for case in HYBRIDS if case[:2] not in KINDS], name_func=name)
+    @pytest.mark.slow
+    def test_one_mask_for_any_hybrid(self, model_type: str, variant: int, layer: str) -> None:
+        self.one_mask(model_type, variant, layer)
+
+    def one_mask(self, model_type: str, variant: int, layer: str) -> None:
         """transformers gives it to every layer: the windows are lost, or hold everywhere."""
         adapter = adapters()[model_type]
         single = replace(adapter, masks="single", windows=lambda config: {FULL: adapter.windows(config)[layer]})

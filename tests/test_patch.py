@@ -506,11 +506,20 @@ class TrainingTest(unittest.TestCase):
         assert not flexpatch.is_applied(model)
         Result.of(model, separate(model, trees())).matches(true)
 
-    @parameterized.expand(
-        [(kind, backend) for kind in ("llama", "qwen3", "gemma3_text") for backend in BACKENDS], name_func=name
-    )
+    @parameterized.expand([("llama", "dense"), ("qwen3", "flex")], name_func=name)
     @pytest.mark.usefixtures("flex_on_cpu")
     def test_compiling_the_whole_model(self, model_type: str, backend: str) -> None:
+        self.compile_whole(model_type, backend)
+
+    @parameterized.expand(
+        [("llama", "flex"), ("qwen3", "dense"), ("gemma3_text", "dense"), ("gemma3_text", "flex")], name_func=name
+    )
+    @pytest.mark.slow
+    @pytest.mark.usefixtures("flex_on_cpu")
+    def test_compiling_other_whole_models(self, model_type: str, backend: str) -> None:
+        self.compile_whole(model_type, backend)
+
+    def compile_whole(self, model_type: str, backend: str) -> None:
         """No graph break, and one compilation for all masks of a length, of which only the last shares nothing."""
         torch._dynamo.reset()
         graphs = CompileCounterWithBackend("aot_eager")
