@@ -8,8 +8,10 @@ A page shows benchmarks/results/levers.md between ``<!-- results/levers -->`` an
 results are made here: ``support`` from the adapters, and ``speed`` (README's short table) from ``trainers``.
 """
 
+import argparse
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import flexpatch
@@ -64,19 +66,23 @@ def outdated() -> dict[Path, str]:
     }
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Fill or check; the exit code is 1 if a check finds a page out of date."""
-    check = "--check" in arguments
-    if not check:
-        for name, file in zip(arguments[::2], arguments[1::2], strict=True):
-            (RESULTS / f"{name}.md").write_text(Path(file).read_text(encoding="utf-8"), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", metavar="RESULT FILE", help="names of results, each with its new file")
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    options = parser.parse_args(argv)
+    if len(options.results) % 2 or (options.check and options.results):
+        parser.error("results come in pairs of a name and a file, and not with --check")
+    for name, file in zip(options.results[::2], options.results[1::2], strict=True):
+        (RESULTS / f"{name}.md").write_text(Path(file).read_text(encoding="utf-8"), encoding="utf-8")
     pages = outdated()
     for path, text in pages.items():
-        print(f"{path.relative_to(ROOT)} {'is out of date' if check else 'is filled anew'}")
-        if not check:
+        print(f"{path.relative_to(ROOT)} {'is out of date' if options.check else 'is filled anew'}")
+        if not options.check:
             path.write_text(text, encoding="utf-8")
-    return int(check and bool(pages))
+    return int(options.check and bool(pages))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

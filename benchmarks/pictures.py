@@ -7,7 +7,7 @@ The row comes from ``build_rows`` and the mask from ``dense_mask``: the code tha
 benchmarks/results/trainers.md. Text stays text in the files, so that a test can read what they show.
 """
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -109,4 +109,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if sys.argv[1:] else IMAGES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=IMAGES, help="where to write them")
+    main(parser.parse_args().folder)
