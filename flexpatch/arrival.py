@@ -35,15 +35,17 @@ class Row:
     Engines rebuild arguments that are containers, and move those with a method ``to``: this class is neither.
     """
 
-    def __init__(self, length: int, masks: Any, *, pending: bool = False, fa4: bool = False) -> None:
+    def __init__(self, length: int, masks: Any, *, dense: str, pending: bool = False, fa4: bool = False) -> None:
         """Args:
         length: Tokens of the row.
         masks: Its mask, or a dict of masks by layer type.
+        dense: Name of the attention function that takes dense masks.
         pending: Whether its ids carry exits (:class:`flexpatch.forward.Exits`).
         fa4: Whether attention runs on FlashAttention-4's kernels.
         """
         self.length = length
         self.masks = tuple(masks.values()) if isinstance(masks, dict) else (masks,)
+        self.dense = dense
         self.pending = pending
         self.fa4 = fa4
         self.reached = False

@@ -3,6 +3,8 @@
 Shapes: N sequences, S columns.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,10 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import PreTrainedModel
 
 from flexpatch.counts import WORTH, Counts
+from flexpatch.dispatch import is_flash
 from flexpatch.fold import Folded, follow_columns, longest_hole, moved
 from flexpatch.internals import SCALES_BY_INDEX
-from flexpatch.padding_free import VARLEN, find_starts
+from flexpatch.padding_free import VARLEN, boundaries, find_starts
 from flexpatch.refusals import longrope_limit, scaling_limit
 from flexpatch.registry import Adapter
 
@@ -54,6 +57,8 @@ def obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> st
         return call[name] if call.get(name) is not None else getattr(config, name, None)
 
     ids, mask = call.get("input_ids"), call.get("attention_mask")
+    if call.get("cu_seq_lens_q") is not None and call.get("position_ids") is None:
+        return "cu_seq_lens without position_ids"
     if ids is None:
         return "inputs_embeds, which do not tell which tokens are equal"
     if ids.ndim != 2:
@@ -81,61 +86,81 @@ def obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> st
     return None
 
 
-def batch_obstacle(
-    positions: np.ndarray | None, mask: np.ndarray | None, types: list[np.ndarray | None], cached: bool
-) -> str | None:
+@dataclass(frozen=True)
+class Batch:
+    """A batch of a call, on the CPU.
+
+    Attributes:
+        ids: (N, S) int64.
+        mask: (N, S) bool, True for tokens; ``None``: no padding.
+        positions: (N, S) int64 position ids; ``None``: not given.
+        types: Kinds of tokens, 0 for text: (N, S) for each argument in ``TYPES``; ``None``: not given.
+        sequences: (R + 1,) int64, the boundaries of sequences that FlashAttention was given; ``None``: none.
+        original: The model's own attention implementation.
+        cached: Whether the unpatched model would make a cache.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray | None
+    positions: np.ndarray | None
+    types: Sequence[np.ndarray | None]
+    sequences: np.ndarray | None
+    original: str
+    cached: bool
+
+    def restarts(self) -> bool:
+        """Tell whether positions are those of padding-free rows."""
+        return self.positions is not None and not follow_columns(self.positions, self.mask)
+
+
+def batch_obstacle(batch: Batch) -> str | None:
     """Find what keeps a batch from being folded, whatever folding would gain.
 
     Args:
-        positions: (N, S) position ids; ``None``: not given.
-        mask: (N, S) bool, True for tokens; ``None``: no padding.
-        types: (N, S) kinds of tokens, 0 for text, one array for each argument in ``TYPES``.
-        cached: Whether the unpatched model would make a cache.
+        batch: The batch.
 
     Returns:
         The reason as the end of a sentence; ``None`` if there is none.
     """
-    if any(each is not None and each.any() for each in types):
+    if any(each is not None and each.any() for each in batch.types):
         return f"with {IMAGES}"
-    if positions is None or follow_columns(positions, mask):
+    positions, flash = batch.positions, is_flash(batch.original)
+    if positions is None or (batch.sequences is None and not batch.restarts()):
         return None
-    if mask is not None:
+    if batch.mask is not None and not (flash and batch.mask.all()):
         return "with position_ids that do not count a sequence's columns (and an attention_mask)"
-    if cached:
+    if batch.cached and not flash:
         return f"{RESTARTS_WITH_CACHE} (pass use_cache=False)"
-    if positions[find_starts(positions)].any():
+    if flash and len(positions) > 1:
+        return "with position_ids that restart in several rows, each of which FlashAttention takes for one sequence"
+    starts = find_starts(positions)
+    if batch.sequences is not None and not np.array_equal(batch.sequences, boundaries(starts)):
+        return "with cu_seq_lens that differ from the restarts of position_ids"
+    if positions[starts].any():
         return "with position_ids that do not count a sequence's columns, nor restart at 0"
     return None
 
 
-def fold_obstacle(
-    folded: Folded,
-    positions: np.ndarray | None,
-    mask: np.ndarray | None,
-    columns: int,
-    *,
-    config: Any,
-    adapter: Adapter,
-    eager: bool,
-) -> str | None:
+def fold_obstacle(batch: Batch, folded: Folded, config: Any, adapter: Adapter) -> str | None:
     """Find what would make a folded batch inexact.
 
     Args:
+        batch: The batch.
         folded: The batch as one row.
-        positions: (N, S) position ids; ``None``: not given.
-        mask: (N, S) bool, True for tokens; ``None``: no padding.
-        columns: S.
         config: The configuration of the model's text stack.
         adapter: The record of its architecture.
-        eager: Whether ordinary calls run on eager attention.
 
     Returns:
         The reason as the end of a sentence; ``None`` if there is none.
     """
+    positions, mask, columns = batch.positions, batch.mask, batch.ids.shape[1]
     window = min(filter(None, adapter.windows(config).values()), default=None)
-    if eager and window is not None and longest_hole(mask) >= window:
+    if window is not None and longest_hole(mask) >= window and batch.original == "eager":
         # Where no key is in reach, eager attention averages over the whole row of the batch.
         return f"with padding longer than a window of {window} inside a sequence, under eager attention"
+    if window is not None and longest_hole(mask) and is_flash(batch.original):
+        # FlashAttention leaves padding out, and counts windows in tokens.
+        return "with padding inside a sequence, across which FlashAttention counts windows otherwise"
     reach = columns if positions is None else int(positions.max()) + 1
     if (limit := longrope_limit(config)) is not None and (folded.rows.depth <= limit) != (reach <= limit):
         return "with padding or position_ids beyond the length at which longrope switches its frequencies"

@@ -29,14 +29,14 @@ from flexpatch.errors import FlexpatchWarning, UnsupportedModelError
 from flexpatch.internals import SCALES_BY_INDEX, attention_dtype, attention_name, decoder_of, device_of, text_config
 from flexpatch.masks import mask_of
 from flexpatch.refusals import scaling_limit
-from flexpatch.registry import FULL, Adapter
+from flexpatch.registry import FULL, Adapter, adapter_for
 from flexpatch.rows import Rows
 
-# No name may hold "flash": transformers would take it for FlashAttention, and pass no masks.
+# transformers prepares masks for FlashAttention where a name holds "flash", as a FlashAttention original's does.
 PREFIX = "flexpatch_"
 BACKENDS = ("auto", "flex", "fa4", "dense")
-# Implementations that accept a dense 4-D mask, and so can serve both backends.
-ORIGINALS = ("sdpa", "eager")
+# Implementations whose names are known from the import on. Kernels of a hub are made known by ``apply``.
+ORIGINALS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 # Names the attribute of dense masks by which a row's is told from a caller's own.
 OWN = "flexpatch_rows"
 
@@ -51,8 +51,29 @@ def original_of(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
+def is_flash(original: str) -> bool:
+    """Tell whether an implementation is FlashAttention of some kind, as transformers tells it: by its name."""
+    return "flash" in original
+
+
+def dense_original(inner: PreTrainedModel, adapter: Adapter) -> str:
+    """Choose the attention function that takes dense masks of rows.
+
+    Args:
+        inner: A patched model.
+        adapter: The record of its architecture.
+
+    Returns:
+        ``"sdpa"`` or ``"eager"``: the original, or the architecture's own where that is FlashAttention.
+    """
+    original = original_of(attention_name(inner))
+    return adapter.implementations[0] if is_flash(original) else original
+
+
 def check_original(original: str, adapter: Adapter) -> None:
     """Refuse an attention implementation that is not right for ordinary calls of this architecture.
+
+    FlashAttention is let pass: transformers has decided, when the model was loaded, whether it is right.
 
     Args:
         original: The model's own implementation, such as ``"sdpa"``.
@@ -61,7 +82,7 @@ def check_original(original: str, adapter: Adapter) -> None:
     Raises:
         UnsupportedModelError: Naming one that is.
     """
-    if original not in adapter.implementations:
+    if original not in adapter.implementations and not is_flash(original):
         raise UnsupportedModelError(
             f"attn_implementation='{original}' cannot be kept for the ordinary calls of this architecture; call "
             f"model.set_attn_implementation('{adapter.implementations[0]}') first"
@@ -138,7 +159,7 @@ def mask_dtype(inner: PreTrainedModel, device: torch.device, asked: str) -> torc
     """
     if backend_at(inner, device, asked) != "dense":
         return None
-    return torch.bool if original_of(attention_name(inner)) == "sdpa" else inner.dtype
+    return torch.bool if dense_original(inner, adapter_for(text_config(inner))) == "sdpa" else inner.dtype
 
 
 def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str) -> dict[str, Any]:
@@ -203,8 +224,35 @@ def _attention(
         warn_as_given(
             "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
         )
+    if isinstance(call, Row):
+        original = call.dense
     function = _eager_of(module) if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
-    return function(module, q, k, v, attention_mask, *args, **kwargs)
+    named: Any = _NamedAs(module, original) if is_flash(original) else module
+    return function(named, q, k, v, attention_mask, *args, **kwargs)
+
+
+class _NamedAs:
+    """Stands in for an attention layer, with the original's name in its configuration: kernels are found by that."""
+
+    def __init__(self, module: nn.Module, original: str) -> None:
+        self._module, self._original = module, original
+
+    @property
+    def config(self) -> Any:
+        return _Overlay(self._module.config, self._original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _Overlay:
+    """Stands in for a configuration, with another attention implementation."""
+
+    def __init__(self, config: Any, original: str) -> None:
+        self._config, self._attn_implementation = config, original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
 
 
 def warn_as_given(reason: str) -> None:
@@ -222,14 +270,25 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
     raise UnsupportedModelError(f"no eager attention found for {type(module).__name__}; load the model with 'sdpa'")
 
 
-def _register(masks: Mapping[str, Callable[..., Any]] = ALL_MASK_ATTENTION_FUNCTIONS) -> None:
-    """Make the names known. At import, so that an unpickled patched model works in a process that never called apply.
+def register_name(original: str, masks: Mapping[str, Callable[..., Any]] = ALL_MASK_ATTENTION_FUNCTIONS) -> str:
+    """Make the name known that tells an original.
 
     The mask function too: without it transformers would pass no mask at all to ordinary calls, padding included.
+
+    Args:
+        original: An attention implementation that transformers knows.
+        masks: Mask functions by name.
+
+    Returns:
+        The name.
     """
-    for original in ORIGINALS:
-        AttentionInterface.register(f"{PREFIX}{original}", partial(_attention, original=original))
-        AttentionMaskInterface.register(f"{PREFIX}{original}", masks[original])
+    name = f"{PREFIX}{original}"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, partial(_attention, original=original))
+        AttentionMaskInterface.register(name, masks[original if original in masks else "flash_attention_2"])
+    return name
 
 
-_register()
+# At import, so that an unpickled patched model works in a process that never called apply.
+for _original in ORIGINALS:
+    register_name(_original)

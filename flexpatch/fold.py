@@ -62,7 +62,10 @@ def predicting_padding(mask: np.ndarray) -> np.ndarray:
 
 
 def fold_batch(
-    ids: np.ndarray, mask: np.ndarray | None = None, worth: Callable[[Counts], bool] = lambda counts: True
+    ids: np.ndarray,
+    mask: np.ndarray | None = None,
+    worth: Callable[[Counts], bool] = lambda counts: True,
+    blind: bool = False,
 ) -> Folded | None:
     """Merge a batch's sequences into one row of prefix trees.
 
@@ -77,6 +80,7 @@ def fold_batch(
         ids: (N, S) int64.
         mask: (N, S) bool, True for tokens; ``None``: no padding.
         worth: Asked with the counts before most of the work is done.
+        blind: Whether padding sees no token at all, as under FlashAttention, which leaves padding out.
 
     Returns:
         ``None`` if the batch holds no token, or is not ``worth`` it.
@@ -103,7 +107,7 @@ def fold_batch(
         keys = moved
     predicting = predicting_padding(mask)
     real = int(lengths.sum() + predicting.sum())
-    ends_in_padding = _sequences_that_end_in_padding(ids, mask, keys, firsts, predicting)
+    ends_in_padding = _sequences_that_end_in_padding(ids, mask, keys, firsts, predicting, blind)
     forest = merge_prefixes(
         np.concatenate([keys[tokens], ends_in_padding.keys]),
         np.concatenate([lengths[tokens], ends_in_padding.lengths]),
@@ -151,12 +155,12 @@ class _Sequences(NamedTuple):
 
 
 def _sequences_that_end_in_padding(
-    ids: np.ndarray, mask: np.ndarray, keys: np.ndarray, firsts: np.ndarray, predicting: np.ndarray
+    ids: np.ndarray, mask: np.ndarray, keys: np.ndarray, firsts: np.ndarray, predicting: np.ndarray, blind: bool
 ) -> _Sequences:
     """The tokens before each predicting padding token, and that token: more sequences for :func:`merge_prefixes`."""
     S = ids.shape[1]
     rows, columns = np.nonzero(predicting)
-    before = np.cumsum(mask, 1)[rows, columns]
+    before = np.zeros(len(rows), np.int64) if blind else np.cumsum(mask, 1)[rows, columns]
     # In front of a sequence nothing is seen, so only the id matters: a batch has few such tokens.
     in_front = before == 0
     distances = np.where(in_front, 0, columns - firsts[rows])

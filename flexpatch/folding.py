@@ -17,11 +17,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedModel
 
-from flexpatch.calls import IGNORED, LITTLE, RESTARTS_WITH_CACHE, TYPES, batch_obstacle, fold_obstacle, gains, obstacle
+from flexpatch.calls import (
+    IGNORED,
+    LITTLE,
+    RESTARTS_WITH_CACHE,
+    TYPES,
+    Batch,
+    batch_obstacle,
+    fold_obstacle,
+    gains,
+    obstacle,
+)
 from flexpatch.counts import Counts
-from flexpatch.dispatch import check_ranks, mask_dtype, original_of, row_inputs, warn_as_given
+from flexpatch.dispatch import check_ranks, is_flash, mask_dtype, original_of, row_inputs, warn_as_given
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
-from flexpatch.fold import Folded, check_ids, fold_batch, follow_columns, see_themselves, unfold
+from flexpatch.fold import Folded, check_ids, fold_batch, predicting_padding, see_themselves, unfold
 from flexpatch.internals import attention_name, change_tokens, device_of, layers_of, text_config
 from flexpatch.padding_free import VARLEN, find_starts, fold_sequences
 from flexpatch.refusals import check_mode, longrope_limit, scaling_limit
@@ -88,7 +98,8 @@ class Folding:
         config = text_config(backbone)
         cached = _decline_cache(backbone, config, call)
         ids, given = call.get("input_ids"), call.get("attention_mask")
-        if given is None and ids is not None and len(ids) == 1 and call.get("position_ids") is None:
+        plain = all(call.get(name) is None for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
+        if plain and ids is not None and len(ids) == 1:
             return call, None  # one sequence has nothing to share
         if reason := obstacle(backbone, config, call):
             self.given(call, f"with {reason}")
@@ -127,27 +138,38 @@ class Folding:
         """
         ids, given = call["input_ids"], call.get("attention_mask")
         types = [call.get(name) for name in TYPES if config is not backbone.config]
-        batch = [ids, None if given is None else given != 0, call.get("position_ids"), *types]
+        tensors = [ids, None if given is None else given != 0, call.get("position_ids"), *types]
         # One copy for all: on a GPU each would wait for everything launched before.
-        each = [x.expand_as(ids).to(ids.device, torch.int64) for x in batch if x is not None]
+        each = [x.expand_as(ids).to(ids.device, torch.int64) for x in tensors if x is not None]
         arrays = torch.stack(each).numpy(force=True)
         # A dispatched model moves its inputs by itself: ids on the CPU do not mean that it computes there.
         home = device_of(backbone)
         device = ids.device if ids.device.type != "cpu" or home.type == "meta" else home
         dtype = mask_dtype(backbone, device, self.backend)
         watched = is_in_torch_dispatch_mode()
-        present = [x is not None for x in batch]
+        present = [x is not None for x in tensors]
+        original = original_of(attention_name(backbone))
+        sequences = _sequences(call) if is_flash(original) else None
         key = (
             present, dtype, device, config.vocab_size, longrope_limit(config), scaling_limit(config), cached,
-            torch.is_inference_mode_enabled(), watched,
+            original, None if sequences is None else sequences.tolist(), torch.is_inference_mode_enabled(), watched,
         )  # fmt: skip
         latest = self.latest
         if watched or latest is None or latest.key != key or not np.array_equal(latest.arrays, arrays):
             rest = iter(arrays)
-            given_arrays = [next(rest) if there else None for there in present]
-            latest = _folded(backbone, config, given_arrays, cached, dtype, device)
+            _, mask, positions, *kinds = (next(rest) if there else None for there in present)
+            mask = None if mask is None else mask != 0
+            batch = Batch(arrays[0], mask, positions, kinds, sequences, original, cached)
+            latest = _folded(backbone, config, batch, dtype, device)
             self.latest = latest = replace(latest, key=key, arrays=arrays)
         return latest
+
+
+def _sequences(call: dict[str, Any]) -> np.ndarray | None:
+    """Return the boundaries of sequences in a call, if FlashAttention would take them. Others never do."""
+    if any(call.get(name) is None for name in VARLEN[:4]):
+        return None
+    return np.asarray(call["cu_seq_lens_q"].tolist(), np.int64)
 
 
 def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> bool:
@@ -173,33 +195,29 @@ def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any])
     return cached
 
 
-def _folded(
-    backbone: PreTrainedModel, config: Any, arrays: list[Any], cached: bool, dtype: Any, device: torch.device
-) -> _Latest:
-    """Fold a batch. ``arrays``: (N, S) ids, mask, positions and kinds of tokens; ``None`` for one that is not given."""
-    ids, mask, positions, *types = arrays
-    mask = None if mask is None else mask != 0
+def _folded(backbone: PreTrainedModel, config: Any, batch: Batch, dtype: Any, device: torch.device) -> _Latest:
+    """Fold a batch to a row on ``device``, if that is exact and gains. ``dtype``: as of :func:`mask_dtype`."""
+    ids, mask, adapter = batch.ids, batch.mask, adapter_for(config)
     check_ids(ids, mask, config.vocab_size)
-    reason = batch_obstacle(positions, mask, types, cached)
-    folded = None
-    if reason is None:
 
-        def worth(counts: Counts) -> bool:
-            return gains(config, counts, ids.shape[1], dtype)
+    def worth(counts: Counts) -> bool:
+        return gains(config, counts, ids.shape[1], dtype)
 
-        if positions is None or follow_columns(positions, mask):
-            folded = fold_batch(ids, mask, worth)
-        else:
-            folded = fold_sequences(ids, find_starts(positions), worth)
-        reason = LITTLE if folded is None else None
-    if folded is not None:
-        eager = original_of(attention_name(backbone)) == "eager"
-        if eager:
-            see_themselves(folded)
-        reason = fold_obstacle(
-            folded, positions, mask, ids.shape[1], config=config, adapter=adapter_for(config), eager=eager
-        )
-    if folded is None or reason is not None:
+    folded, reason = None, batch_obstacle(batch)
+    if reason is None and batch.restarts():
+        assert batch.positions is not None
+        folded = fold_sequences(ids, find_starts(batch.positions), worth)
+    elif reason is None:
+        folded = fold_batch(ids, mask, worth, blind=is_flash(batch.original))
+    if folded is None:
+        return _Latest(Counts(ids.size, ids.size, ids.size, reason or LITTLE))
+    if batch.original == "eager":
+        see_themselves(folded)
+    reason = fold_obstacle(batch, folded, config, adapter)
+    eager_rows = dtype is not None and dtype.is_floating_point
+    if is_flash(batch.original) and eager_rows and mask is not None and predicting_padding(mask).any():
+        reason = "with padding, to which FlashAttention gives zeros, and eager attention of rows does not"
+    if reason is not None:
         return _Latest(Counts(ids.size, ids.size, ids.size, reason))
     return _Latest(folded.counts, replace(folded, rows=folded.rows.to(device), index=folded.index.to(device)))
 

@@ -131,7 +131,10 @@ def set_attention(inner: PreTrainedModel, name: str) -> None:
     """
     decoder = decoder_of(inner)
     before = attention_name(decoder)
-    decoder.set_attn_implementation(name)
+    if "flash" in name:
+        decoder.config._attn_implementation = name  # the method would look for kernels of this name
+    else:
+        decoder.set_attn_implementation(name)
     for module in decoder.modules():
         config = module.__dict__.get("config")
         if config is not decoder.config and getattr(config, "_attn_implementation", None) == before:

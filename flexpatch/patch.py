@@ -17,13 +17,13 @@ from flexpatch.compiled import check_forwards, compile_layers
 from flexpatch.counts import Savings
 from flexpatch.dispatch import (
     BACKENDS,
-    PREFIX,
     backend_at,
     check_backend,
     check_original,
     check_ranks,
     is_ours,
     original_of,
+    register_name,
     row_inputs,
 )
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
@@ -109,7 +109,7 @@ def apply(
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or recompute")
     if compile:
         check_forwards(layers)
-    set_attention(inner, f"{PREFIX}{original}")
+    set_attention(inner, register_name(original))
     if attention_name(inner) == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
     previous = hook_of(inner)
