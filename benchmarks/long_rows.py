@@ -54,9 +54,9 @@ from transformers.modeling_utils import AttentionInterface
 
 import flexpatch
 from flexpatch.masks import BLOCK, block_mask
-from flexpatch.parity import FACTOR
 from flexpatch.rows import Rows, build_rows
 from flexpatch.tree import Tree
+from flexpatch.verification import FACTOR
 
 DOCUMENT = "one document"
 WIDE = "causal_float32"

@@ -52,9 +52,9 @@ from transformers.modeling_utils import AttentionInterface
 
 import flexpatch
 from flexpatch.logprobs import AnswerLogprobs, sum_answers, token_logprobs
-from flexpatch.parity import FACTOR
 from flexpatch.rows import Rows, build_rows
 from flexpatch.tree import Tree, lay_out
+from flexpatch.verification import FACTOR
 
 WIDE = dict(
     hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.flex import let_flex_train_on_cpu
+from helpers.quick import QUICK
 
 # Tiny models gain nothing from threads, and those of several workers would wait for each other.
 torch.set_num_threads(1)
@@ -41,6 +42,16 @@ def torchao() -> Any:
     from torchao import quantization
 
     return quantization
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark quick tests before pytest chooses by marks."""
+    for item in items:
+        place = item.nodeid.removeprefix("tests/")
+        kinds = {mark.name for mark in item.iter_markers()}
+        if place.startswith(tuple(QUICK)) and not kinds & {"gpu", "heavy", "slow"}:
+            item.add_marker("quick")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -41,6 +41,10 @@ def test_the_example_package_is_found_and_verified(installed: Path) -> None:
     found = verify(installed)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "nanochat (tiny random model 1 of 1)" in found.stdout
+
+
+@pytest.mark.slow
+def test_a_wrong_package_is_refused(installed: Path) -> None:
     module = installed / "flexpatch_nanochat.py"
     module.write_text(module.read_text().replace("logit_transform=", "# logit_transform="))
     wrong = verify(installed)

@@ -145,8 +145,15 @@ def check(engine: str, tmp_path: Path, names: list[str]) -> None:
 
 
 @needs_engines
-@pytest.mark.parametrize("engine", ENGINES)
-def test_ranks_train_what_one_rank_trains(engine: str, tmp_path: Path) -> None:
+def test_ranks_train_what_one_rank_trains(tmp_path: Path) -> None:
+    """Under FSDP2, which does more to a model than DDP and needs no further package."""
+    check("fsdp2", tmp_path, FAST)
+
+
+@needs_engines
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if "fsdp2" not in engine.values])
+def test_ranks_of_other_engines_train_it_too(engine: str, tmp_path: Path) -> None:
     check(engine, tmp_path, FAST)
 
 

@@ -1,8 +1,10 @@
 """Log-probs in chunks, against the whole table of logits."""
 
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 import flexpatch
+from flexpatch import logprobs
 from flexpatch.logprobs import sum_answers, token_logprobs
 from flexpatch.models import tiny_model
 from flexpatch.registry import UNCHANGED, LogitTransform
@@ -66,8 +69,26 @@ def test_chunks_are_exact(kind: str, form: str, size: int | None) -> None:
         assert (c - b).abs().max() > 1e-3
 
 
-@parameterized.expand([(kind, size) for kind in ("frozen", "trained") for size in (7, None)])
+SIZES = [(kind, size) for kind in ("frozen", "trained") for size in (7, None)]
+
+
+@parameterized.expand(SIZES)
 def test_compiled(kind: str, size: int | None) -> None:
+    """Through Dynamo and autograd; the slow test adds Inductor's code."""
+    compile_ = partial(torch.compile, backend="aot_eager")
+    logprobs._compiled.cache_clear()
+    with mock.patch.object(torch, "compile", compile_):
+        compiled(kind, size)
+    logprobs._compiled.cache_clear()
+
+
+@parameterized.expand(SIZES)
+@pytest.mark.slow
+def test_compiled_by_inductor(kind: str, size: int | None) -> None:
+    compiled(kind, size)
+
+
+def compiled(kind: str, size: int | None) -> None:
     head = head_of(kind)
     form = FORMS["both"]
     ours = results(head, lambda *given: token_logprobs(*given, transform=form, chunk_tokens=size, compiled=True))

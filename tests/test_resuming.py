@@ -9,6 +9,7 @@ from helpers.processes import PROGRAMS, start_python
 from programs.killed_runs import STEPS
 
 RANKS = [1, pytest.param(2, marks=needs_engines)]
+FEW = [1, pytest.param(2, marks=[needs_engines, pytest.mark.slow])]
 
 
 def killed(tmp_path: Path, ranks: int, kinds: list[str], engine: str = "ddp") -> None:
@@ -24,7 +25,7 @@ def killed(tmp_path: Path, ranks: int, kinds: list[str], engine: str = "ddp") ->
         assert not torch.equal(other["weights"], whole["weights"]), "resuming anywhere would pass"
 
 
-@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("ranks", FEW)
 def test_packed(tmp_path: Path, ranks: int) -> None:
     """Through the middle of several epochs, each with bins of its own, and of their last, shorter steps."""
     killed(tmp_path, ranks, ["packed"])

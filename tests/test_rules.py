@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.quick import QUICK
 from parameterized import parameterized
 
 TESTS = Path(__file__).resolve().parent
@@ -96,3 +97,14 @@ def test_wrong_cases_are_found(source: str) -> None:
 )
 def test_right_cases_are_left_alone(source: str) -> None:
     assert wrong_cases(source) == []
+
+
+@parameterized.expand(sorted(QUICK))
+def test_quick_tests_exist(place: str) -> None:
+    """Cases of a test are named by its name and theirs."""
+    file, *names = re.split(r"::|\[", place.strip("[]"))
+    source = (TESTS / file).read_text(encoding="utf-8")
+    for name in names:
+        words = name.split("_")
+        beginnings = {name, *("def " + "_".join(words[:count]) + "(" for count in range(1, len(words) + 1))}
+        assert any(beginning in source for beginning in beginnings), f"{place}: there is no {name}"

@@ -245,7 +245,9 @@ for load, more in ((models.load_tokenizer, []), (models.load_config, []), (model
 """
 
 
-@pytest.mark.parametrize("way", ["library", "verify", "estimate"])
+@pytest.mark.parametrize(
+    "way", ["library", *(pytest.param(way, marks=pytest.mark.slow) for way in ("verify", "estimate"))]
+)
 def test_code_of_a_model_runs_only_when_asked_for(way: str, with_code: Path, marker: Path, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
     model = str(with_code)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.processes import PROGRAMS, start_python, torchrun
 from helpers.trl_runs import PAIRS, Packed, Stock, rows, train, weights
+from programs import packed_ranks
 from trl import DPOTrainer
 
 import flexpatch
@@ -43,12 +44,10 @@ def test_a_step_of_packed_batches_is_a_step_of_all_pairs(tmp_path: Path) -> None
 
 def test_ranks_share_a_step(tmp_path: Path) -> None:
     """Two processes, with as many bins each as one process has in half: the same step."""
-    results = []
-    for ranks in (1, 2):
-        file = tmp_path / f"{ranks}.pt"
-        start_python([*torchrun(ranks), str(PROGRAMS / "packed_ranks.py"), str(file)], tmp_path)
-        results.append(torch.load(file))
-    (one, world, _), (two, worlds, bins) = results
+    one, world, _ = packed_ranks.step(tmp_path)
+    file = tmp_path / "2.pt"
+    start_python([*torchrun(), str(PROGRAMS / "packed_ranks.py"), str(file)], tmp_path)
+    two, worlds, bins = torch.load(file)
     assert (world, worlds) == (1, 2) and bins > 2
     before = weights(tiny_model("llama"))
     assert (one - two).norm() < 1e-6 * (one - before).norm()

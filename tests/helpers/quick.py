@@ -1,0 +1,33 @@
+"""The tests that a contributor runs before each commit: pytest -m quick."""
+
+# Files of pure functions and rules, and one test of each other kind: beginnings of their names in pytest.
+QUICK = {
+    "test_collator.py", "test_devices.py", "test_estimate.py", "test_internals.py", "test_losses.py", "test_masks.py",
+    "test_packing.py", "test_rules.py", "test_tree.py", "test_words.py",
+    "test_calls.py::test_an_interrupted_step_leaves_no_setting_behind",
+    "test_checkpointing.py",
+    "test_compile.py::test_removing",
+    "test_exports.py::test_all_is_sorted_and_complete",
+    "test_exports.py::test_imports_point_one_way",
+    "test_exports.py::test_public_names_are_documented",
+    "test_fold.py::test_the_fuzz_can_fail",
+    "test_fold.py::test_rows_are_what_they_mean",
+    "test_logprobs.py::test_one_chunk_at_a_time",
+    "test_newcomers.py::test_what_people_do[training_between_generations]",
+    "test_newcomers.py::test_what_people_do[adapters_added_switched_and_deleted]",
+    "test_parity.py::ParityTest::test_deepseek_v3_0",
+    "test_parity.py::ParityTest::test_gemma3_0",
+    "test_parity.py::ParityTest::test_gpt_oss_0_dense",
+    "test_parity.py::ParityTest::test_llama_0",
+    "test_parity.py::ParityTest::test_mistral_1",
+    "test_parity.py::ParityTest::test_qwen2_moe_1_dense",
+    "test_patch.py::ApplyTest",
+    "test_peft.py::test_packed_rows",
+    "test_reference.py::test_it_is_the_base_model",
+    "test_registry.py::test_all_families_are_found",
+    "test_supply_chain.py::test_no_program_runs_data",
+    "test_trainers.py::TrainersTest::test_agrees_dpo_sigmoid",
+    "test_tuners.py::test_dropout",
+    "test_upgrades.py::test_what_flexpatch_relies_on[",
+    "test_verify.py::test_a_wrong_mask_fails",
+}  # fmt: skip
