@@ -54,12 +54,15 @@ class Folding:
     """Folds batches where that is exact and gains.
 
     Attributes:
-        backend: As :func:`flexpatch.apply` was given it.
+        backend, shared_dropout: As :func:`flexpatch.apply` was given them.
+        of_trainer: Whether a trainer holds the model: it reads no cache that it did not ask for.
         counts: Tokens of the latest 10,000 batches.
     """
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, shared_dropout: bool) -> None:
         self.backend = backend
+        self.shared_dropout = shared_dropout
+        self.of_trainer = False
         self.counts: deque[Counts] = deque(maxlen=10_000)
         self.latest: _Latest | None = None
 
@@ -96,7 +99,7 @@ class Folding:
         """
         check_ranks(backbone)  # for every batch: ranks must agree
         config = text_config(backbone)
-        cached = _decline_cache(backbone, config, call)
+        cached = _decline_cache(backbone, config, call, self.of_trainer)
         ids, given = call.get("input_ids"), call.get("attention_mask")
         plain = all(call.get(name) is None for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
         if plain and ids is not None and len(ids) == 1:
@@ -110,7 +113,8 @@ class Folding:
         if ids.dtype not in (torch.int64, torch.int32):  # rounded to integers they would give some model's numbers
             raise FlexpatchError(f"input_ids are {ids.dtype}; token ids are torch.int64 or torch.int32")
         latest = self._fold(backbone, config, call, cached)
-        if latest.folded is not None and (reason := check_mode(backbone)) is not None:
+        reason = None if latest.folded is None else check_mode(backbone, shared_dropout=self.shared_dropout)
+        if reason is not None:
             self.given(call, reason)
             return call, None
         if latest.folded is None and latest.counts.reason != LITTLE:
@@ -172,8 +176,8 @@ def _sequences(call: dict[str, Any]) -> np.ndarray | None:
     return np.asarray(call["cu_seq_lens_q"].tolist(), np.int64)
 
 
-def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> bool:
-    """Set ``use_cache=False`` in training, where a caller did not say whether a cache is wanted.
+def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any], of_trainer: bool) -> bool:
+    """Set ``use_cache=False`` in training, and in a trainer's models, where a caller did not say if it wants a cache.
 
     Not for batches that fold alone: whether a caller gets a cache must not depend on what a batch holds.
 
@@ -181,11 +185,12 @@ def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any])
         Whether the unpatched model would make one.
     """
     by_default = call.get("use_cache") is None and getattr(config, "use_cache", None)
-    if not (by_default and backbone.training and torch.is_grad_enabled()):
+    if not (by_default and (of_trainer or (backbone.training and torch.is_grad_enabled()))):
         return False
     call["use_cache"] = False
-    cached = not any(layer.gradient_checkpointing for layer in layers_of(backbone))  # or stock drops caches too
-    if cached:
+    # Stock drops caches too under checkpointing.
+    cached = not (backbone.training and any(layer.gradient_checkpointing for layer in layers_of(backbone)))
+    if cached and not of_trainer:
         warnings.warn(
             "flexpatch: in training, calls without use_cache run with use_cache=False, so past_key_values is None. "
             "Pass use_cache=True to get a cache, from calls that are not folded",

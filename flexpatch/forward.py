@@ -47,17 +47,19 @@ class BackboneHook:
     """Forward pre-hook of a backbone. It holds all options of :func:`flexpatch.apply`, and is pickled with the model.
 
     Args:
-        backend, fold, compile, recompute_layers: As :func:`flexpatch.apply` takes them.
+        backend, fold, compile, recompute_layers, shared_dropout: As :func:`flexpatch.apply` takes them.
 
     Raises:
         FlexpatchError: For unknown options.
     """
 
-    def __init__(self, *, backend: str, fold: bool, compile: bool, recompute_layers: int | str | None) -> None:
+    def __init__(
+        self, *, backend: str, fold: bool, compile: bool, recompute_layers: int | str | None, shared_dropout: bool
+    ) -> None:
         self.backend = backend
         self.fold = fold
         self.compile = compile
-        self.folding = Folding(backend)
+        self.folding = Folding(backend, shared_dropout)
         self.recomputation = None if recompute_layers is None else Recomputation(recompute_layers)
         self.disabled = 0  # how many blocks of flexpatch.disabled the model is in
 
@@ -68,7 +70,13 @@ class BackboneHook:
     def settings(self) -> dict[str, Any]:
         """Return the options, as :func:`flexpatch.apply` takes them."""
         recompute_layers = None if self.recomputation is None else self.recomputation.setting
-        return dict(backend=self.backend, fold=self.fold, compile=self.compile, recompute_layers=recompute_layers)
+        return dict(
+            backend=self.backend,
+            fold=self.fold,
+            compile=self.compile,
+            recompute_layers=recompute_layers,
+            shared_dropout=self.folding.shared_dropout,
+        )
 
     def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         """Change the arguments of a backbone's call. Torch calls this before the backbone's forward."""

@@ -9,7 +9,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -26,7 +26,7 @@ from flexpatch.dispatch import (
     register_name,
     row_inputs,
 )
-from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.forward import BackboneHook, hook_of, register_hooks, remove_hooks
 from flexpatch.internals import (
     AnyModel,
@@ -39,23 +39,26 @@ from flexpatch.internals import (
     text_config,
 )
 from flexpatch.quantizers import check_quantization
-from flexpatch.refusals import check_mode, check_rows
+from flexpatch.refusals import check_dropout, check_mode, check_rows
 from flexpatch.registry import adapter_for
 from flexpatch.rows import Rows
+from flexpatch.trainers import is_trainer, models_of
 from flexpatch.tuners import check_tuners
 
 log = logging.getLogger(__name__)
+AnyModelOrTrainer = TypeVar("AnyModelOrTrainer")
 
 
 def apply(
-    model: AnyModel,
+    model: AnyModelOrTrainer,
     *,
     backend: str = "auto",
     fold: bool = True,
     compile: bool = False,
     recompute_layers: int | str | None = None,
+    shared_dropout: bool = False,
     checkpointing: int | str | None = None,
-) -> AnyModel:
+) -> AnyModelOrTrainer:
     """Let ``model`` compute shared prefixes once, in ordinary padded batches and in packed rows.
 
     An ordinary forward over a padded (N, S) batch without a cache runs as one row of prefix trees if that leaves at
@@ -64,7 +67,8 @@ def apply(
     a later call sets all options anew. :func:`remove` undoes it.
 
     Args:
-        model: A causal language model of transformers, bare or wrapped (peft, DDP).
+        model: A causal language model of transformers, bare or wrapped (peft, DDP). Or a trainer after it was built:
+            all models that it holds are patched, and none makes a cache that was not asked for.
         backend: ``"flex"``: compiled FlexAttention; ``"fa4"``: the same on FlashAttention-4's kernels (where
             flash-attn-4 is installed), faster for prompts of thousands of tokens, in 16 bits, without soft caps or
             windows, and with gradients whose last bits differ from run to run; ``"dense"``: the model's own attention
@@ -77,13 +81,16 @@ def apply(
         recompute_layers: How many layers, from the first, to recompute in backward where the model's gradient
             checkpointing is on. ``"auto"``: as few as memory allows, measured over the first optimizer step (CUDA;
             all, with a warning, under ZeRO-3, whose ranks must agree); ``None``: all, as the model would.
+        shared_dropout: Accept dropout in training. Tokens that are computed once then have one draw; unpatched, they
+            have one for each answer. Without this consent dropout is refused.
         checkpointing: The former name of ``recompute_layers``. Deprecated.
 
     Returns:
         ``model``.
 
     Raises:
-        UnsupportedModelError: If this architecture or configuration would not be exact.
+        UnsupportedModelError: If this architecture or configuration would not be exact; of a trainer, its policy's. Its
+            other models then run as they are, with a warning.
         FlexpatchError: For unknown options.
     """
     if checkpointing is not None:
@@ -93,7 +100,38 @@ def apply(
         recompute_layers = checkpointing
     if backend not in BACKENDS:
         raise FlexpatchError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
-    hook = BackboneHook(backend=backend, fold=fold, compile=compile, recompute_layers=recompute_layers)
+    options: dict[str, Any] = dict(
+        backend=backend, fold=fold, compile=compile, recompute_layers=recompute_layers, shared_dropout=shared_dropout
+    )
+    if is_trainer(model):
+        _apply_to_trainer(model, options)
+    else:
+        _apply(model, options)  # type: ignore[arg-type]  # an error of its own for what is neither
+    return model
+
+
+def _apply_to_trainer(trainer: Any, options: dict[str, Any]) -> None:
+    """Patch all models of a trainer."""
+    for name, model in models_of(trainer).items():
+        if name == "model" and not options["shared_dropout"]:
+            check_dropout(model, trains=True)
+        try:
+            _apply(model, options)
+        except UnsupportedModelError as error:
+            if name == "model":
+                raise
+            message = f"flexpatch: the trainer's {name} runs as it is: {error}"
+            warnings.warn(message, FlexpatchWarning, 3)
+        else:
+            hook = hook_of(model)
+            assert hook is not None
+            hook.folding.of_trainer = True
+
+
+def _apply(model: nn.Module, options: dict[str, Any]) -> None:
+    """Patch one model."""
+    backend, compile, recompute_layers = (options[name] for name in ("backend", "compile", "recompute_layers"))
+    hook = BackboneHook(**options)
     pretrained(model)
     check_tuners(model)
     inner = only_pretrained(model)
@@ -102,6 +140,8 @@ def apply(
     original = original_of(before)
     check_original(original, adapter_for(config))
     check_quantization(model)
+    if not options["shared_dropout"]:
+        check_dropout(model, trains=False)
     check_ranks(model, call=False)
     check_backend(inner, backend)  # the last: it may warn
     layers = layers_of(inner.base_model)
@@ -114,7 +154,7 @@ def apply(
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
     previous = hook_of(inner)
     if previous is not None:
-        hook.folding.counts = previous.folding.counts
+        hook.folding.counts, hook.folding.of_trainer = previous.folding.counts, previous.folding.of_trainer
     remove_hooks(inner)
     if compile:
         compile_layers(layers)
@@ -123,21 +163,25 @@ def apply(
         log.info(
             "flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, backend_of(inner), device_of(inner)
         )
-    return model
 
 
-def remove(model: AnyModel) -> AnyModel:
-    """Undo :func:`apply`: the model is as it was before.
+def remove(model: AnyModelOrTrainer) -> AnyModelOrTrainer:
+    """Undo :func:`apply`: the model, or each model of a trainer, is as it was before.
 
     Returns:
         ``model``; one that was never patched is returned as it is.
     """
+    for each in models_of(model).values() if is_trainer(model) else [model]:
+        _remove(each)  # type: ignore[arg-type]
+    return model
+
+
+def _remove(model: nn.Module) -> None:
     inner = only_pretrained(model)
     name = attention_name(inner)
     if is_ours(name):
         set_attention(inner, original_of(name))
     remove_hooks(inner)
-    return model
 
 
 @contextmanager
@@ -221,7 +265,7 @@ def model_inputs(model: nn.Module, rows: Rows) -> dict[str, Any]:
             f"the rows are on {rows.input_ids.device}, the model on {device}: pass rows.to(model.device)"
         )
     check_ranks(inner)
-    if (reason := check_mode(model)) is not None:
+    if (reason := check_mode(model, shared_dropout=hook.folding.shared_dropout)) is not None:
         raise FlexpatchError(f"rows cannot run {reason}")
     check_rows(config, rows)
     return row_inputs(inner, rows, adapter_for(config), hook.backend)

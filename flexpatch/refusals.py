@@ -11,11 +11,12 @@ from flexpatch.rows import Rows
 from flexpatch.tuners import as_given, refusal
 
 
-def check_mode(model: nn.Module) -> str | None:
+def check_mode(model: nn.Module, *, shared_dropout: bool = False) -> str | None:
     """Refuse modules that do not act on each token alone.
 
     Args:
         model: A model, or its backbone.
+        shared_dropout: Let dropout pass: tokens that are computed once have one draw.
 
     Returns:
         The reason for which this one call has to run as it is given (peft's hooks for it); ``None`` without one.
@@ -36,14 +37,12 @@ def check_mode(model: nn.Module) -> str | None:
         if type(module).__module__ == "torch.nn.modules.container":
             continue  # half of all modules under LoRA
         if module.training:
-            # Layers keep the rate they were built with, whatever the configuration says by now.
-            functional = has.get("attention_dropout") or has.get("residual_dropout")
-            rate = module.p if isinstance(module, nn.Dropout) else functional
-            if rate:
+            if not shared_dropout and (rate := dropout_of(module)):
+                raise _dropout_error(model, module, rate)
+            if has.get("attention_dropout"):
                 raise UnsupportedModelError(
-                    f"dropout {rate} in '{_name(model, module)}' is active: answers would share one draw on shared "
-                    "tokens, which the unpatched model does not. Set it to 0.0 (for LoRA: "
-                    "LoraConfig(lora_dropout=0.0))"
+                    f"attention_dropout {has['attention_dropout']} in '{_name(model, module)}' is active: kernels of "
+                    "rows draw none. Set it to 0.0"
                 )
             if has.get("neftune_noise_alpha"):
                 raise UnsupportedModelError(
@@ -71,6 +70,38 @@ def check_mode(model: nn.Module) -> str | None:
             "checkpointing, unpatched either: model.gradient_checkpointing_enable({'use_reentrant': False})"
         )
     return reason
+
+
+def dropout_of(module: nn.Module) -> float:
+    """Return the rate of a module's own dropout. Modules keep it whatever the configuration says by now."""
+    if isinstance(module, nn.Dropout):
+        return module.p
+    return module.__dict__.get("attention_dropout") or module.__dict__.get("residual_dropout") or 0.0
+
+
+def check_dropout(model: nn.Module, *, trains: bool) -> None:
+    """Refuse dropout of a model that is going to train: at ``apply``, before hours of generation.
+
+    Args:
+        model: The model.
+        trains: Whether it is known to train. Otherwise it counts as training in its training mode, or with adapters:
+            some weights trainable, others frozen.
+
+    Raises:
+        UnsupportedModelError: Naming the module.
+    """
+    trainable = {parameter.requires_grad for parameter in model.parameters()}
+    for module in model.modules():
+        if (rate := dropout_of(module)) and True in trainable and (trains or module.training or False in trainable):
+            raise _dropout_error(model, module, rate)
+
+
+def _dropout_error(model: nn.Module, module: nn.Module, rate: float) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"dropout {rate} in '{_name(model, module)}' is active in training: answers would share one draw on shared "
+        "tokens, which the unpatched model does not. Set it to 0.0 (for LoRA: LoraConfig(lora_dropout=0.0)), or accept "
+        "it: flexpatch.apply(model, shared_dropout=True)"
+    )
 
 
 def _is_reentrant(function: Any) -> bool:
