@@ -7,6 +7,7 @@ register(
         name="AFMoE (Trinity)",
         masks="by_layer_type",
         windows=sliding_windows,
+        restarts=False,
         tiny={
             "afmoe": [
                 dict(sliding_window=8, num_experts=4, num_experts_per_tok=2, num_shared_experts=1)

@@ -28,6 +28,5 @@ register(
             "glm4_moe_lite": [TINY],
         },
         refused={"deepseek_v32": SPARSE, "deepseek_v4": SPARSE},
-        limits="no router auxiliary loss",
     )
 )

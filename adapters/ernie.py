@@ -9,6 +9,5 @@ register(
         name="ERNIE 4.5",
         masks="single",
         tiny={"ernie4_5": [{}], "ernie4_5_moe": [MOE]},
-        limits="mixture of experts: no router auxiliary loss",
     )
 )

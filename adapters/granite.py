@@ -15,7 +15,6 @@ register(
             "granitemoe": [MOE],
             "granitemoeshared": [dict(MOE, shared_intermediate_size=32)],
         },
-        limits="mixtures of experts: no router auxiliary loss",
     )
 )
 
@@ -33,6 +32,6 @@ register(
             "granite_swa": [SHORT],
             "granitemoe_swa": [dict(MOE | SHORT, shared_intermediate_size=32)],
         },
-        limits="attn_implementation='eager' for ordinary calls; no router auxiliary loss; not with backend='fa4'",
+        limits="attn_implementation='eager' for ordinary calls; not with backend='fa4'",
     )
 )

@@ -7,6 +7,5 @@ register(
         name="MiniMax M2",
         masks="single",
         tiny={"minimax_m2": [dict(num_local_experts=4, num_experts_per_tok=2, rotary_dim=8)]},
-        limits="no router auxiliary loss",
     )
 )

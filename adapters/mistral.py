@@ -15,7 +15,6 @@ register(
             # Ministral 3 has a yarn rope, and queries scaled by their positions.
             "ministral3": [{}, dict(sliding_window=8)],
         },
-        limits="Mixtral: no router auxiliary loss",
     )
 )
 

@@ -9,7 +9,6 @@ register(
         name="OLMo, OLMo 2, OLMoE, FlexOLMo",
         masks="single",
         tiny={"olmo": [dict(clip_qkv=1.0)], "olmo2": [{}], "olmoe": [MOE], "flex_olmo": [MOE]},
-        limits="mixtures of experts: no router auxiliary loss",
     )
 )
 

@@ -21,7 +21,6 @@ register(
             "qwen3": [{}, WINDOW],
         },
         refused={"qwen3_next": LINEAR, "qwen3_5_text": LINEAR, "qwen3_5_moe_text": LINEAR},
-        limits="Qwen2-MoE: no router auxiliary loss",
     )
 )
 
@@ -31,6 +30,5 @@ register(
         masks="single",
         windows=lambda config: {FULL: config.sliding_window or None},
         tiny={"qwen3_moe": [MOE, dict(MOE, **WINDOW)]},
-        limits="no router auxiliary loss",
     )
 )

@@ -98,6 +98,7 @@ class Batch:
         sequences: (R + 1,) int64, the boundaries of sequences that FlashAttention was given; ``None``: none.
         original: The model's own attention implementation.
         cached: Whether the unpatched model would make a cache.
+        restarts_seen: As in the architecture's :class:`Adapter`.
     """
 
     ids: np.ndarray
@@ -107,6 +108,7 @@ class Batch:
     sequences: np.ndarray | None
     original: str
     cached: bool
+    restarts_seen: bool
 
     def restarts(self) -> bool:
         """Tell whether positions are those of padding-free rows."""
@@ -129,6 +131,8 @@ def batch_obstacle(batch: Batch) -> str | None:
         return None
     if batch.mask is not None and not (flash and batch.mask.all()):
         return "with position_ids that do not count a sequence's columns (and an attention_mask)"
+    if not batch.restarts_seen and not flash:
+        return "with position_ids that restart, which this architecture ignores"
     if batch.cached and not flash:
         return f"{RESTARTS_WITH_CACHE} (pass use_cache=False)"
     if flash and len(positions) > 1:

@@ -163,7 +163,7 @@ class Folding:
             rest = iter(arrays)
             _, mask, positions, *kinds = (next(rest) if there else None for there in present)
             mask = None if mask is None else mask != 0
-            batch = Batch(arrays[0], mask, positions, kinds, sequences, original, cached)
+            batch = Batch(arrays[0], mask, positions, kinds, sequences, original, cached, adapter_for(config).restarts)
             latest = _folded(backbone, config, batch, dtype, device)
             self.latest = latest = replace(latest, key=key, arrays=arrays)
         return latest
@@ -213,7 +213,8 @@ def _folded(backbone: PreTrainedModel, config: Any, batch: Batch, dtype: Any, de
         assert batch.positions is not None
         folded = fold_sequences(ids, find_starts(batch.positions), worth)
     elif reason is None:
-        folded = fold_batch(ids, mask, worth, blind=is_flash(batch.original))
+        fold = partial(fold_batch, blind=True) if is_flash(batch.original) else fold_batch
+        folded = fold(ids, mask, worth)
     if folded is None:
         return _Latest(Counts(ids.size, ids.size, ids.size, reason or LITTLE))
     if batch.original == "eager":

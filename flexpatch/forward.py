@@ -20,11 +20,10 @@ from flexpatch.arrival import CALL, GIVEN, PENDING, Row
 from flexpatch.calls import is_exporting, without_cache
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import pad_row, restore_forward
-from flexpatch.dispatch import dense_original, is_ours, is_row_call
+from flexpatch.dispatch import is_ours, is_row_call
 from flexpatch.errors import FlexpatchError
 from flexpatch.folding import Exit, Folding
-from flexpatch.internals import arguments_of, attention_name, takes_argument, text_config
-from flexpatch.registry import adapter_for
+from flexpatch.internals import arguments_of, attention_name, takes_argument
 
 # Names the attribute of a call's ``input_ids`` that holds its exits.
 EXITS = "flexpatch_exits"
@@ -61,6 +60,7 @@ class BackboneHook:
         self.compile = compile
         self.folding = Folding(backend, shared_dropout)
         self.recomputation = None if recompute_layers is None else Recomputation(recompute_layers)
+        self.dense = ""  # the attention function that takes dense masks of rows; set by apply
         self.disabled = 0  # how many blocks of flexpatch.disabled the model is in
 
     def __getstate__(self) -> dict[str, Any]:
@@ -101,8 +101,7 @@ class BackboneHook:
             # Given a number, Gemma 4 drops tokens before its last layers, and which ones it drops is wrong for rows.
             call["logits_to_keep"] = torch.empty(0, dtype=torch.long)
         length, masks = call["input_ids"].shape[1], call["attention_mask"]
-        dense = dense_original(backbone, adapter_for(text_config(backbone)))
-        return (), call | {CALL: Row(length, masks, dense=dense, pending=pending, fa4=self.backend == "fa4")}
+        return (), call | {CALL: Row(length, masks, dense=self.dense, pending=pending, fa4=self.backend == "fa4")}
 
     @torch.compiler.disable
     def _enter(self, backbone: PreTrainedModel, call: dict[str, Any], folds: bool) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from flexpatch.dispatch import (
     check_backend,
     check_original,
     check_ranks,
+    dense_original,
     is_ours,
     original_of,
     register_name,
@@ -152,6 +153,7 @@ def _apply(model: nn.Module, options: dict[str, Any]) -> None:
     set_attention(inner, register_name(original))
     if attention_name(inner) == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
+    hook.dense = dense_original(inner, adapter_for(config))
     previous = hook_of(inner)
     if previous is not None:
         hook.folding.counts, hook.folding.of_trainer = previous.folding.counts, previous.folding.of_trainer

@@ -68,6 +68,8 @@ class Adapter:
         logit_transform: ``config`` -> the change that the model makes to its head's output.
         ropes: Rope types whose frequencies are exact under restarted positions. ``"longrope"`` may be listed: calls
             that straddle its switching length are refused one by one.
+        restarts: Whether the model takes ``position_ids`` that restart for the beginning of another sequence. Most hand
+            them to the function of transformers that makes masks; a model that does not sees one sequence.
         implementations: The attention implementations of the model's own that are right for it, in order of preference.
         reject: ``config`` -> why this configuration cannot be exact and what to do instead, or ``None``.
         refused: Known relatives that are never exact: ``model_type`` -> reason.
@@ -80,6 +82,7 @@ class Adapter:
     windows: Callable[[Any], Mapping[str, int | None]] = no_windows
     logit_transform: Callable[[Any], LogitTransform] = unchanged_logits
     ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
+    restarts: bool = True
     implementations: tuple[str, ...] = ("sdpa", "eager")
     reject: Callable[[Any], str | None] = never
     refused: Mapping[str, str] = field(default_factory=dict)

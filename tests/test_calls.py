@@ -387,7 +387,6 @@ def test_what_is_no_model(call: Any) -> None:
         ("org/name", r"got the name 'org/name': AutoModelForCausalLM.from_pretrained\('org/name'\)"),
         (type(model), "got the class LlamaForCausalLM: pass an instance"),
         ({"model": model}, "got dict"),
-        (type("SomeTrainer", (), {"model": model})(), "got SomeTrainer: pass its .model"),
         (two, "ModuleDict holds several transformers models, 'value' beside the first: pass them one at a time"),
     ]
     for given, message in cases:

@@ -340,14 +340,18 @@ def test_calls_that_run_as_they_are_with_a_warning(reason: str, changes: dict[st
 
 
 def test_rows_packed_by_the_caller_run_as_they_are_with_a_warning() -> None:
-    """What trainers call padding-free: several sequences in a row, told apart by their positions."""
+    """Where there is little to share, and where positions do not restart at 0."""
     model = tiny_model("llama", dtype=torch.float32)
     call = dict(
         input_ids=torch.tensor([[3, 4, 5, 3, 4, 6]]), position_ids=torch.tensor([[0, 1, 2] * 2]), use_cache=False
     )
     before = model(**call).logits
-    with pytest.warns(FlexpatchWarning, match="position_ids that do not count .* .packed rows"):
-        assert torch.equal(flexpatch.apply(model)(**call).logits, before)
+    flexpatch.apply(model)
+    assert torch.equal(model(**call).logits, before) and flexpatch.savings(model).batches == 1
+    call["position_ids"] += 3  # a document that continues one of an earlier call
+    before = flexpatch.remove(copy.deepcopy(model))(**call).logits
+    with pytest.warns(FlexpatchWarning, match="position_ids that do not count .*, nor restart at 0"):
+        assert torch.equal(model(**call).logits, before)
 
 
 def test_tuples() -> None:
@@ -372,16 +376,6 @@ def test_a_model_with_the_name_and_no_hooks_says_so() -> None:
     flexpatch.apply(reference)(**batch)
     assert flexpatch.savings(reference).folded == 1
     flexpatch.apply(reference, fold=False)(**batch)  # on purpose, so without a word
-
-
-def test_router_losses_run_as_they_are() -> None:
-    model = tiny_model("mixtral", dtype=torch.float32)
-    batch = padded_batch()
-    before = model(**batch, output_router_logits=True)
-    with pytest.warns(FlexpatchWarning, match="output_router_logits"):
-        after = flexpatch.apply(model)(**batch, output_router_logits=True)
-    assert torch.equal(before.aux_loss, after.aux_loss)
-    assert model(**batch).logits.shape == before.logits.shape
 
 
 def test_given_positions_that_count_columns_fold() -> None:
@@ -590,6 +584,9 @@ def test_refusals() -> None:
     model = peft.get_peft_model(
         tiny_model("llama"), peft.LoraConfig(r=2, lora_dropout=0.1, target_modules="all-linear")
     )
+    with pytest.raises(UnsupportedModelError, match=r"dropout 0.1 in .* is active"):
+        flexpatch.apply(model)
+    model.requires_grad_(False)  # a reference never trains
     flexpatch.apply(model)
     assert model.eval()(**batch).logits.isfinite().all()
     with pytest.raises(UnsupportedModelError, match=r"dropout 0.1 in .* is active"):

@@ -1,0 +1,110 @@
+"""Mixtures of experts fold with their router logits: auxiliary losses and gradients are the unpatched model's."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from parameterized import parameterized
+from torch import Tensor, nn
+
+import flexpatch
+from flexpatch.float64 import Float64
+from flexpatch.internals import eager_experts
+from flexpatch.models import tiny_model, tiny_types
+
+BOUND = 1e-10
+generator = torch.Generator().manual_seed(0)
+
+
+def draw(count: int) -> Tensor:
+    return torch.randint(3, 151, (count,), generator=generator)
+
+
+FIRST, SECOND = draw(20), draw(14)
+SEQUENCES = [torch.cat([p, draw(n)]) for p, n in ((FIRST, 9), (FIRST, 5), (SECOND, 7), (SECOND, 12))]
+
+
+def batch(side: str) -> dict[str, Tensor]:
+    ids = nn.utils.rnn.pad_sequence(SEQUENCES, batch_first=True, padding_side=side)
+    mask = ids != 0
+    # A first token would be predicted in front of its sequence, where eager attention averages over all padding.
+    later = mask & (mask.cumsum(1) > 1)
+    return dict(input_ids=ids, attention_mask=mask.long(), labels=ids.masked_fill(~later, -100))
+
+
+def routes(model_type: str) -> bool:
+    config = tiny_model(model_type).config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
+    return any(getattr(config, name, None) for name in names)
+
+
+MIXTURES = [model_type for model_type in tiny_types() if routes(model_type)]
+
+
+def results(model: nn.Module, call: dict[str, Any]) -> tuple[Tensor, Tensor, Any]:
+    """A loss with the auxiliary one, and one of the router logits themselves; its gradient in all weights."""
+    model.zero_grad()
+    output = model(**call, use_cache=False, output_router_logits=True)
+    real = call["attention_mask"].bool()
+    routers = [logits.view(*real.shape, -1)[real] for logits in output.router_logits]
+    loss = output.loss + sum((r * torch.linspace(-1, 1, r.numel()).to(r).view_as(r)).mean() for r in routers)
+    if output.aux_loss is not None:
+        loss = loss + output.aux_loss
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), output
+
+
+def test_there_are_mixtures() -> None:
+    assert {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe"} <= set(MIXTURES)
+
+
+@parameterized.expand([(model_type,) for model_type in MIXTURES])
+def test_auxiliary_losses(model_type: str) -> None:
+    stock = eager_experts(tiny_model(model_type)).train()
+    model = flexpatch.apply(copy.deepcopy(stock))
+    for side in ("left", "right"):
+        with Float64():
+            (true, slope, output), (ours, our_slope, our_output) = (results(m, batch(side)) for m in (stock, model))
+        assert [r.shape for r in our_output.router_logits] == [r.shape for r in output.router_logits]
+        assert (ours - true).abs() < BOUND and (our_slope - slope).norm() < BOUND * slope.norm()
+    assert flexpatch.savings(model).folded == 2
+
+
+def test_asked_for_by_the_configuration() -> None:
+    stock = eager_experts(tiny_model("mixtral")).train()
+    stock.config.output_router_logits = True
+    model = flexpatch.apply(copy.deepcopy(stock))
+    call = batch("right") | {"use_cache": False}
+    (true, ours) = (m(**call) for m in (stock, model))
+    assert true.aux_loss is not None and (ours.aux_loss - true.aux_loss).abs() < 1e-6
+    assert (ours.loss - true.loss).abs() < 1e-6 and flexpatch.savings(model).folded == 1
+
+
+@parameterized.expand(["wrong order", "left folded"])
+def test_the_comparison_can_fail(broken: str) -> None:
+    stock = eager_experts(tiny_model("mixtral"))
+    model = flexpatch.apply(copy.deepcopy(stock))
+    true, slope, _ = results(stock, batch("right"))
+
+    def change(output: Any, unfold: Any) -> None:
+        output.last_hidden_state = unfold(output.last_hidden_state)
+        shape = (1, len(output.router_logits[0]), -1)
+        unfolded = [unfold(r.view(shape)) for r in output.router_logits]
+        output.router_logits = tuple(
+            (r.transpose(0, 1) if broken == "wrong order" else r[:, :1].expand_as(r)).flatten(0, 1) for r in unfolded
+        )
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("flexpatch.folding.change_tokens", change)
+        ours, our_slope, _ = results(model, batch("right"))
+    assert (ours - true).abs() > 1e-4 and (our_slope - slope).norm() > 1e-4 * slope.norm()
+
+
+def test_under_checkpointing() -> None:
+    stock = eager_experts(tiny_model("qwen3_moe")).train()
+    stock.gradient_checkpointing_enable({"use_reentrant": False})
+    model = flexpatch.apply(copy.deepcopy(stock), recompute_layers=2)
+    (true, slope, _), (ours, our_slope, _) = (results(m, batch("left")) for m in (stock, model))
+    assert (ours - true).abs() < 1e-6 and (our_slope - slope).norm() < 1e-5 * slope.norm()
+    assert flexpatch.savings(model).folded == 1
