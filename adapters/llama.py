@@ -18,7 +18,7 @@ register(
         masks="single",
         tiny={"llama": [{}, dict(rope_parameters=LLAMA3), dict(rope_parameters=YARN, tie_word_embeddings=True)]},
         refused={
-            "llama4_text": "Llama 4 attends in chunks and scales queries by their packed index, ignoring position_ids"
+            "llama4_text": "Llama 4 attends in chunks and scales queries by their packed index, ignoring position_ids; "
             "a mask cannot make it exact. Train it unpatched",
         },
     )

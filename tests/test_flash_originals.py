@@ -96,7 +96,7 @@ def test_folds_to_what_it_gives(model_type: str, variant: int, name: str) -> Non
         assert "across which FlashAttention counts windows otherwise" in next(iter(saved.reasons))
 
 
-@pytest.mark.parametrize("name", GIVEN)
+@parameterized.expand([(name,) for name in GIVEN])
 @pytest.mark.filterwarnings("ignore:flexpatch")
 def test_runs_as_given(name: str) -> None:
     stock, (call, reason) = flash_model("llama"), GIVEN[name]

@@ -96,7 +96,7 @@ def test_the_comparison_can_fail(broken: str) -> None:
     assert flexpatch.savings(model).batches == 1
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@parameterized.expand([(False,), (True,)])
 @pytest.mark.filterwarnings("ignore:flexpatch")
 def test_a_cache_that_hides_restarts(checkpointed: bool) -> None:
     """Where a call would make a cache, transformers takes the row for one sequence: so does the patched model."""
@@ -145,7 +145,7 @@ def test_arguments_of_kernels_do_not_reach_a_folded_row() -> None:
     assert all(seen[0].get(name) is None for name in padding_free.VARLEN)
 
 
-@pytest.mark.parametrize("model_type", tiny_types())
+@parameterized.expand([(model_type,) for model_type in tiny_types()])
 def test_records_say_whether_a_model_tells_sequences_apart(model_type: str) -> None:
     stock, call = eager_experts(tiny_model(model_type)), make(1)
     with torch.no_grad():
@@ -161,8 +161,8 @@ def test_a_model_that_takes_a_row_for_one_sequence() -> None:
     assert list(flexpatch.savings(model).reasons) == ["with position_ids that restart, which this architecture ignores"]
 
 
+@parameterized.expand([(model_type,) for model_type in tiny_types()])
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", tiny_types())
 def test_every_architecture(model_type: str) -> None:
     stock, call = eager_experts(tiny_model(model_type)).train(), make(1)
     model = flexpatch.apply(copy.deepcopy(stock))
