@@ -16,23 +16,39 @@ from flexpatch.launch import options_of_environment
 
 def install() -> None:
     """Let transformers load patched models in this process. Called when Python starts, before anything is imported."""
-    sys.meta_path.insert(0, _Finder())
+    when_imported("transformers.modeling_utils", _patch_loading)
+    when_imported("transformers.trainer", _patch_training)
+
+
+def when_imported(name: str, change: Callable[[Any], None]) -> None:
+    """Change a module as soon as it has been imported.
+
+    Args:
+        name: Dotted name of a module that is not imported yet.
+        change: Takes the module.
+    """
+    if not _changes:
+        sys.meta_path.insert(0, _Finder())
+    _changes.setdefault(name, []).append(change)
+
+
+_changes: dict[str, list[Callable[[Any], None]]] = {}
 
 
 class _Finder:
-    """Finds two modules of transformers where they are, and changes a class of each when it has been imported."""
+    """Finds the modules that are to be changed where they are."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
-        change = _CHANGES.get(name)
-        spec = None if change is None else PathFinder.find_spec(name, path, target)
+        spec = PathFinder.find_spec(name, path, target) if name in _changes else None
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
             execute(module)
-            change(module)
+            for change in _changes[name]:
+                change(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -70,9 +86,6 @@ def _patch_training(module: Any) -> None:
         return train(self, *args, **kwargs)
 
     module.Trainer.train = patched
-
-
-_CHANGES = {"transformers.modeling_utils": _patch_loading, "transformers.trainer": _patch_training}
 
 
 def _patch(whole: Any, models: Mapping[str, Any]) -> None:

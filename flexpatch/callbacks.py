@@ -7,6 +7,7 @@ from transformers import Trainer, TrainerCallback
 
 from flexpatch.errors import FlexpatchError
 from flexpatch.patch import apply, is_applied, savings
+from flexpatch.refusals import check_dropout
 from flexpatch.trainers import models_of
 
 
@@ -71,6 +72,8 @@ class Flexpatch(SavingsCallback):
         self.models: dict[str, Any] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if not self.options.get("shared_dropout"):
+            check_dropout(model, trains=True)
         apply(model, **self.options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
