@@ -105,7 +105,8 @@ def run(environment: Path, client: Client, folder: Path, applied: bool) -> str:
     place.mkdir(parents=True)
     command = client.write(place, applied)
     paths = os.pathsep.join([str(environment / "bin"), os.environ["PATH"]])
-    settings = dict(PATH=paths, PYTHONPATH=str(ROOT / "benchmarks" / "recorder"), RECORD=str(place))
+    search = os.pathsep.join([str(ROOT / "benchmarks" / "recorder"), str(ROOT)])
+    settings = dict(PATH=paths, PYTHONPATH=search, RECORD=str(place))
     settings |= dict(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", WANDB_DISABLED="true")
     done = subprocess.run(
         command, cwd=place, env=os.environ | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -234,7 +235,7 @@ def swift(place: Path, applied: bool, **settings: Any) -> list[str]:
     """ms-swift imports plugins by their path."""
     plugin = ROOT / "flexpatch" / "integrations" / "swift" / "flexpatch_plugin.py"
     given = dict(
-        rlhf_type="dpo", model=place.parent / "model", model_type="llama3", template="dummy", max_length=2048,
+        rlhf_type="dpo", model=place.parent / "model", model_type="llama", template="dummy", max_length=2048,
         dataset=place.parent / "talks.json", torch_dtype="float32", per_device_train_batch_size=2, max_steps=STEPS,
         learning_rate=RATE, logging_steps=1, report_to="none", save_strategy="no", seed=0, output_dir="out",
         gradient_accumulation_steps=1, split_dataset_ratio=0, use_hf="true",
