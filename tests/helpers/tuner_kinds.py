@@ -187,6 +187,8 @@ EXACT: dict[str, Maker] = {
     "BEFT": of("BeftConfig"),
     "BOFT": of("BOFTConfig"),
     "BOFT butterfly": of("BOFTConfig", boft_n_butterfly_factor=2, bias="all"),
+    "BONE": of("BoneConfig", r=4),  # MISS, by its name in peft before 0.19
+    "BONE bat": of("BoneConfig", r=4, init_weights="bat", **ONE),
     "C3A": of("C3AConfig", block_size=16),
     "DEFT": of("DeftConfig", r=4),
     "DEFT qr": of("DeftConfig", r=4, decomposition_method="qr", alpha=8),
