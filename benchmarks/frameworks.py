@@ -4,10 +4,10 @@
     python benchmarks/frameworks.py llamafactory --pip torch==2.13.0+cpu torchvision
 
 Installs the program from PyPI with this checkout beside it, so that their requirements must agree. Then it runs ten
-steps of DPO on the CPU twice, in float32, on a Llama of 3 layers of 256 units with a byte-level tokenizer and on pairs
-of examples/data. Each step's loss and all trained weights are noted by benchmarks/recorder. The row of the program in
---table is replaced. The exit code is 1 if losses differ by more than 1e-5, weights by more than 5e-5, or if nothing was
-folded, as where the line does nothing.
+steps on the CPU twice, in float32, on a Llama of 3 layers of 256 units with a byte-level tokenizer: DPO on pairs of
+examples/data, or SFT on prompts with many answers (verl's engine, which has no DPO). Each step's loss and all trained
+weights are noted by benchmarks/recorder. The row of the program in --table is replaced. The exit code is 1 if losses
+differ by more than 1e-5, weights by more than 5e-5, or if nothing was folded, as where the line does nothing.
 """
 
 import argparse
@@ -143,6 +143,7 @@ def python(environment: Path, function: Callable[..., Any], *paths: Path) -> Any
 def make_inputs(folder: str) -> None:
     """Write a model, and the pairs in the form of each program, for both runs."""
     import torch
+    from datasets import Dataset
     from helpers.tokenizers_offline import make_tokenizer
 
     from flexpatch.models import tiny_model
@@ -180,6 +181,12 @@ def make_inputs(folder: str) -> None:
         for row in rows
     ]
     write_json(Path(folder) / "talks.json", talks)
+    answers = [
+        dict(messages=[dict(role="user", content=prompt), dict(role="assistant", content=f"{number}. {row['chosen']}")])
+        for prompt in (rows[0]["prompt"], rows[1]["prompt"])
+        for number, row in enumerate(rows)
+    ]
+    Dataset.from_list(answers).to_parquet(Path(folder) / "answers.parquet")
 
 
 def compare(stock: str, applied: str) -> list[float]:
@@ -271,6 +278,27 @@ def trl(place: Path, applied: bool, **settings: Any) -> list[str]:
     return [*(LAUNCH if applied else []), *command]
 
 
+def verl(place: Path, applied: bool, **settings: Any) -> list[str]:
+    """verl imports a module that its configuration names. Its SFT trainer runs the engine of its PPO actors."""
+    given = {
+        "data.train_files": place.parent / "answers.parquet", "data.train_batch_size": 8, "data.num_workers": 0,
+        "data.use_dynamic_bsz": False, "data.micro_batch_size_per_gpu": 8, "data.ignore_input_ids_mismatch": True,
+        "model.path": place.parent / "model", "engine.dtype": "float32", "engine.use_torch_compile": False,
+        "optim.lr": RATE, "trainer.device": "cpu", "trainer.logger": "[console]", "trainer.resume_mode": "disable",
+        "trainer.total_training_steps": STEPS, "trainer.default_local_dir": place / "out",
+    } | settings  # fmt: skip
+    given |= {"model.external_lib": "flexpatch.integrations.verl"} if applied else {}
+    # verl.trainer.sft_trainer, but for NCCL, which CPUs have not.
+    (place / "train.py").write_text(
+        "from torch.distributed import init_process_group\nfrom verl.trainer import sft_trainer\n"
+        "from verl.utils import distributed\n\n"
+        "distributed.initialize_global_process_group = lambda: init_process_group('gloo')\n"
+        "sft_trainer.main()\n"
+    )
+    start = ["torchrun", "--standalone", "--nproc_per_node", "1", "train.py"]
+    return [*start, *(f"{name}={value}" for name, value in given.items())]
+
+
 def using(write: Callable[..., list[str]], **settings: Any) -> Callable[[Path, bool], list[str]]:
     """Fix settings of a program."""
     return lambda place, applied: write(place, applied, **settings)
@@ -290,6 +318,10 @@ CLIENTS = {
         "DPO, LoRA",
     ),
     "axolotl-full": Client("axolotl==0.19.0", axolotl, "DPO, all weights"),
+    "verl": Client("verl[verl-core]==0.9.1", verl, "SFT, 20 answers a prompt, remove_padding"),
+    "verl-padded": Client(
+        "verl[verl-core]==0.9.1", using(verl, **{"model.use_remove_padding": False}), "SFT, 20 answers a prompt, padded"
+    ),
     "trl": Client("trl==1.16.0", using(trl, use_peft="true"), "DPO, LoRA"),
     "trl-full": Client("trl==1.16.0", trl, "DPO, all weights"),
 }

@@ -1,7 +1,8 @@
-"""Notes the loss of each step and the weights at the end of any ``transformers.Trainer``, for frameworks.py.
+"""Notes the loss of each step and the weights at the end of a ``transformers.Trainer`` or verl's engine.
 
-Python runs this file when it starts with this folder on ``PYTHONPATH``. ``RECORD`` names the folder of the notes. Stock
-and patched runs both have it. Adapters start from a fixed seed, since not every program seeds them.
+frameworks.py puts this folder on ``PYTHONPATH``, so that Python runs this file when it starts. ``RECORD`` names the
+folder of the notes. Stock and patched runs both have it. Adapters start from a fixed seed, since not every program
+seeds them.
 """
 
 import json
@@ -13,6 +14,15 @@ from typing import Any
 from flexpatch.autopatch import when_imported
 
 FOLDER = Path(os.environ["RECORD"])
+
+
+def write(model: Any, losses: list[float]) -> None:
+    """Write all that was noted: the trained weights, and the losses so far."""
+    from safetensors.torch import save_file
+
+    trained = {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, FOLDER / "weights.safetensors")
+    (FOLDER / "losses.json").write_text(json.dumps(losses))
 
 
 def record(module: Any) -> None:
@@ -28,16 +38,26 @@ def record(module: Any) -> None:
 
     @wraps(train)
     def noted_train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from safetensors.torch import save_file
-
         result = train(self, *args, **kwargs)
-        weights = {n: p.detach().float().cpu().contiguous() for n, p in self.model.named_parameters()}
-        trained = {n: weights[n].clone() for n, p in self.model.named_parameters() if p.requires_grad}
-        save_file(trained, FOLDER / "weights.safetensors")
-        (FOLDER / "losses.json").write_text(json.dumps(losses))
+        write(self.model, losses)
         return result
 
     module.Trainer.training_step, module.Trainer.train = noted_step, noted_train
+
+
+def record_engine(module: Any) -> None:
+    """Let verl's engines write the two files after each step."""
+    step = module.BaseEngine.train_batch
+    losses: list[float] = []
+
+    @wraps(step)
+    def noted_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = step(self, *args, **kwargs)
+        losses.append(sum(float(loss) for loss in output["loss"]))
+        write(self.module, losses)
+        return output
+
+    module.BaseEngine.train_batch = noted_step
 
 
 def seed_adapters(module: Any) -> None:
@@ -56,4 +76,5 @@ def seed_adapters(module: Any) -> None:
 
 
 when_imported("transformers.trainer", record)
+when_imported("verl.workers.engine.base", record_engine)
 when_imported("peft.mapping_func", seed_adapters)
