@@ -283,19 +283,14 @@ def verl(place: Path, applied: bool, **settings: Any) -> list[str]:
     given = {
         "data.train_files": place.parent / "answers.parquet", "data.train_batch_size": 8, "data.num_workers": 0,
         "data.use_dynamic_bsz": False, "data.micro_batch_size_per_gpu": 8, "data.ignore_input_ids_mismatch": True,
-        "model.path": place.parent / "model", "engine.dtype": "float32", "engine.use_torch_compile": False,
+        "model.path": place.parent / "model", "+model.override_config.attn_implementation": "sdpa",
+        "engine.strategy": "fsdp2", "+engine.mixed_precision": "{param_dtype: fp32}", "engine.use_torch_compile": False,
         "optim.lr": RATE, "trainer.device": "cpu", "trainer.logger": "[console]", "trainer.resume_mode": "disable",
         "trainer.total_training_steps": STEPS, "trainer.default_local_dir": place / "out",
     } | settings  # fmt: skip
     given |= {"model.external_lib": "flexpatch.integrations.verl"} if applied else {}
-    # verl.trainer.sft_trainer, but for NCCL, which CPUs have not.
-    (place / "train.py").write_text(
-        "from torch.distributed import init_process_group\nfrom verl.trainer import sft_trainer\n"
-        "from verl.utils import distributed\n\n"
-        "distributed.initialize_global_process_group = lambda: init_process_group('gloo')\n"
-        "sft_trainer.main()\n"
-    )
-    start = ["torchrun", "--standalone", "--nproc_per_node", "1", "train.py"]
+    program = ROOT / "benchmarks" / "recorder" / "verl_on_cpu.py"
+    start = ["torchrun", "--standalone", "--nproc_per_node", "1", str(program)]
     return [*start, *(f"{name}={value}" for name, value in given.items())]
 
 

@@ -20,8 +20,9 @@ def write(model: Any, losses: list[float]) -> None:
     """Write all that was noted: the trained weights, and the losses so far."""
     from safetensors.torch import save_file
 
-    trained = {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, FOLDER / "weights.safetensors")
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    trained = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).float().cpu() for n, p in trained.items()}
+    save_file({n: p.clone() for n, p in trained.items()}, FOLDER / "weights.safetensors")
     (FOLDER / "losses.json").write_text(json.dumps(losses))
 
 
