@@ -13,9 +13,8 @@ import numpy as np
 import peft
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora import BdLoraConfig, MontecloraConfig
+from peft.tuners.lora import config as lora_configs
 from peft.tuners.lora.config import ArrowConfig, CordaConfig
-from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
 import flexpatch
@@ -31,15 +30,46 @@ TREES = [Tree.of(PROMPT, *RUNS[:3]), Tree.of(RUNS[3], *RUNS[4:])]
 SEEN = [PROMPT[0], PROMPT[5], RUNS[0][0], RUNS[4][2]]  # tokens that occur
 
 
-def of(config: str, **settings: Any) -> Maker:
-    """A model with the adapters of one of peft's configurations."""
+@dataclasses.dataclass
+class Of:
+    """Makes a model with the adapters of one of peft's configurations.
+
+    Attributes:
+        config: Name of its class.
+        settings: Its arguments; an :class:`Of` among them is another configuration.
+    """
+
+    config: str
+    settings: dict[str, Any]
+
+    def __call__(self, base: nn.Module) -> nn.Module:
+        return peft.get_peft_model(base, self.made())
+
+    def made(self) -> Any:
+        given = {name: value.made() if isinstance(value, Of) else value for name, value in self.settings.items()}
+        return self.kind()(**copy.deepcopy(given))
+
+    def kind(self) -> Any:
+        return getattr(peft, self.config, None) or getattr(lora_configs, self.config, None)
+
+    def exists(self) -> bool:
+        """Whether the installed peft has it: older ones lack some settings, and some of their values."""
+        kind = self.kind()
+        types = {} if kind is None else {field.name: str(field.type) for field in dataclasses.fields(kind)}
+        start = str(self.settings.get("init_lora_weights", True)).split("_niter_")[0]
+        named = start in ("True", "False") or start in types.get("init_lora_weights", "")
+        inner = all(value.exists() for value in self.settings.values() if isinstance(value, Of))
+        return self.settings.keys() <= types.keys() and inner and named
+
+
+def of(config: str, **settings: Any) -> Of:
     given = dict(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM") | settings
     if given["target_modules"] is None:
         del given["target_modules"]
-    return lambda base: peft.get_peft_model(base, getattr(peft, config)(**copy.deepcopy(given)))
+    return Of(config, given)
 
 
-def lora(**settings: Any) -> Maker:
+def lora(**settings: Any) -> Of:
     return of("LoraConfig", **dict(r=4) | settings)
 
 
@@ -78,6 +108,8 @@ def lora_ga(base: nn.Module) -> nn.Module:
     settings = peft.LoraConfig(
         r=4, target_modules=["q_proj"], init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig()
     )
+    from peft.tuners.lora.loraga import preprocess_loraga
+
     preprocess_loraga(base, settings, lambda: base(**batch(), labels=batch()["input_ids"]).loss.backward())
     return peft.get_peft_model(base, settings)
 
@@ -155,6 +187,8 @@ EXACT: dict[str, Maker] = {
     "BEFT": of("BeftConfig"),
     "BOFT": of("BOFTConfig"),
     "BOFT butterfly": of("BOFTConfig", boft_n_butterfly_factor=2, bias="all"),
+    "BONE": of("BoneConfig", r=4),  # MISS, by its name in peft before 0.19
+    "BONE bat": of("BoneConfig", r=4, init_weights="bat", **ONE),
     "C3A": of("C3AConfig", block_size=16),
     "DEFT": of("DeftConfig", r=4),
     "DEFT qr": of("DeftConfig", r=4, decomposition_method="qr", alpha=8),
@@ -191,10 +225,12 @@ EXACT: dict[str, Maker] = {
     ),
     "LORA qalora": lora(use_qalora=True),
     "LORA bdlora": lora(
-        use_bdlora=BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["down_proj"], nblocks=2)
+        use_bdlora=Of(
+            "BdLoraConfig", dict(target_modules_bd_a=["q_proj"], target_modules_bd_b=["down_proj"], nblocks=2)
+        )
     ),
-    "LORA kasa": lambda base: lora(kasa_config=peft.tuners.lora.KasaConfig())(base),
-    "LORA velora random": lora(velora_config=peft.VeloraConfig(num_groups=4, init_type="random")),
+    "LORA kasa": lora(kasa_config=Of("KasaConfig", {})),
+    "LORA velora random": lora(velora_config=Of("VeloraConfig", dict(num_groups=4, init_type="random"))),
     "LORA arrow": arrow,
     **{f"LORA init {start}": lora(init_lora_weights=start) for start in (False, "gaussian", "olora", "orthogonal")},
     **{f"LORA init {start}": lora(init_lora_weights=start) for start in ("pissa", "pissa_niter_2", "mica")},
@@ -252,20 +288,30 @@ REFUSED: dict[str, tuple[Maker, str]] = {
     "P_TUNING": (of("PromptEncoderConfig", encoder_hidden_size=16, **VIRTUAL), "tokens of its own"),
     "SHADOW": (of("ShadowConfig", shadow_dropout=0.0, target_modules=None), "runs a second model"),
     "LORA aLoRA": (lora(alora_invocation_tokens=[PROMPT[3]]), "invocation tokens"),
-    "LORA Monteclora": (lora(monteclora_config=MontecloraConfig(sample_scaler=0.1, buffer_size=4)), "draws noise"),
-    "LORA Velora": (lora(velora_config=peft.VeloraConfig(num_groups=4)), "init_type='random'"),
+    "LORA Monteclora": (
+        lora(monteclora_config=Of("MontecloraConfig", dict(sample_scaler=0.1, buffer_size=4))),
+        "draws noise",
+    ),
+    "LORA Velora": (lora(velora_config=Of("VeloraConfig", dict(num_groups=4))), "init_type='random'"),
     "LORA once Velora": (
-        lora(velora_config=peft.VeloraConfig(num_groups=4, init_type="batch_average_once")),
+        lora(velora_config=Of("VeloraConfig", dict(num_groups=4, init_type="batch_average_once"))),
         "init_type='random'",
     ),
 }
 
 
-if "kasa_config" not in {field.name for field in dataclasses.fields(peft.LoraConfig)}:  # older than peft 0.21
-    del EXACT["LORA kasa"]
 KNOWN = {peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING}
-EXACT = {kind: maker for kind, maker in EXACT.items() if kind.split()[0] in KNOWN}
-REFUSED = {kind: refused for kind, refused in REFUSED.items() if kind.split()[0] in KNOWN}
+
+
+def exists(kind: str, maker: Maker) -> bool:
+    """Whether the installed peft has a kind: its tuner, and all settings of it."""
+    if maker is lora_ga:
+        return hasattr(peft, "LoraGAConfig")  # from peft 0.19 on
+    return kind.split()[0] in KNOWN and (not isinstance(maker, Of) or maker.exists())
+
+
+EXACT = {kind: maker for kind, maker in EXACT.items() if exists(kind, maker)}
+REFUSED = {kind: refused for kind, refused in REFUSED.items() if exists(kind, refused[0])}
 
 
 @cache

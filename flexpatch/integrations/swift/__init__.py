@@ -1,0 +1,1 @@
+"""Plugin of ms-swift, a file of its own folder: ms-swift puts the folder of a plugin first on ``sys.path``."""
