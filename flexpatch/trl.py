@@ -1,30 +1,105 @@
-"""Packed batches for TRL's DPOTrainer: full rows instead of a fixed number of pairs.
+"""Packed batches for TRL's trainers: full rows instead of a fixed number of pairs.
 
 ``flexpatch.apply(model)`` folds the batches that a trainer makes. A batch of short pairs makes a short row, for which a
-GPU waits. :class:`PackedDPOTrainer` fills each micro-batch with pairs up to a budget of tokens:
+GPU waits. :class:`PackedDPOTrainer` and its relatives fill each micro-batch up to a budget of tokens:
 
 >>> trainer = PackedDPOTrainer(flexpatch.apply(model), token_budget=16384, args=DPOConfig(...), ...)  # doctest: +SKIP
+
+Trainers that generate split what they generated at random. :class:`PackedGRPOTrainer` and :class:`PackedRLOOTrainer`
+keep the completions of a prompt together.
 """
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Sized
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
-from trl import DPOTrainer
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 
+from flexpatch.bins import BinDataset, BinSampler, pair_lengths, prompt_groups, sequence_lengths
 from flexpatch.errors import FlexpatchError
-from flexpatch.packing import epoch_bins
-from flexpatch.patch import savings
+from flexpatch.groups import gather_groups
+from flexpatch.patch import settings_of
 
 # Losses of DPOTrainer that are not means over pairs: they average over tokens, or compare pairs with each other.
 NOT_MEANS = ("sft", "aot", "aot_unpaired")
 
+Collate = Callable[[list[Any]], Any]
 
-class PackedDPOTrainer(DPOTrainer):
+
+class _PackedTrainer(Trainer):
+    """Trainer whose micro-batches hold as many samples as fit a budget of shared tokens.
+
+    ``per_device_train_batch_size`` is ignored. ``gradient_accumulation_steps`` counts packed micro-batches.
+
+    Micro-batches hold different numbers of samples, and TRL's trainers average over the samples of each. So each
+    micro-batch's loss is weighted by its share of the step's samples, over all ranks. The gradient is then the mean
+    over the step's samples, as of one batch. Metrics other than the loss stay means over micro-batches.
+    """
+
+    def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        larger = f"micro-batches of {token_budget:,} shared tokens would be padded batches, many times as large"
+        _check_folds(self.accelerator.unwrap_model(self.model), "model", larger)
+        reference = getattr(self, "ref_model", None)
+        if reference is not None and not self.args.precompute_ref_log_probs:
+            _check_folds(self.accelerator.unwrap_model(reference), "ref_model", larger)
+        if not isinstance(self.train_dataset, Sized):
+            raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
+        self.groups, lengths = self._items(token_budget)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.bins = BinSampler(lengths, token_budget, self.accelerator.num_processes, seed)
+
+    def _items(self, token_budget: int) -> tuple[list[list[int]] | None, list[int]]:
+        """Return the rows of each item of the dataset (``None``: one), and its length in a shared row."""
+        raise NotImplementedError
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return a loader whose batches are the bins of the epoch."""
+        loader = DataLoader(
+            BinDataset(self.train_dataset, self.bins, self.groups),
+            batch_size=1,
+            sampler=self.bins,
+            collate_fn=partial(self.collate_bin, self.data_collator),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor]:
+        """Return the step's micro-batches, and the number of their samples over all ranks."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        samples = torch.tensor([sum(map(self.samples, batches))], device=self.accelerator.device)
+        return batches, self.accelerator.gather(samples).sum()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
+    ) -> Any:
+        """Compute the stock trainer's loss, and weight it by the micro-batch's share of the step's samples."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None:  # evaluation
+            return result
+        # The trainer divides the loss by the number of micro-batches, and averages gradients over ranks.
+        means = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        weight = self.samples(inputs) * means / num_items_in_batch
+        return (result[0] * weight, result[1]) if return_outputs else result * weight
+
+    @staticmethod
+    def collate_bin(collate: Collate, bins: list[list[Any]]) -> Any:
+        """Make a batch of the rows of one bin. Static, so that workers need no trainer."""
+        return collate(bins[0])
+
+    @staticmethod
+    def samples(inputs: Any) -> int:
+        """Count the samples of a batch: pairs, all chosen rows of which come before all rejected ones."""
+        return len(inputs["input_ids"]) // 2
+
+
+class PackedDPOTrainer(_PackedTrainer, DPOTrainer):
     """DPOTrainer whose micro-batches hold as many pairs as fit a budget of shared tokens.
 
     ``per_device_train_batch_size`` is ignored. ``gradient_accumulation_steps`` counts packed micro-batches.
@@ -35,142 +110,153 @@ class PackedDPOTrainer(DPOTrainer):
 
     Args:
         token_budget: Most tokens of a row: prompt, chosen and rejected of all its pairs, each once.
-        args, kwargs: Arguments of DPOTrainer. The model must fold batches (:func:`flexpatch.apply`).
+        args, kwargs: Arguments of DPOTrainer. Model and reference must fold batches (:func:`flexpatch.apply`).
 
     Raises:
-        FlexpatchError: If the model does not fold, the dataset is streamed, a pair exceeds the budget, or the loss is
-            not a mean over pairs (sft, aot).
+        FlexpatchError: If the model or the reference does not fold, the dataset is streamed, a pair exceeds the
+            budget, or the loss is not a mean over pairs (sft, aot).
     """
 
-    def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        savings(self.accelerator.unwrap_model(self.model))  # an error if the model does not fold
-        if not isinstance(self.train_dataset, Sized):
-            raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
+    def _items(self, token_budget: int) -> tuple[None, list[int]]:
         losses = [self.args.loss_type] if isinstance(self.args.loss_type, str) else self.args.loss_type
         if mixed := set(losses) & set(NOT_MEANS):
             raise FlexpatchError(
                 f"loss_type {', '.join(sorted(mixed))} is not a mean over pairs: packed batches would change the loss"
             )
-        lengths = pair_lengths(self.train_dataset, self.args.max_length, self.args.truncation_mode)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.bins = BinSampler(lengths, token_budget, self.accelerator.num_processes, seed)
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return a loader whose batches are the bins of the epoch."""
-        loader = DataLoader(
-            _Bins(self.train_dataset, self.bins),
-            batch_size=1,
-            sampler=self.bins,
-            collate_fn=partial(_collate_bin, self.data_collator),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
-        )
-        return self.accelerator.prepare(loader)
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor]:
-        """Return the step's micro-batches, and the number of their pairs over all ranks."""
-        batches, _ = super().get_batch_samples(*args, **kwargs)
-        pairs = torch.tensor([sum(_pairs(batch) for batch in batches)], device=self.accelerator.device)
-        return batches, self.accelerator.gather(pairs).sum()
-
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: torch.Tensor | None = None
-    ) -> Any:
-        """Compute DPOTrainer's loss, and weight it by the micro-batch's share of the step's pairs."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if num_items_in_batch is None:  # evaluation
-            return result
-        # The trainer divides the loss by the number of micro-batches, and averages gradients over ranks.
-        means = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-        weight = _pairs(inputs) * means / num_items_in_batch
-        return (result[0] * weight, result[1]) if return_outputs else result * weight
+        return None, pair_lengths(self.train_dataset, self.args.max_length, self.args.truncation_mode)
 
 
-def _collate_bin(collate: Callable[[list[Any]], Any], bins: list[list[Any]]) -> Any:
-    return collate(bins[0])
+class PackedRewardTrainer(_PackedTrainer, RewardTrainer):
+    """RewardTrainer whose micro-batches hold as many pairs as fit a budget of shared tokens.
 
-
-def _pairs(inputs: Any) -> int:
-    """Count the pairs of one of DPOTrainer's batches, which hold all chosen rows, then all rejected rows."""
-    return len(inputs["input_ids"]) // 2
-
-
-def pair_lengths(dataset: Any, max_length: int | None, truncation_mode: str = "keep_start") -> list[int]:
-    """Count the tokens of each tokenised pair in a shared row.
+    Weighted as :class:`PackedDPOTrainer`.
 
     Args:
-        dataset: Dataset with the columns ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``.
-        max_length: Longest prompt + answer, in tokens. DPOTrainer cuts longer ones. ``None`` for no limit.
-        truncation_mode: ``"keep_start"`` if DPOTrainer cuts the end, ``"keep_end"`` if it cuts the start, after which
-            the two sequences of a pair share no prefix.
-
-    Returns:
-        Tokens of each pair, its prompt counted once.
-    """
-    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
-    lengths = np.array(
-        [
-            list(map(len, row))
-            for batch in tqdm(columns.iter(1000), "lengths", -(-len(columns) // 1000), disable=None)
-            for row in zip(*batch.values(), strict=True)
-        ]
-    )
-    prompt = lengths[:, 0]
-    chosen, rejected = prompt + lengths[:, 1], prompt + lengths[:, 2]
-    if max_length is not None:
-        if truncation_mode == "keep_end":
-            prompt = np.where(np.maximum(chosen, rejected) > max_length, 0, prompt)
-        prompt, chosen, rejected = (np.minimum(x, max_length) for x in (prompt, chosen, rejected))
-    return (chosen + rejected - prompt).tolist()
-
-
-class BinSampler(Sampler[list[int]]):
-    """Sampler of the bins of an epoch, of all ranks. Accelerate deals bins to ranks in turn, and calls ``set_epoch``.
-
-    Args:
-        lengths: Length of each sample, in tokens.
-        token_budget: Most tokens of a bin.
-        ranks: Processes that share the epoch.
-        seed: Seed of all epochs.
+        token_budget: Most tokens of a row: chosen and rejected of all its pairs, their common beginnings once.
+        args, kwargs: Arguments of RewardTrainer. The model must fold batches (:func:`flexpatch.apply`).
 
     Raises:
-        FlexpatchError: For a sample that is longer than ``token_budget``.
+        FlexpatchError: If the model does not fold, the dataset is streamed, or a pair exceeds the budget.
     """
 
-    def __init__(self, lengths: list[int], token_budget: int, ranks: int, seed: int) -> None:
-        self.settings: dict[str, Any] = dict(lengths=lengths, capacity=token_budget, ranks=ranks, seed=seed)
-        self.epoch = 0
-        self.bins = epoch_bins(**self.settings)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the bins of epoch number ``epoch``."""
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.bins = epoch_bins(**self.settings, epoch=epoch)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.bins)
-
-    def __len__(self) -> int:
-        return len(self.bins)
+    def _items(self, token_budget: int) -> tuple[None, list[int]]:
+        return None, sequence_lengths(self.train_dataset)
 
 
-class _Bins(Dataset):
-    """Dataset of bins, each indexed by the list of its samples."""
+class PackedKTOTrainer(_PackedTrainer, KTOTrainer):
+    """KTOTrainer whose micro-batches hold as many completions as fit a budget of shared tokens, prompt by prompt.
 
-    def __init__(self, dataset: Any, bins: BinSampler) -> None:
-        self.dataset = dataset
-        self.bins = bins
+    Weighted as :class:`PackedDPOTrainer`, by completions.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Pass the epoch on to the sampler.
+    KTO's loss compares each completion with an estimate of the KL divergence, which the trainer takes over a
+    micro-batch whose completions it rotates among the prompts. Here the micro-batch is the packed one: its loss is the
+    stock trainer's on a batch of the same rows. A step of several micro-batches has as many estimates, as there.
+    ``loss_type="apo_zero_unpaired"`` has no such estimate: any packing gives the same gradient.
 
-        Accelerate looks for ``set_epoch`` on the sampler. It does not find the sampler after it has split batches among
-        ranks and skipped the first batches of a resumed epoch, and calls the dataset's method instead.
-        """
-        self.bins.set_epoch(epoch)
+    Args:
+        token_budget: Most tokens of a row: prompts and completions, each once. Rotated completions fill rows of their
+            own, equally long.
+        args, kwargs: Arguments of KTOTrainer. Model and reference must fold batches (:func:`flexpatch.apply`).
 
-    def __getitem__(self, items: list[int]) -> list[Any]:
-        return [self.dataset[item] for item in items]
+    Raises:
+        FlexpatchError: If the model or the reference does not fold, the dataset is streamed, a completion with its
+            prompt exceeds the budget, or with ``loss_type="kto"``, if a micro-batch would hold the completions of one
+            prompt alone, or the reference's log-probs are precomputed.
+    """
+
+    def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
+        super().__init__(*args, token_budget=token_budget, **kwargs)
+        if not self.calculate_KL:
+            return
+        if self.args.precompute_ref_log_probs:
+            raise FlexpatchError(
+                "precompute_ref_log_probs=True scores the rotated completions of fixed batches, and packed batches "
+                "rotate others: leave it out, or use loss_type='apo_zero_unpaired'"
+            )
+        if min(map(len, self.bins), default=2) < 2:
+            raise FlexpatchError(
+                f"with token_budget={token_budget} a micro-batch would hold the completions of one prompt alone, and "
+                "KTO's estimate of the KL divergence needs those of others: raise it, or use "
+                "loss_type='apo_zero_unpaired'"
+            )
+
+    def _items(self, token_budget: int) -> tuple[list[list[int]], list[int]]:
+        return prompt_groups(self.train_dataset, self.args.max_length, token_budget)
+
+    @staticmethod
+    def collate_bin(collate: Collate, bins: list[list[Any]]) -> Any:
+        """Make a batch of the rows of one bin, whose completions are rotated among its prompts."""
+        (rows,) = bins
+        if "KL_completion_ids" in rows[0]:
+            others = rows[-1:] + rows[:-1]
+            rows = [
+                row | {"KL_completion_ids": other["completion_ids"]} for row, other in zip(rows, others, strict=True)
+            ]
+        return collate(rows)
+
+    @staticmethod
+    def samples(inputs: Any) -> int:
+        """Count the completions of a batch."""
+        return len(inputs["input_ids"])
+
+
+class WholeGroups(Trainer):
+    """Base of trainers that generate: micro-batches hold whole groups, so that each prompt is computed once.
+
+    TRL shuffles the completions that it generated, and splits them into micro-batches. A prompt is then computed in
+    almost all of them. Here the order of prompts is random, and completions of one prompt stay together.
+
+    For trainers derived from GRPOTrainer: ``class Mine(WholeGroups, GMPOTrainer): pass``.
+
+    Args:
+        args, kwargs: Arguments of the trainer. The model must fold batches (:func:`flexpatch.apply`).
+
+    Raises:
+        FlexpatchError: If the model does not fold, or ``per_device_train_batch_size`` is not a multiple of
+            ``num_generations``.
+    """
+
+    _buffered_inputs: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_folds(self.accelerator.unwrap_model(self.model), "model", "its groups would be computed unshared")
+        rows, group = self.args.per_device_train_batch_size, self.num_generations
+        if rows % group:
+            raise FlexpatchError(
+                f"per_device_train_batch_size={rows} is not a multiple of num_generations={group}, so micro-batches "
+                "cannot hold whole groups"
+            )
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Return the next micro-batch. TRL's method keeps those of a generation, whose rows are put in order here."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = gather_groups(self._buffered_inputs)
+        return self._buffered_inputs[self._step % len(self._buffered_inputs)]
+
+
+class PackedGRPOTrainer(WholeGroups, GRPOTrainer):
+    """GRPOTrainer whose micro-batches hold whole groups. See :class:`WholeGroups`."""
+
+
+class PackedRLOOTrainer(WholeGroups, RLOOTrainer):
+    """RLOOTrainer whose micro-batches hold whole groups. See :class:`WholeGroups`."""
+
+
+def _check_folds(model: nn.Module, name: str, otherwise: str) -> None:
+    """Refuse a model that would run batches as they are given."""
+    settings = settings_of(model)
+    if settings is not None and settings["fold"]:
+        return
+    if settings is not None:
+        raise FlexpatchError(f"{name} does not fold batches, because of flexpatch.apply(fold=False): {otherwise}")
+    way = "pass flexpatch.apply(model)"
+    if name == "ref_model":
+        way = (
+            "pass ref_model=flexpatch.apply(copy.deepcopy(model)), since one that the trainer makes comes too late, or "
+            "train an adapter, without which the model is the reference"
+        )
+    raise FlexpatchError(f"{name} does not fold batches: {otherwise}. So {way}")

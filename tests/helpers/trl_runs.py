@@ -56,12 +56,11 @@ def train(
     ) | (settings or {})  # fmt: skip
     trainer = kind(
         model,
-        ref_model=flexpatch.apply(tiny_model("llama", 1)),
         args=DPOConfig(**config),
         train_dataset=rows(pairs),
         processing_class=make_tokenizer(),
         optimizers=(SGD(model.parameters(), lr=config["learning_rate"]), None),
-        **arguments,
+        **dict(ref_model=flexpatch.apply(tiny_model("llama", 1))) | arguments,
     )
     trainer.train()
     return trainer
