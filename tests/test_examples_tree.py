@@ -3,9 +3,7 @@
 import importlib.util
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from itertools import count, permutations
 from pathlib import Path
@@ -138,18 +136,15 @@ def test_the_default_model_may_be_missing(
     assert len(error.strip().splitlines()) == 1
 
 
-def test_the_program(example: Any, tmp_path: Path) -> None:
+def test_the_program(example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     torch.manual_seed(0)
     sizes = dict(vocab_size=len(tokenizer), max_position_embeddings=2048, initializer_range=0.1)
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**TINY, **sizes})).save_pretrained(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(EXAMPLES / "preference_tree.py"), "--model", str(tmp_path), "--check"]
-    command += ["--steps", "4", "--dialogues", str(len(DIALOGUES)), "--lr", "0.002"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    *steps, checked = done.stdout.splitlines()
+    settings = ["--steps", "4", "--dialogues", str(len(DIALOGUES)), "--lr", "0.002"]
+    assert not example.main(["--model", str(tmp_path), "--check", *settings])
+    *steps, checked = capsys.readouterr().out.splitlines()
     losses = [float(re.findall(r"loss ([\d.]+),", step)[0]) for step in steps]
     groups = [group for turn in DIALOGUES for group in example.rankings(example.tree_of(turn, tokenizer), count())]
     # The adapter starts as nothing: all orders of a turn's replies are equally likely.

@@ -83,9 +83,10 @@ def test_packed_dpo(settings: tuple[str, ...], inside: Any) -> None:
     assert "outside 1 to 50 (the budget" in error.splitlines()[-1]
 
 
-def test_grpo(settings: tuple[str, ...], inside: Any, tmp_path: Path) -> None:
+def test_grpo(settings: tuple[str, ...], inside: Any) -> None:
     settings += ("--steps", "3", "--new-tokens", "12", "--lr", "0.01")
-    on = example("trl_grpo.py", tmp_path, *settings)
+    code, on, _ = inside("trl_grpo.py", *settings)
+    assert code is None
     code, off, _ = inside("trl_grpo.py", *settings, "--off")
     assert code is None
 
