@@ -76,10 +76,12 @@ def public_functions(source: str) -> Iterator[tuple[str, ast.FunctionDef]]:
         a.asname or a.name for node in imports if not str(node.module).startswith("flexpatch") for a in node.names
     }
     for node in tree.body:
-        # A class of another library documents the methods that subclasses override.
+        # A class of another library documents the methods that subclasses, and theirs, override.
         overrides = isinstance(node, ast.ClassDef) and any(
             base in foreign - {"NamedTuple"} for base in names(node.bases)
         )
+        if overrides:
+            foreign.add(node.name)
         functions = node.body if isinstance(node, ast.ClassDef) and not overrides else [node]
         for function in functions:
             private = any(each.name.startswith("_") for each in (node, function) if hasattr(each, "name"))
