@@ -85,9 +85,11 @@ class Flexpatch(SavingsCallback):
         callbacks.remove(self)
         callbacks.insert(0, self)
 
-    def on_log(self, args: Any, state: Any, control: Any, **entry: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, model: Any = None, **_: Any
+    ) -> None:
         if self.options.get("fold", True):
-            super().on_log(args, state, control, **entry)
+            super().on_log(args, state, control, logs, model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.is_world_process_zero and self.options.get("fold", True):

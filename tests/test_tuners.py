@@ -138,6 +138,7 @@ def test_registry() -> None:
             assert owner.__module__.startswith(f"peft.tuners.{tuner.lower()}."), "layers are told by their package"
 
 
+@pytest.mark.heavy("bitsandbytes")  # which peft's layers over it import
 def test_layers() -> None:
     """Every module class of peft has the verdict of its tuner; what no tuner is known by is refused."""
     unlike = set()
@@ -282,12 +283,20 @@ def token_by_token(layer: nn.Module) -> tuple[float, float]:
 QUANTIZED = [("aqlm", "AqlmLoraLinear"), ("awq", "AwqLoraLinear"), ("gptq", "GPTQLoraLinear"), ("te", "TeLinear")]
 
 
-QUANTIZED += [("bnb", "Linear4bit"), ("bnb", "Linear8bitLt")]
-
-
 @parameterized.expand([each for each in QUANTIZED if find_spec(f"peft.tuners.lora.{each[0]}")])
 def test_layers_over_quantizers(file: str, kind: str) -> None:
     """What LoRA adds to them; the quantizers themselves are not looked at here."""
+    check_layers(file, kind)
+
+
+@parameterized.expand([("Linear4bit",), ("Linear8bitLt",)])
+@pytest.mark.heavy("bitsandbytes")
+def test_layers_over_bitsandbytes(kind: str) -> None:
+    check_layers("bnb", kind)
+
+
+def check_layers(file: str, kind: str) -> None:
+    """Tokens stay apart in a layer of LoRA over a quantizer's."""
     for variant in ({}, {"use_qalora": True}) if file == "gptq" else ({},):
         assert max(token_by_token(quantized(file, kind, **variant).train())) < 1e-12
 
