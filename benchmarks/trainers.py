@@ -15,6 +15,8 @@ dpo       LoRA DPOTrainer, reference = adapter off. Stock runs --batch-sizes upw
           long) times the number of rows.
 nothing   DPOTrainer on pairs that share nothing and need no padding: the cost of flexpatch where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
+padding-free
+          The same sequences behind each other in one row, on --flash: stock by its varlen kernels, against one line.
 profile   Kernels of one step of every set, by class: stock at the first batch size, without checkpointing, and packed.
 
 Prints one table a part, writes them with trainers.json and trainers.png to --output.
@@ -56,6 +58,17 @@ SHAPES = {
         hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
         head_dim=64, vocab_size=128256, tie_word_embeddings=True,
     ),
+    # A mixture of experts: 128 experts in each layer, 8 for each token. 5.6 billion parameters.
+    "8 layers of Qwen3-30B-A3B": dict(
+        model_type="qwen3_moe", hidden_size=2048, num_hidden_layers=8, intermediate_size=6144, num_attention_heads=32,
+        num_key_value_heads=4, head_dim=128, vocab_size=151936, tie_word_embeddings=False, num_experts=128,
+        num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, router_aux_loss_coef=0.001,
+    ),
+    "tiny mixture": dict(
+        model_type="qwen3_moe", hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=512, tie_word_embeddings=True, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, router_aux_loss_coef=0.001,
+    ),
     "tiny": dict(
         hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, vocab_size=512, tie_word_embeddings=True,
@@ -63,6 +76,8 @@ SHAPES = {
 }  # fmt: skip
 MODES = ("stock", "one line", "packed")
 OPTIONS: dict[str, dict[str, Any]] = {"one line": {}, "packed": dict(compile=True, recompute_layers="auto")}
+# Router logits leave layers by hooks, which do not compile.
+OPTIONS_OF_MIXTURES: dict[str, dict[str, Any]] = {"one line": {}, "packed": dict(recompute_layers="auto")}
 
 
 def main() -> None:
@@ -79,6 +94,7 @@ def main() -> None:
     add("--seconds", type=float, default=math.inf, help="begin no set after so many seconds")
     add("--bins", type=int, default=6, help="packed batches an epoch, approximately (%(default)s)")
     add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
+    add("--lora", choices=("all-linear", "attention"), default="all-linear", help="layers that get adapters")
     add("--full", action="store_true", help="train all weights instead of LoRA, with a second model as the reference")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
@@ -117,6 +133,15 @@ def main() -> None:
         elif part == "grpo":
             results[part] = {mode: grpo(options, mode) for mode in MODES[:2]}
             tables.append(grpo_table(results[part], options))
+        elif part == "padding-free":
+            results[part] = {mode: padding_free(options, mode) for mode in MODES[:2]}
+            stock, ours = (results[part][mode] for mode in MODES[:2])
+            tables.append(
+                f"One padding-free row of {ours['tokens']:,} tokens, {ours['shape'][1]} answers of {ours['shape'][2]} to "
+                f"a prompt of {ours['shape'][0]}, log-probs with gradients, ms: {stock['attention']} {stock['ms']:.0f}, "
+                f"with flexpatch {ours['ms']:.0f} ({stock['ms'] / ours['ms']:.2f}×), mean log-prob "
+                f"{stock['mean']:.4f} and {ours['mean']:.4f}."
+            )
         else:
             profiles: dict[str, dict[str, float]] = {}
             for name, mode in itertools.product(names, ("stock", "packed")):
@@ -137,7 +162,8 @@ def main() -> None:
 
 def make_model(options: argparse.Namespace, attention: str = "sdpa") -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **SHAPES[options.shape], max_position_embeddings=32768)
+    shape = {"model_type": "llama"} | SHAPES[options.shape]
+    config = AutoConfig.for_model(**shape, max_position_embeddings=131072)
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, options.dtype), attn_implementation=attention
@@ -282,13 +308,15 @@ def measure(
     count, kind = max(options.pairs, batch_size), Stock
     arguments: dict[str, Any] = {}
     if mode != "stock":
-        flexpatch.apply(model, **(OPTIONS[mode] if options.device == "cuda" else {}))
+        table = OPTIONS_OF_MIXTURES if "model_type" in SHAPES[options.shape] else OPTIONS
+        flexpatch.apply(model, **(table[mode] if options.device == "cuda" else {}))
     if options.full:
         arguments["ref_model"] = make_model(options, attention)
         if mode != "stock":
             flexpatch.apply(arguments["ref_model"], compile=OPTIONS[mode].get("compile", False))
     else:
-        arguments["peft_config"] = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if options.lora == "attention" else options.lora
+        arguments["peft_config"] = peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets)
     if mode == "packed":
         count = max(count, round(options.bins * options.budget / statistics.mean(map(sum, lengths))))
         arguments["token_budget"], kind = options.budget, Packed
@@ -358,6 +386,43 @@ def grpo(options: argparse.Namespace, mode: str, prompt: int = 4096, answers: in
     return dict(ms=1e3 * seconds, peak_gb=peak, shape=[prompt, answers, length])
 
 
+def padding_free(
+    options: argparse.Namespace, mode: str, prompt: int = 4096, answers: int = 16, length: int = 256
+) -> Any:
+    """Measure log-probs of answers in one padding-free row, and their gradients in all weights, with checkpointing."""
+    if options.shape.startswith("tiny"):
+        prompt, answers, length = 64, 4, 16
+    model = make_model(options, options.flash or "sdpa").train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if mode != "stock":
+        flexpatch.apply(model)
+    generator = torch.Generator(options.device).manual_seed(0)
+    ids = torch.randint(
+        5, model.config.vocab_size, (answers, prompt + length), generator=generator, device=options.device
+    )
+    ids[:, :prompt] = ids[:1, :prompt]
+    positions = torch.arange(prompt + length, device=options.device).repeat(answers)[None]
+    predictors = (positions[0] >= prompt - 1) & (positions[0] < prompt + length - 1)
+    means = []
+
+    def step() -> None:
+        model.zero_grad()
+        hidden = model.base_model(ids.view(1, -1), position_ids=positions, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[0, predictors])
+        loss = nn.functional.cross_entropy(logits.float(), ids[:, prompt:].flatten())
+        loss.backward()
+        means.append(-loss.item())
+
+    seconds = timed(step, options.device)
+    if mode != "stock":
+        assert flexpatch.savings(model).folded, flexpatch.savings(model)
+    peak = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
+    return dict(
+        ms=1e3 * seconds, peak_gb=peak, shape=[prompt, answers, length], tokens=ids.numel(), mean=means[-1],
+        attention=options.flash or "sdpa",
+    )  # fmt: skip
+
+
 def timed(step: Callable[[], Any], device: str, repeats: int = 7) -> float:
     """Time a call: median seconds, after two warm-ups."""
     times = []
@@ -396,7 +461,7 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
     lines.append(
         f"\nDPOTrainer, {kind}, reference {reference}. Stock: the fastest of batches of {sizes} pairs, with and "
         f"without gradient checkpointing{flash}; one line: the largest that fits without; packed: {options.budget:,} "
-        'tokens a batch, compiled layers, recompute_layers="auto"; *tokens*: how many times fewer the folded batches '
+        f'tokens a batch, {layers}recompute_layers="auto"; *tokens*: how many times fewer the folded batches '
         "of the one line hold."
     )
     return "\n".join(lines)
