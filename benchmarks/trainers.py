@@ -440,6 +440,7 @@ def timed(step: Callable[[], Any], device: str, repeats: int = 7) -> float:
 
 def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
     kind, reference = ("full fine-tuning", "a second model") if options.full else ("LoRA", "adapter off")
+    layers = "" if "model_type" in SHAPES[options.shape] else "compiled layers, "
     reference = "computed before" if options.precompute else f"pass by {reference}"
     sizes = ", ".join(map(str, options.batch_sizes))
     flash = f", on sdpa or {options.flash}" if options.flash else ""
