@@ -313,7 +313,8 @@ def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @fuzz(
-    60,
+    30,
+    long=1200,
     changes=mostly(st.just([]), damage),
     cut=mostly(st.none(), st.sampled_from([7, 400])),
     junk=mostly(st.none(), st.binary(max_size=99)),
