@@ -42,7 +42,17 @@ MODULES = {
     "code",
     "yaml",
 }
-ATTRIBUTES = {"os.system", "os.popen", "os.execv", "os.execve", "os.spawnv", "pty.spawn", "torch.load", "np.load", "numpy.load"}
+ATTRIBUTES = {
+    "os.system",
+    "os.popen",
+    "os.execv",
+    "os.execve",
+    "os.spawnv",
+    "pty.spawn",
+    "torch.load",
+    "np.load",
+    "numpy.load",
+}
 # Programs whose only purpose is to run another, which the user names; and a benchmark that runs the project's example.
 ALLOWED = {
     ("benchmarks/hh.py", "subprocess"),
