@@ -129,6 +129,7 @@ def _let_be(model: Any, why: str) -> None:
 # Counts of batches, by the list that holds them, with the model's name. Models themselves may be freed before the end.
 _counted: dict[int, tuple[str, Any]] = {}
 _said: set[str] = set()
+_telling: set[int] = set()  # processes that tell at their end
 
 
 def tell_at_exit(model: Any, name: str = "") -> None:
@@ -145,7 +146,9 @@ def tell_at_exit(model: Any, name: str = "") -> None:
 
     hook = hook_of(model)
     assert hook is not None
-    if not _counted:
+    if os.getpid() not in _telling:
+        _telling.add(os.getpid())
+        _counted.clear()  # a process that was forked has those of another
         Finalize(None, _tell, exitpriority=0)
     kind = type(pretrained(model)).__name__
     _counted[id(hook.folding.counts)] = (f"{kind} ({name})" if name else kind, hook.folding.counts)

@@ -193,7 +193,7 @@ def test_only_some_files_know_transformers_and_flex() -> None:
     )
     assert {"internals", "dispatch"} <= importers("transformers")
     assert importers(FLEX) == {"arrival", "attention", "compiled", "dispatch", "masks"}
-    for leaf in ("env", "verify", "estimate", "trl", "callbacks"):
+    for leaf in ("env", "verify", "estimate", "trl", "callbacks", "autopatch", "integrations"):
         assert importers(f"flexpatch.{leaf}") == set()
     assert importers("trl") == {"trl"}
 

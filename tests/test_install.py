@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # What a build reads. The library itself stays out: without torch, each of many processes takes an instant.
 BUILD = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "flexpatch/adapters.py", "flexpatch/errors.py"]
+BUILD += [f"flexpatch/{name}" for name in ("integrations/__init__.py", "integrations/swift/__init__.py")]
+BUILD += ["flexpatch/launched/sitecustomize.py"]
 STUB = '__version__ = "0.1.0"\ndef apply(): return "applied"\n'
 PROGRAM = """
 import multiprocessing, sys
@@ -47,7 +49,7 @@ class Installed:
             (self.checkout / name).write_text(source)
         if finder:  # what pyproject.toml would say without setup.py
             settings = (self.checkout / "pyproject.toml").read_text()
-            changed = settings.replace('packages = ["flexpatch"]', 'packages = ["flexpatch", "flexpatch.adapters"]')
+            changed = settings.replace('packages = ["flexpatch"', 'packages = ["flexpatch", "flexpatch.adapters"')
             changed = changed.replace('{ "" = "." }', '{ "flexpatch.adapters" = "adapters" }')
             assert changed.count("flexpatch.adapters") == settings.count("flexpatch.adapters") + 2
             (self.checkout / "pyproject.toml").write_text(changed)

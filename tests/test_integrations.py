@@ -123,6 +123,7 @@ def test_without_folding_there_are_no_savings(tmp_path: Path, capsys: pytest.Cap
 
 @pytest.fixture
 def axolotl(monkeypatch: pytest.MonkeyPatch) -> Any:
+    pytest.importorskip("pydantic", reason="needs pydantic, which axolotl and new releases of typer bring")
     stand_ins.put(monkeypatch, "axolotl.integrations.base", BasePlugin=stand_ins.BasePlugin)
     return stand_ins.fresh(monkeypatch, "flexpatch.integrations.axolotl")
 

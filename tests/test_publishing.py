@@ -64,10 +64,10 @@ def test_a_wheel_holds_the_library_and_nothing_else(checkout: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         about = archive.read(f"flexpatch-{flexpatch.__version__}.dist-info/METADATA").decode()
-    library = {f"flexpatch/{file.name}" for file in (checkout / "flexpatch").iterdir() if file.is_file()}
+    library = {str(file.relative_to(checkout)) for file in (checkout / "flexpatch").rglob("*") if file.is_file()}
     adapters = {f"flexpatch/adapters/{file.name}" for file in (checkout / "adapters").glob("*.py")}
     assert held == library | adapters
-    assert "flexpatch/py.typed" in held and len(adapters) > 10
+    assert {"flexpatch/py.typed", "flexpatch/launched/sitecustomize.py"} <= held and len(adapters) > 10
     assert "License-Expression: Apache-2.0" in about and "Project-URL: Issues, https://" in about
 
 

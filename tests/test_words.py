@@ -15,10 +15,10 @@ import pytest
 from parameterized import parameterized
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = sorted((ROOT / "flexpatch").glob("*.py"))
+LIBRARY = sorted((ROOT / "flexpatch").rglob("*.py"))
 FILES = [
     *LIBRARY,
-    *(path for folder in ("adapters", "examples", "benchmarks") for path in sorted(ROOT.glob(f"{folder}/*.py"))),
+    *(path for folder in ("adapters", "examples", "benchmarks") for path in sorted(ROOT.glob(f"{folder}/**/*.py"))),
 ]
 MOST_LINES = 300
 
