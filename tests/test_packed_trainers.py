@@ -264,9 +264,9 @@ def test_dropout_of_an_adapter_that_the_trainer_adds_is_refused() -> None:
     given = dict(token_budget=300, ref_model=None, peft_config=lora)
     model = tiny_model("llama")
     with pytest.raises(UnsupportedModelError, match="shared_dropout=True"):
-        train(Packed, Path(), flexpatch.apply(model), **given)
+        train(Packed, Path(), flexpatch.apply(model), dict(disable_dropout=False), **given)
     model = flexpatch.apply(tiny_model("llama"), shared_dropout=True)
-    assert train(Packed, Path(), model, dict(max_steps=1), **given).state.global_step == 1
+    assert train(Packed, Path(), model, dict(max_steps=1, disable_dropout=False), **given).state.global_step == 1
 
 
 # Groups
