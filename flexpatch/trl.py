@@ -23,6 +23,7 @@ from flexpatch.bins import BinDataset, BinSampler, pair_lengths, prompt_groups, 
 from flexpatch.errors import FlexpatchError
 from flexpatch.groups import gather_groups
 from flexpatch.patch import settings_of
+from flexpatch.refusals import check_dropout
 
 # Losses of DPOTrainer that are not means over pairs: they average over tokens, or compare pairs with each other.
 NOT_MEANS = ("sft", "aot", "aot_unpaired")
@@ -115,6 +116,7 @@ class PackedDPOTrainer(_PackedTrainer, DPOTrainer):
     Raises:
         FlexpatchError: If the model or the reference does not fold, the dataset is streamed, a pair exceeds the
             budget, or the loss is not a mean over pairs (sft, aot).
+        UnsupportedModelError: If dropout is active in training, without ``apply(model, shared_dropout=True)``.
     """
 
     def _items(self, token_budget: int) -> tuple[None, list[int]]:
@@ -250,6 +252,8 @@ def _check_folds(model: nn.Module, name: str, otherwise: str) -> None:
     """Refuse a model that would run batches as they are given."""
     settings = settings_of(model)
     if settings is not None and settings["fold"]:
+        if name == "model" and not settings["shared_dropout"]:
+            check_dropout(model, trains=True)  # of an adapter that the trainer added
         return
     if settings is not None:
         raise FlexpatchError(f"{name} does not fold batches, because of flexpatch.apply(fold=False): {otherwise}")

@@ -11,6 +11,7 @@ import torch
 from helpers.tokenizers_offline import make_tokenizer
 from helpers.trl_runs import Packed, Unprepared, rows, train, weights
 from parameterized import parameterized
+from peft import LoraConfig
 from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import AutoModelForSequenceClassification, set_seed
@@ -26,7 +27,7 @@ from trl import (
 )
 
 import flexpatch
-from flexpatch import FlexpatchError
+from flexpatch import FlexpatchError, UnsupportedModelError
 from flexpatch.bins import prompt_groups, sequence_lengths
 from flexpatch.groups import gather_groups
 from flexpatch.models import TINY, tiny_model
@@ -256,6 +257,16 @@ def test_a_reference_that_would_not_fold_is_refused(made_by: str, monkeypatch: p
     precomputed = dict(precompute_ref_log_probs=True, max_steps=1)
     trainer = train(Packed, Path(), model, precomputed, ref_model=given, token_budget=300)
     assert trainer.state.global_step == 1, "a reference that runs no packed batches needs no patch"
+
+
+def test_dropout_of_an_adapter_that_the_trainer_adds_is_refused() -> None:
+    lora = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.05, task_type="CAUSAL_LM")
+    given = dict(token_budget=300, ref_model=None, peft_config=lora)
+    model = tiny_model("llama")
+    with pytest.raises(UnsupportedModelError, match="shared_dropout=True"):
+        train(Packed, Path(), flexpatch.apply(model), dict(disable_dropout=False), **given)
+    model = flexpatch.apply(tiny_model("llama"), shared_dropout=True)
+    assert train(Packed, Path(), model, dict(max_steps=1, disable_dropout=False), **given).state.global_step == 1
 
 
 # Groups

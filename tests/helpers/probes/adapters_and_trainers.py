@@ -89,7 +89,12 @@ def _int8_layers_have_a_threshold() -> bool:
     return type(layer).__name__ == "Linear8bitLt" and vars(layer)["state"].threshold == 6.0
 
 
-@probe("trl", "DataCollatorForPreference: chosen rows first, then rejected", "trl._pairs", "to count a batch's pairs")
+@probe(
+    "trl",
+    "DataCollatorForPreference: chosen rows first, then rejected",
+    "trl.PackedDPOTrainer.samples",
+    "to count a batch's pairs",
+)
 def _collator_puts_chosen_first() -> bool:
     trainer = importlib.import_module("trl.trainer.dpo_trainer")
     pairs = [{"prompt_ids": [7, p], "chosen_ids": [1], "rejected_ids": [2, 2]} for p in (8, 9)]
@@ -104,6 +109,26 @@ def _collator_puts_chosen_first() -> bool:
 def _loss_knows_the_step() -> bool:
     names = list(inspect.signature(importlib.import_module("trl").DPOTrainer.compute_loss).parameters)
     return names == ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
+
+
+@probe(
+    "trl", "_buffered_inputs and _step, of GRPOTrainer and RLOOTrainer",
+    "trl.WholeGroups._prepare_inputs", "to keep groups together",
+)  # fmt: skip
+def _generated_batches_are_kept() -> bool:
+    trl = importlib.import_module("trl")
+    methods = [inspect.unwrap(getattr(trl, name)._prepare_inputs) for name in ("GRPOTrainer", "RLOOTrainer")]
+    return all({"_buffered_inputs", "_step", "steps_per_generation"} <= set(m.__code__.co_names) for m in methods)
+
+
+@probe(
+    "trl", "KL_completion_ids: a column that KTOTrainer's collator reads",
+    "trl.PackedKTOTrainer.collate_bin", "to rotate completions within a bin",
+)  # fmt: skip
+def _rotated_completions_are_a_column() -> bool:
+    collator = importlib.import_module("trl.trainer.kto_trainer").DataCollatorForUnpairedPreference(pad_token_id=0)
+    batch = collator([dict(prompt_ids=[5], completion_ids=[6], KL_completion_ids=[7, 8], label=True)])
+    return bool(batch["KL_input_ids"].tolist() == [[5, 7, 8]] and batch["input_ids"].tolist() == [[5, 6]])
 
 
 @probe(
