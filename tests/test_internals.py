@@ -36,6 +36,8 @@ PRIVATE = {
     "parallelism": {
         "_custom_op_handlers", "_forward_hooks", "_forward_pre_hooks", "_modules", "_op_dispatcher", "_shared_state",
     },
+    # Patches models as they are loaded, in processes that launch starts.
+    "autopatch": {"_from_config"},
     # Torch's compiler, not Hugging Face's.
     "attention": {"_dynamo"},
     "compiled": {"_dynamo"},
@@ -53,12 +55,13 @@ OWN = {"_attention", "_device", "_ids", "_num_blocks", "_indices"}
 # What files import of transformers besides PreTrainedModel, or use as its attributes. Two may go below the top level.
 INTERNAL = {"internals", "dispatch"}
 PUBLIC = {
-    "callbacks": {"TrainerCallback"},
+    "callbacks": {"Trainer", "TrainerCallback"},
     "env": {"AutoModelForCausalLM"},
     "models": {
         "AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "CONFIG_MAPPING", "GgufConfig", "__version__",
     },
     "parity": {"__version__"},
+    "trl": {"Trainer"},
     "verify": {"utils"},
 }  # fmt: skip
 BELOW = {

@@ -264,7 +264,7 @@ def _attention_has_an_original() -> bool:
 
 
 @probe(
-    "transformers", "ALL_MASK_ATTENTION_FUNCTIONS['sdpa'] and ['eager']", "dispatch._register",
+    "transformers", "ALL_MASK_ATTENTION_FUNCTIONS['sdpa'] and ['eager']", "dispatch.register_name",
     "so that ordinary calls keep their padding",
 )  # fmt: skip
 def _masks_have_originals() -> bool:
@@ -274,12 +274,12 @@ def _masks_have_originals() -> bool:
 GENERAL = "transformers.modeling_utils.GeneralInterface.register"
 
 
-@probe("transformers", "AttentionInterface.register", "dispatch._register", "to make its attention known", GENERAL)
+@probe("transformers", "AttentionInterface.register", "dispatch.register_name", "to make its attention known", GENERAL)
 def _registers_attention() -> bool:
     return _registers(AttentionInterface, ALL_ATTENTION_FUNCTIONS)
 
 
-@probe("transformers", "AttentionMaskInterface.register", "dispatch._register", "so that calls keep masks", GENERAL)
+@probe("transformers", "AttentionMaskInterface.register", "dispatch.register_name", "so that calls keep masks", GENERAL)
 def _registers_masks() -> bool:
     return _registers(AttentionMaskInterface, ALL_MASK_ATTENTION_FUNCTIONS)
 

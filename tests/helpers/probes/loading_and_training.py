@@ -61,6 +61,19 @@ def _has_backbone() -> bool:
 
 
 @probe(
+    "transformers", "PreTrainedModel.from_pretrained and _from_config, class methods through which all models are made",
+    "autopatch.install", "to patch them in programs that launch starts",
+    "transformers.PreTrainedModel._from_config",
+)  # fmt: skip
+def _models_are_made_by_two_methods() -> bool:
+    methods = vars(transformers.PreTrainedModel)
+    made = transformers.AutoModelForCausalLM.from_config(tiny_model("llama").config)
+    return type(made).__name__ == "LlamaForCausalLM" and all(
+        isinstance(methods[name], classmethod) for name in ("from_pretrained", "_from_config")
+    )
+
+
+@probe(
     "transformers", "get_input_embeddings", "internals.device_of", "to know the device that a model computes on",
     "transformers.modeling_utils.EmbeddingAccessMixin.get_input_embeddings",
 )  # fmt: skip
