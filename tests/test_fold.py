@@ -347,7 +347,7 @@ def test_rows_packed_by_the_caller_run_as_they_are_with_a_warning() -> None:
     )
     before = model(**call).logits
     flexpatch.apply(model)
-    assert torch.equal(model(**call).logits, before) and flexpatch.savings(model).batches == 1
+    assert (model(**call).logits - before).abs().max() < 1e-5 and flexpatch.savings(model).batches == 1
     call["position_ids"] += 3  # a document that continues one of an earlier call
     before = flexpatch.remove(copy.deepcopy(model))(**call).logits
     with pytest.warns(FlexpatchWarning, match="position_ids that do not count .*, nor restart at 0"):
@@ -443,7 +443,7 @@ def test_checking_parity_leaves_folding_as_it_was(fold: bool | None) -> None:
     if options:
         flexpatch.apply(model, **options)
     assert flexpatch.check_parity(model).passed
-    assert patch.settings_of(model) == options
+    assert patch.settings_of(model) == (options and options | {"shared_dropout": False})
     assert len(model.base_model._forward_pre_hooks) == (fold is not None)
     assert len(model.base_model._forward_hooks) == 2 * (fold is not None)
 
