@@ -35,7 +35,9 @@ class Row:
     Engines rebuild arguments that are containers, and move those with a method ``to``: this class is neither.
     """
 
-    def __init__(self, length: int, masks: Any, *, dense: str = "sdpa", pending: bool = False, fa4: bool = False) -> None:
+    def __init__(
+        self, length: int, masks: Any, *, dense: str = "sdpa", pending: bool = False, fa4: bool = False
+    ) -> None:
         """Args:
         length: Tokens of the row.
         masks: Its mask, or a dict of masks by layer type.

@@ -114,10 +114,8 @@ def apply(
 def _apply_to_trainer(trainer: Any, options: dict[str, Any]) -> None:
     """Patch all models of a trainer."""
     for name, model in models_of(trainer).items():
-        if name == "model" and not options["shared_dropout"]:
-            check_dropout(model, trains=True)
         try:
-            _apply(model, options)
+            _apply(model, options, trains=name == "model")
         except UnsupportedModelError as error:
             if name == "model":
                 raise
@@ -129,8 +127,8 @@ def _apply_to_trainer(trainer: Any, options: dict[str, Any]) -> None:
             hook.folding.of_trainer = True
 
 
-def _apply(model: nn.Module, options: dict[str, Any]) -> None:
-    """Patch one model."""
+def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> None:
+    """Patch one model. ``trains``: whether it is known to be a trainer's policy."""
     backend, compile, recompute_layers = (options[name] for name in ("backend", "compile", "recompute_layers"))
     hook = BackboneHook(**options)
     pretrained(model)
@@ -142,7 +140,7 @@ def _apply(model: nn.Module, options: dict[str, Any]) -> None:
     check_original(original, adapter_for(config))
     check_quantization(model)
     if not options["shared_dropout"]:
-        check_dropout(model, trains=False)
+        check_dropout(model, trains=trains)
     check_ranks(model, call=False)
     check_backend(inner, backend)  # the last: it may warn
     layers = layers_of(inner.base_model)
