@@ -40,10 +40,16 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
     """
     if not isinstance(model, nn.Module):
         raise FlexpatchError(_no_model(model))
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
+    found = find_pretrained(model)
+    if found is not None:
+        return found
     raise FlexpatchError(f"{type(model).__name__} holds no transformers model; pass a PreTrainedModel, bare or wrapped")
+
+
+def find_pretrained(model: Any) -> PreTrainedModel | None:
+    """Return the first transformers model in a module; ``None`` if there is none, or it is no module."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((module for module in modules if isinstance(module, PreTrainedModel)), None)
 
 
 def only_pretrained(model: nn.Module) -> PreTrainedModel:

@@ -1,10 +1,10 @@
 """Find the models that a trainer holds: its policy, and perhaps references, teachers, value and reward models."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+
+from flexpatch.internals import find_pretrained
 
 
 def is_trainer(thing: Any) -> bool:
@@ -26,14 +26,8 @@ def models_of(trainer: Any) -> dict[str, nn.Module]:
     for name, value in {"model": trainer.model, **vars(trainer)}.items():
         several = list(value) if isinstance(value, list | tuple | nn.ModuleList) else [value]
         for i, model in enumerate(several):
-            inner = _pretrained(model)
+            inner = find_pretrained(model)
             if inner is not None and id(inner) not in seen:
                 seen.add(id(inner))
                 found[name if len(several) == 1 else f"{name}[{i}]"] = model
     return found
-
-
-def _pretrained(model: Any) -> PreTrainedModel | None:
-    """Find the first transformers model in a module."""
-    modules: Iterable[nn.Module] = model.modules() if isinstance(model, nn.Module) else ()
-    return next((module for module in modules if isinstance(module, PreTrainedModel)), None)
