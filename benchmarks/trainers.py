@@ -362,11 +362,13 @@ def nothing_to_gain(options: argparse.Namespace) -> dict[str, float]:
     return times | {"cost": times["one line"] / times["stock"] - 1}
 
 
-def grpo(options: argparse.Namespace, mode: str, prompt: int = 4096, answers: int = 16, length: int = 256) -> Any:
-    """Measure log-probs of answers and their gradients in all weights, with checkpointing: median time, peak memory."""
-    if options.shape == "tiny":
+def answers_to_a_prompt(
+    options: argparse.Namespace, mode: str, attention: str, prompt: int = 4096, answers: int = 16, length: int = 256
+) -> tuple[Any, torch.Tensor, list[int]]:
+    """Make a checkpointed model, ids (answers, prompt + length) that share their prompt, and these three sizes."""
+    if options.shape.startswith("tiny"):
         prompt, answers, length = 64, 4, 16
-    model = make_model(options).train()
+    model = make_model(options, attention).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     if mode != "stock":
         flexpatch.apply(model)
@@ -375,6 +377,13 @@ def grpo(options: argparse.Namespace, mode: str, prompt: int = 4096, answers: in
         5, model.config.vocab_size, (answers, prompt + length), generator=generator, device=options.device
     )
     ids[:, :prompt] = ids[:1, :prompt]
+    return model, ids, [prompt, answers, length]
+
+
+def grpo(options: argparse.Namespace, mode: str) -> Any:
+    """Measure log-probs of answers and their gradients in all weights, with checkpointing: median time, peak memory."""
+    model, ids, shape = answers_to_a_prompt(options, mode, "sdpa")
+    prompt, _, length = shape
     mask = torch.ones_like(ids)
 
     def step() -> None:
@@ -382,26 +391,14 @@ def grpo(options: argparse.Namespace, mode: str, prompt: int = 4096, answers: in
         logits = model(ids, mask, logits_to_keep=length + 1, use_cache=False).logits[:, :-1]
         nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, prompt:].flatten()).backward()
 
-    seconds = timed(step, options.device)
-    peak = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
-    return dict(ms=1e3 * seconds, peak_gb=peak, shape=[prompt, answers, length])
+    return timed_step(step, options) | dict(shape=shape)
 
 
-def padding_free(
-    options: argparse.Namespace, mode: str, prompt: int = 4096, answers: int = 16, length: int = 256
-) -> Any:
+def padding_free(options: argparse.Namespace, mode: str) -> Any:
     """Measure log-probs of answers in one padding-free row, and their gradients in all weights, with checkpointing."""
-    if options.shape.startswith("tiny"):
-        prompt, answers, length = 64, 4, 16
-    model = make_model(options, options.flash or "sdpa").train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    if mode != "stock":
-        flexpatch.apply(model)
-    generator = torch.Generator(options.device).manual_seed(0)
-    ids = torch.randint(
-        5, model.config.vocab_size, (answers, prompt + length), generator=generator, device=options.device
-    )
-    ids[:, :prompt] = ids[:1, :prompt]
+    attention = options.flash or "sdpa"
+    model, ids, shape = answers_to_a_prompt(options, mode, attention)
+    prompt, answers, length = shape
     positions = torch.arange(prompt + length, device=options.device).repeat(answers)[None]
     predictors = (positions[0] >= prompt - 1) & (positions[0] < prompt + length - 1)
     means = []
@@ -414,14 +411,17 @@ def padding_free(
         loss.backward()
         means.append(-loss.item())
 
-    seconds = timed(step, options.device)
+    record = timed_step(step, options)
     if mode != "stock":
         assert flexpatch.savings(model).folded, flexpatch.savings(model)
+    return record | dict(shape=shape, tokens=ids.numel(), mean=means[-1], attention=attention)
+
+
+def timed_step(step: Callable[[], Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Time a step in milliseconds, and measure its peak memory in GB."""
+    seconds = timed(step, options.device)
     peak = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
-    return dict(
-        ms=1e3 * seconds, peak_gb=peak, shape=[prompt, answers, length], tokens=ids.numel(), mean=means[-1],
-        attention=options.flash or "sdpa",
-    )  # fmt: skip
+    return dict(ms=1e3 * seconds, peak_gb=peak)
 
 
 def timed(step: Callable[[], Any], device: str, repeats: int = 7) -> float:

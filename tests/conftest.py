@@ -24,6 +24,17 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
+def nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No file that a trainer could find, and spare itself the work of an earlier run."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    datasets.disable_caching()
+    yield
+    datasets.enable_caching()
+
+
+@pytest.fixture
 def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention that trains on the CPU, exactly and in float64.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.completions import SEQUENCES
 from helpers.flash_stand_in import NAME, flash_model
 from parameterized import parameterized
 from torch import Tensor
@@ -19,15 +20,6 @@ from flexpatch.fold import fold_batch
 from flexpatch.models import tiny_model
 
 BOUND = 1e-12
-generator = torch.Generator().manual_seed(0)
-
-
-def draw(count: int) -> Tensor:
-    return torch.randint(3, 151, (count,), generator=generator)
-
-
-FIRST, SECOND = draw(20), draw(14)
-SEQUENCES = [torch.cat([p, draw(n)]) for p, n in ((FIRST, 9), (FIRST, 5), (SECOND, 7), (SECOND, 12))]
 LENGTHS = torch.tensor([len(sequence) for sequence in SEQUENCES])
 RIGHT = torch.nn.utils.rnn.pad_sequence(SEQUENCES, batch_first=True)
 MASK = (torch.arange(RIGHT.shape[1]) < LENGTHS[:, None]).long()

@@ -1,6 +1,6 @@
 """Relatives of PackedDPOTrainer: packed batches for RewardTrainer and KTOTrainer, whole groups for GRPO and RLOO."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,16 +33,10 @@ from flexpatch.groups import gather_groups
 from flexpatch.models import TINY, tiny_model
 from flexpatch.trl import PackedGRPOTrainer, PackedKTOTrainer, PackedRewardTrainer, PackedRLOOTrainer
 
+pytestmark = pytest.mark.usefixtures("nothing_cached")
+
 # A packed step differs from one batch by the rounding of float64 alone, relative to what it changed.
 EQUAL, BROKEN = 1e-6, 1e-2
-
-
-@pytest.fixture(autouse=True)
-def nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    datasets.disable_caching()
-    yield
-    datasets.enable_caching()
 
 
 def plain(config: type[Any], **settings: Any) -> Any:

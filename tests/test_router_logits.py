@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.completions import SEQUENCES
 from parameterized import parameterized
 from torch import Tensor, nn
 
@@ -14,15 +15,6 @@ from flexpatch.internals import eager_experts
 from flexpatch.models import tiny_model, tiny_types
 
 BOUND = 1e-10
-generator = torch.Generator().manual_seed(0)
-
-
-def draw(count: int) -> Tensor:
-    return torch.randint(3, 151, (count,), generator=generator)
-
-
-FIRST, SECOND = draw(20), draw(14)
-SEQUENCES = [torch.cat([p, draw(n)]) for p, n in ((FIRST, 9), (FIRST, 5), (SECOND, 7), (SECOND, 12))]
 
 
 def batch(side: str) -> dict[str, Tensor]:

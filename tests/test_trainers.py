@@ -4,7 +4,7 @@ import copy
 import math
 import os
 import unittest
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -56,7 +56,10 @@ from flexpatch.fold import Folded, fold_batch
 from flexpatch.models import TINY, load_model, load_tokenizer, tiny_model
 
 # A batch that runs unfolded would show nothing.
-pytestmark = pytest.mark.filterwarnings("error::flexpatch.FlexpatchWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("error::flexpatch.FlexpatchWarning"),
+    pytest.mark.usefixtures("nothing_cached"),
+]
 
 DATA = Path(__file__).resolve().parents[1] / "examples" / "data" / "direct_answers.jsonl"
 TOKENIZER = make_tokenizer()
@@ -354,15 +357,6 @@ def plain(patch: Patch, *, side: str = "right", **settings: Any) -> Trainer:
     ref_model.config.use_cache = False
     args = arguments(TrainingArguments, remove_unused_columns=False, **settings)
     return HandWritten(patch(tiny()), args, collate, pairs())
-
-
-@pytest.fixture(autouse=True)
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No file that a run could find, and spare itself the work of an earlier one."""
-    monkeypatch.chdir(tmp_path)
-    datasets.disable_caching()
-    yield
-    datasets.enable_caching()
 
 
 def name(function: Callable[..., None], number: int, case: param) -> str:

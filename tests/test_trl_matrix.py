@@ -1,9 +1,7 @@
 """Each trainer of TRL 1.16 that sees several completions of a prompt: stock against ``flexpatch.apply(trainer)``."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 import trl
 from helpers.trl_matrix import BOUND, CASES, CONTROL, KINDS, Row, compare, faults
@@ -17,17 +15,9 @@ FAST = ("DPO", "GRPO, dapo")
 
 pytestmark = [
     pytest.mark.filterwarnings("error::flexpatch.FlexpatchWarning"),
+    pytest.mark.usefixtures("nothing_cached"),
     pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="older releases lack some of them"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No file of an earlier run."""
-    monkeypatch.chdir(tmp_path)
-    datasets.disable_caching()
-    yield
-    datasets.enable_caching()
 
 
 def marked(cases: tuple[str, ...] | list[str], fast: tuple[str, ...]) -> list:
