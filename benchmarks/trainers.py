@@ -76,8 +76,6 @@ SHAPES = {
 }  # fmt: skip
 MODES = ("stock", "one line", "packed")
 OPTIONS: dict[str, dict[str, Any]] = {"one line": {}, "packed": dict(compile=True, recompute_layers="auto")}
-# Router logits leave layers by hooks, which do not compile.
-OPTIONS_OF_MIXTURES: dict[str, dict[str, Any]] = {"one line": {}, "packed": dict(recompute_layers="auto")}
 
 
 def main() -> None:
@@ -309,8 +307,7 @@ def measure(
     count, kind = max(options.pairs, batch_size), Stock
     arguments: dict[str, Any] = {}
     if mode != "stock":
-        table = OPTIONS_OF_MIXTURES if "model_type" in SHAPES[options.shape] else OPTIONS
-        flexpatch.apply(model, **(table[mode] if options.device == "cuda" else {}))
+        flexpatch.apply(model, **(OPTIONS[mode] if options.device == "cuda" else {}))
     if options.full:
         arguments["ref_model"] = make_model(options, attention)
         if mode != "stock":
@@ -441,7 +438,6 @@ def timed(step: Callable[[], Any], device: str, repeats: int = 7) -> float:
 
 def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
     kind, reference = ("full fine-tuning", "a second model") if options.full else ("LoRA", "adapter off")
-    layers = "" if "model_type" in SHAPES[options.shape] else "compiled layers, "
     reference = "computed before" if options.precompute else f"pass by {reference}"
     sizes = ", ".join(map(str, options.batch_sizes))
     flash = f", on sdpa or {options.flash}" if options.flash else ""
@@ -463,7 +459,7 @@ def dpo_table(results: dict[str, Any], options: argparse.Namespace) -> str:
     lines.append(
         f"\nDPOTrainer, {kind}, reference {reference}. Stock: the fastest of batches of {sizes} pairs, with and "
         f"without gradient checkpointing{flash}; one line: the largest that fits without; packed: {options.budget:,} "
-        f'tokens a batch, {layers}recompute_layers="auto"; *tokens*: how many times fewer the folded batches '
+        f'tokens a batch, compiled layers, recompute_layers="auto"; *tokens*: how many times fewer the folded batches '
         "of the one line hold."
     )
     return "\n".join(lines)

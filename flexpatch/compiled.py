@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 from flexpatch.attention import many_recompiles
 from flexpatch.dispatch import a_mask
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
-from flexpatch.internals import change_tokens
+from flexpatch.internals import COLLECTOR, change_tokens
 from flexpatch.masks import bucket
+
+ROUTERS = "router_logits"
 
 
 def pad_row(backbone: PreTrainedModel, call: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Any], None] | None]:
@@ -90,19 +92,40 @@ def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _plain(layer, *args, **kwargs)
     try:
         with many_recompiles():
-            return _compiled()(layer, *args, **kwargs)
+            return _recording(layer, *args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise UnsupportedModelError(
             f"a {type(layer).__name__} of this model does not compile; apply with compile=False. Known causes: experts "
             "run by a loop (set_experts_implementation('grouped_mm'), in 16 bits), and hooks of modules in the layer: "
-            "DeepSpeed's ZeRO-3 gathers weights in them (FSDP2 does not), and transformers sets some when "
-            "output_hidden_states, output_attentions or output_router_logits is first asked for. Torch says: "
+            "DeepSpeed's ZeRO-3 gathers weights in them (FSDP2 does not). Torch says: "
             + next((line for line in str(error).splitlines() if line), type(error).__name__)
         ) from None
 
 
 def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
+
+
+def _recording(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a compiled layer, and collect the router logits that transformers' hooks in it record.
+
+    transformers reads its collector from a context variable, which does not compile, unless it is told that it runs
+    compiled: then from an attribute. Recomputation in backward, when nobody collects, must run the same graph: so the
+    attribute is set always.
+    """
+    if COLLECTOR is None:
+        return _compiled()(layer, *args, **kwargs)
+    collected, recorded = COLLECTOR.get(), {ROUTERS: []}
+    before = COLLECTOR.compiling, COLLECTOR.global_var
+    COLLECTOR.compiling, COLLECTOR.global_var = True, recorded
+    try:
+        with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+            output = _compiled()(layer, *args, **kwargs)
+    finally:
+        COLLECTOR.compiling, COLLECTOR.global_var = before
+    if collected is not None and ROUTERS in collected:
+        collected[ROUTERS].extend(recorded[ROUTERS])
+    return output
 
 
 @cache

@@ -23,6 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+try:
+    from transformers.utils.output_capturing import _active_collector as COLLECTOR
+except ImportError:  # transformers before 5.2 replaces the forwards of modules whose outputs it records
+    COLLECTOR = None  # type: ignore[assignment]
+
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.registry import UNCHANGED, LogitTransform, adapter_for, decoder_config
 

@@ -65,7 +65,7 @@ PUBLIC = {
     "verify": {"utils"},
 }  # fmt: skip
 BELOW = {
-    "internals": {"transformers.modeling_layers"},
+    "internals": {"transformers.modeling_layers", "transformers.utils.output_capturing"},
     "dispatch": {"transformers.masking_utils", "transformers.modeling_utils"},
     "models": {"transformers.utils"},  # where models' files are, hub or not
 }

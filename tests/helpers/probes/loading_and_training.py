@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from flexpatch import compiled, internals
 from flexpatch.calls import CACHES
 from flexpatch.models import TINY, tiny_model, tiny_types
 from helpers.probes.table import probe
@@ -71,6 +72,24 @@ def _models_are_made_by_two_methods() -> bool:
     return type(made).__name__ == "LlamaForCausalLM" and all(
         isinstance(methods[name], classmethod) for name in ("from_pretrained", "_from_config")
     )
+
+
+@probe(
+    "transformers", "_active_collector.compiling and global_var, where recorded outputs go while a layer compiles",
+    "compiled.compile_layers", "to collect router logits from compiled layers",
+    "transformers.utils.output_capturing._active_collector.global_var", since="5.2",
+)  # fmt: skip
+def _outputs_are_recorded_by_a_global_while_compiling() -> bool:
+    collector, model = internals.COLLECTOR, tiny_model("qwen3_moe")
+    model(torch.tensor([[3, 4]]), output_router_logits=True)
+    recorded: dict[str, list[torch.Tensor]] = {compiled.ROUTERS: []}
+    before = collector.compiling, collector.global_var
+    collector.compiling, collector.global_var = True, recorded
+    try:
+        model.model.layers[0].mlp(torch.zeros(1, 2, model.config.hidden_size, dtype=model.dtype))
+    finally:
+        collector.compiling, collector.global_var = before
+    return len(recorded[compiled.ROUTERS]) == 1 and not collector.compiling
 
 
 @probe(
