@@ -397,12 +397,16 @@ def padding_free(options: argparse.Namespace, mode: str) -> Any:
     model, ids, shape = answers_to_a_prompt(options, mode, attention)
     prompt, answers, length = shape
     positions = torch.arange(prompt + length, device=options.device).repeat(answers)[None]
+    # As trainers pass them: FlashAttention 4 takes no longest length that transformers finds, a tensor.
+    cu = torch.arange(answers + 1, device=options.device, dtype=torch.int32) * (prompt + length)
+    boundaries = dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=prompt + length, max_length_k=prompt + length)
     predictors = (positions[0] >= prompt - 1) & (positions[0] < prompt + length - 1)
     means = []
 
     def step() -> None:
         model.zero_grad()
-        hidden = model.base_model(ids.view(1, -1), position_ids=positions, use_cache=False).last_hidden_state
+        row = dict(input_ids=ids.view(1, -1), position_ids=positions, use_cache=False, **boundaries)
+        hidden = model.base_model(**row).last_hidden_state
         logits = model.lm_head(hidden[0, predictors])
         loss = nn.functional.cross_entropy(logits.float(), ids[:, prompt:].flatten())
         loss.backward()
