@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen3, dense and mixture of experts. Members with linear attention are refused.
+"""Qwen2 and Qwen3, dense and mixture of experts. Members with linear attention: adapters/hybrid_qwen.py.
 
 Windows are off unless ``use_sliding_window`` is set. A window that is off is 0 in Qwen2-MoE and None in the others.
 """
@@ -8,7 +8,6 @@ from flexpatch.registry import FULL, SLIDING, Adapter, register
 WINDOW = dict(use_sliding_window=True, sliding_window=8, max_window_layers=2)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
 SHARED_EXPERT = dict(MOE, shared_expert_intermediate_size=32)
-LINEAR = "has linear-attention layers, whose recurrent state an attention mask cannot branch. Train it unpatched"
 
 register(
     Adapter(
@@ -20,7 +19,6 @@ register(
             "qwen2_moe": [SHARED_EXPERT, dict(SHARED_EXPERT, **WINDOW)],
             "qwen3": [{}, WINDOW],
         },
-        refused={"qwen3_next": LINEAR, "qwen3_5_text": LINEAR, "qwen3_5_moe_text": LINEAR},
     )
 )
 

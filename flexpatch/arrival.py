@@ -4,6 +4,7 @@ Context and sequence parallelism of every kind, known or not, drop or replace ma
 an attention of their own in place of the registered one. Each of these is an error here, never a number.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,28 +30,54 @@ def _note_graph() -> bool:
     return True
 
 
-class Row:
+class Kernel:
+    """Tells attention which function takes the dense masks of a call.
+
+    Args:
+        dense: Its name.
+    """
+
+    def __init__(self, dense: str) -> None:
+        self.dense = dense
+
+
+class Row(Kernel):
     """Describe a row to attention, which compares what it gets.
 
     Engines rebuild arguments that are containers, and move those with a method ``to``: this class is neither.
     """
 
     def __init__(
-        self, length: int, masks: Any, *, dense: str = "sdpa", pending: bool = False, fa4: bool = False
+        self,
+        length: int,
+        masks: Any,
+        *,
+        dense: str = "sdpa",
+        pending: bool = False,
+        fa4: bool = False,
+        plan: Any = None,
+        mixers: int = 0,
     ) -> None:
         """Args:
         length: Tokens of the row.
-        masks: Its mask, or a dict of masks by layer type.
+        masks: Its mask, or a dict of masks by layer type, ``None`` for layers that take none.
         dense: Name of the attention function that takes dense masks.
         pending: Whether its ids carry exits (:class:`flexpatch.forward.Exits`).
         fa4: Whether attention runs on FlashAttention-4's kernels.
+        plan: Its separate sequences (:class:`flexpatch.plan.Plan`); ``None`` for models without unshared mixers.
+        mixers: How many mixers have to run on these.
         """
+        super().__init__(dense)
         self.length = length
-        self.masks = tuple(masks.values()) if isinstance(masks, dict) else (masks,)
-        self.dense = dense
+        each = masks.values() if isinstance(masks, dict) else (masks,)
+        self.masks = tuple(mask for mask in each if mask is not None)
         self.pending = pending
         self.fa4 = fa4
-        self.reached = False
+        self.plan = plan
+        self.mixers = mixers
+        self.reached = not self.masks
+        self.unshared = 0  # mixers that ran
+        self.leave: Callable[[], None] = lambda: None  # called when the forward is over
 
     def check_attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Any) -> None:
         """Refuse an attention call that is not the row's.
@@ -84,8 +111,14 @@ class Row:
         """Refuse a call whose attention never asked for the row. Compiled layers are let pass: graphs set no marks.
 
         Raises:
-            UnsupportedModelError: If another attention ran instead of the registered one.
+            UnsupportedModelError: If another attention ran instead of the registered one, or a mixer ran on the row.
         """
+        if self.unshared != self.mixers:
+            raise UnsupportedModelError(
+                f"{self.unshared} of this model's {self.mixers} mixers ran on separate sequences: another library "
+                "replaced or skipped the others. Load the model without it, or run it without flexpatch: "
+                "flexpatch.remove(model)"
+            )
         if not self.reached and not _graphs:
             raise UnsupportedModelError(
                 "a row's mask was not used: another library replaced the attention of this model's layers. Load the "

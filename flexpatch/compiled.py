@@ -18,10 +18,10 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from flexpatch.attention import many_recompiles
-from flexpatch.dispatch import a_mask
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.internals import COLLECTOR, change_tokens
 from flexpatch.masks import bucket
+from flexpatch.row_calls import a_mask
 
 ROUTERS = "router_logits"
 

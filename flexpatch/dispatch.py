@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
@@ -22,23 +21,18 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from flexpatch import parallelism
-from flexpatch.arrival import CALL, Row
-from flexpatch.attention import check_fa4, check_fa4_call, check_fa4_model, flex
+from flexpatch.arrival import CALL, Kernel, Row
+from flexpatch.attention import check_fa4, check_fa4_model, flex
 from flexpatch.devices import Choice, choose, heads_of, tell
 from flexpatch.errors import FlexpatchWarning, UnsupportedModelError
-from flexpatch.internals import SCALES_BY_INDEX, attention_dtype, attention_name, decoder_of, device_of, text_config
-from flexpatch.masks import mask_of
-from flexpatch.refusals import scaling_limit
-from flexpatch.registry import FULL, Adapter, adapter_for
-from flexpatch.rows import Rows
+from flexpatch.internals import attention_dtype, attention_name, decoder_of, device_of, text_config
+from flexpatch.registry import Adapter, adapter_for
 
 # transformers prepares masks for FlashAttention where a name holds "flash", as a FlashAttention original's does.
 PREFIX = "flexpatch_"
 BACKENDS = ("auto", "flex", "fa4", "dense")
 # Implementations whose names are known from the import on. Kernels of a hub are made known by ``apply``.
 ORIGINALS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-# Names the attribute of dense masks by which a row's is told from a caller's own.
-OWN = "flexpatch_rows"
 
 
 def is_ours(name: str) -> bool:
@@ -162,55 +156,6 @@ def mask_dtype(inner: PreTrainedModel, device: torch.device, asked: str) -> torc
     return torch.bool if dense_original(inner, adapter_for(text_config(inner))) == "sdpa" else inner.dtype
 
 
-def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str) -> dict[str, Any]:
-    """Make the arguments with which a model runs ``rows``.
-
-    Args:
-        inner: A patched model.
-        rows: Packed rows on its device.
-        adapter: The record of its architecture.
-        asked: The backend that ``apply`` was given.
-
-    Returns:
-        ``input_ids`` and ``position_ids`` (B, L) int64, ``attention_mask`` (a mask, or a dict of masks by layer type)
-        and ``use_cache=False``.
-
-    Raises:
-        FlexpatchError, UnsupportedModelError: If the backend, or this release of transformers, cannot run the rows.
-    """
-    config, device = text_config(inner), rows.input_ids.device
-    limit = scaling_limit(config)
-    if limit is not None and SCALES_BY_INDEX and rows.input_ids.shape[1] > limit:
-        raise UnsupportedModelError(
-            f"rows of more than {limit} tokens, from where on this model scales queries by their position, are not "
-            f"exact in transformers {transformers.__version__}: upgrade it to 5.4 or later, or make shorter rows"
-        )
-    windows = adapter.windows(config)
-    layer_types = dict.fromkeys(config.layer_types) if adapter.masks == "by_layer_type" else [FULL]
-    if backend_at(inner, device, asked) == "fa4":
-        check_fa4()  # a pickled model may come from another machine
-        check_fa4_call(device, attention_dtype(inner, device), [windows[layer] for layer in layer_types], rows.depth)
-    dtype = mask_dtype(inner, device, asked)
-    masks = {layer: mask_of(rows, windows[layer], dtype) for layer in layer_types}
-    mask = masks if adapter.masks == "by_layer_type" else masks[FULL]
-    for each in masks.values():
-        if isinstance(each, Tensor):
-            setattr(each, OWN, True)
-    return dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
-
-
-def a_mask(call: Mapping[str, Any]) -> Any:
-    """Return the mask of a call, or one of its masks by layer type."""
-    mask = call.get("attention_mask")
-    return next(iter(mask.values())) if isinstance(mask, dict) else mask
-
-
-def is_row_call(call: Mapping[str, Any]) -> bool:
-    """Tell whether a call's mask was made by :func:`row_inputs`."""
-    mask = a_mask(call)
-    return isinstance(mask, BlockMask) or getattr(mask, OWN, False)
-
-
 def _attention(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Any, *args: Any, original: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +169,7 @@ def _attention(
         warn_as_given(
             "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
         )
-    if isinstance(call, Row):
+    if isinstance(call, Kernel):
         original = call.dense
     function = _eager_of(module) if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
     named: Any = _NamedAs(module, original) if is_flash(original) else module

@@ -29,13 +29,14 @@ from flexpatch.calls import (
     obstacle,
 )
 from flexpatch.counts import Counts
-from flexpatch.dispatch import check_ranks, is_flash, mask_dtype, original_of, row_inputs, warn_as_given
+from flexpatch.dispatch import check_ranks, is_flash, mask_dtype, original_of, warn_as_given
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
 from flexpatch.fold import Folded, check_ids, fold_batch, predicting_padding, see_themselves, unfold
 from flexpatch.internals import attention_name, change_tokens, device_of, layers_of, text_config
 from flexpatch.padding_free import VARLEN, find_starts, fold_sequences
 from flexpatch.refusals import check_mode, longrope_limit, scaling_limit
 from flexpatch.registry import adapter_for
+from flexpatch.row_calls import row_inputs
 
 Exit = Callable[[Any], None]
 

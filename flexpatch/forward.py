@@ -10,6 +10,7 @@ Exits travel on the call's ``input_ids`` and nowhere else: other arguments reach
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from flexpatch.arrival import CALL, GIVEN, PENDING, Row
 from flexpatch.calls import is_exporting, without_cache
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import pad_row, restore_forward
-from flexpatch.dispatch import is_ours, is_row_call
+from flexpatch.dispatch import is_ours
 from flexpatch.errors import FlexpatchError
 from flexpatch.folding import Exit, Folding
 from flexpatch.internals import arguments_of, attention_name, takes_argument
+from flexpatch.registry import Adapter
+from flexpatch.row_calls import is_row_call, plan_in, without_plan
+from flexpatch.unshare import Unsharing
 
 # Names the attribute of a call's ``input_ids`` that holds its exits.
 EXITS = "flexpatch_exits"
@@ -61,6 +65,8 @@ class BackboneHook:
         self.folding = Folding(backend, shared_dropout)
         self.recomputation = None if recompute_layers is None else Recomputation(recompute_layers)
         self.dense = ""  # the attention function that takes dense masks of rows; set by apply
+        self.unsharing: Unsharing | None = None  # of a model with mixers that take separate sequences
+        self.mixers = 0  # how many these are
         self.disabled = 0  # how many blocks of flexpatch.disabled the model is in
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,6 +86,8 @@ class BackboneHook:
 
     def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         """Change the arguments of a backbone's call. Torch calls this before the backbone's forward."""
+        if self.unsharing is not None:
+            self.unsharing.end(backbone)  # an interrupted call may have left some
         if not is_ours(attention_name(backbone)):
             changed = "of a model whose attention implementation was changed after flexpatch.apply (apply it again)"
             return self.folding.given(kwargs, changed)
@@ -100,8 +108,15 @@ class BackboneHook:
         if takes_argument(backbone, call, "logits_to_keep"):
             # Given a number, Gemma 4 drops tokens before its last layers, and which ones it drops is wrong for rows.
             call["logits_to_keep"] = torch.empty(0, dtype=torch.long)
-        length, masks = call["input_ids"].shape[1], call["attention_mask"]
-        return (), call | {CALL: Row(length, masks, dense=self.dense, pending=pending, fa4=self.backend == "fa4")}
+        plan, call = plan_in(call), without_plan(call)
+        length, masks = call["input_ids"].shape[1], call.get("attention_mask")
+        options: dict[str, Any] = dict(dense=self.dense, pending=pending, fa4=self.backend == "fa4")
+        row = Row(length, masks, **options, plan=plan, mixers=self.mixers)
+        if self.unsharing is not None:
+            assert plan is not None, "row_inputs makes one for models with such mixers"
+            self.unsharing.begin(backbone, row)
+            row.leave = partial(self.unsharing.end, backbone)
+        return (), call | {CALL: row}
 
     @torch.compiler.disable
     def _enter(self, backbone: PreTrainedModel, call: dict[str, Any], folds: bool) -> dict[str, Any]:
@@ -166,8 +181,10 @@ def run_own_exits(backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any], 
         UnsupportedModelError: If attention never asked for the row.
     """
     mark = kwargs.get(CALL)
-    if output is not None and isinstance(mark, Row):
-        mark.check_reached()
+    if isinstance(mark, Row):
+        mark.leave()
+        if output is not None:
+            mark.check_reached()
     exits = exits_of(backbone, args, kwargs)
     if exits is None:
         # Without any mark somebody has put other arguments in place of ours.
@@ -241,13 +258,17 @@ def hook_of(inner: nn.Module) -> BackboneHook | None:
     return next((hook for hook in hooks if isinstance(hook, BackboneHook)), None)
 
 
-def register_hooks(backbone: nn.Module, hook: BackboneHook) -> None:
-    """Put all hooks on a backbone.
+def register_hooks(backbone: nn.Module, hook: BackboneHook, adapter: Adapter) -> None:
+    """Put all hooks on a backbone, and on mixers in it that take separate sequences.
 
     Args:
         backbone: The backbone.
         hook: The one with the options.
+        adapter: The record of its architecture.
     """
+    if adapter.unshared:
+        hook.unsharing = Unsharing(adapter.unshared, hook.dense)
+        hook.mixers = hook.unsharing.register(backbone)
     backbone.register_forward_pre_hook(hook, with_kwargs=True)
     backbone.register_forward_hook(run_own_exits, with_kwargs=True, prepend=True, always_call=True)
     backbone.register_forward_hook(run_callers_exits, with_kwargs=True)
@@ -266,7 +287,10 @@ def remove_hooks(inner: nn.Module) -> None:
             for key, hook in list(registered.items()):
                 if isinstance(hook, BackboneHook) and hook.recomputation is not None:
                     hook.recomputation.restore()
-                if isinstance(hook, BackboneHook) or hook in (run_own_exits, run_callers_exits):
+                if isinstance(hook, BackboneHook) and hook.unsharing is not None:
+                    hook.unsharing.end(module)
+                ours = isinstance(hook, BackboneHook) or isinstance(getattr(hook, "__self__", None), Unsharing)
+                if ours or hook in (run_own_exits, run_callers_exits):
                     del registered[key], with_kwargs[key]
                     module._forward_hooks_always_called.pop(key, None)
         restore_forward(module)

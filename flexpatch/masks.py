@@ -138,7 +138,7 @@ def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None) -> BlockM
     """
     window = None if window is None or window >= rows.depth else window
     # A tensor that was written to since has another version, and needs another mask.
-    key = window, dtype, _version(rows.ends), _version(rows.position_ids)
+    key = window, dtype, version(rows.ends), version(rows.position_ids)
     if key not in rows.masks:
         if dtype is None:
             rows.masks[key] = block_mask(rows.ends, rows.position_ids, window)
@@ -150,6 +150,6 @@ def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None) -> BlockM
     return rows.masks[key]
 
 
-def _version(tensor: Tensor) -> int:
-    """Return how often a tensor was written to. Tensors made in inference mode do not count that."""
+def version(tensor: Tensor) -> int:
+    """Return how often a tensor was written to, which makes its masks stale. Inference tensors do not count that."""
     return 0 if tensor.is_inference() else tensor._version

@@ -25,7 +25,6 @@ from flexpatch.dispatch import (
     is_ours,
     original_of,
     register_name,
-    row_inputs,
 )
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.forward import BackboneHook, hook_of, register_hooks, remove_hooks
@@ -42,9 +41,11 @@ from flexpatch.internals import (
 from flexpatch.quantizers import check_quantization
 from flexpatch.refusals import check_dropout, check_mode, check_rows
 from flexpatch.registry import adapter_for
+from flexpatch.row_calls import row_inputs
 from flexpatch.rows import Rows
 from flexpatch.trainers import is_trainer, models_of
 from flexpatch.tuners import check_tuners
+from flexpatch.unshare import check_mixers
 
 log = logging.getLogger(__name__)
 AnyModelOrTrainer = TypeVar("AnyModelOrTrainer")
@@ -146,6 +147,7 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     layers = layers_of(inner.base_model)
     if (compile or recompute_layers is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or recompute")
+    check_mixers(inner.base_model, config, adapter_for(config), compile=compile)
     if compile:
         check_forwards(layers)
     set_attention(inner, register_name(original))
@@ -158,7 +160,7 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     remove_hooks(inner)
     if compile:
         compile_layers(layers)
-    register_hooks(inner.base_model, hook)
+    register_hooks(inner.base_model, hook, adapter_for(config))
     if previous is None or previous.backend != backend:
         log.info(
             "flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, backend_of(inner), device_of(inner)

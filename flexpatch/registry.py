@@ -45,6 +45,28 @@ class LogitTransform(NamedTuple):
 UNCHANGED = LogitTransform()
 
 
+class Visible(NamedTuple):
+    """The keys that a query of a separate sequence sees, of those before it.
+
+    Attributes:
+        window: At most so many, the query's own among them; ``None``: all.
+        chunk: Those of its own chunk alone, of so many tokens; ``None``: chunks do not matter.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+
+
+def no_mask(module: Any) -> Visible | None:
+    """The rule of a mixer that takes no mask, such as a scan."""
+    return None
+
+
+def causal(module: Any) -> Visible | None:
+    """The rule of attention whose every query sees the whole past."""
+    return Visible()
+
+
 def unchanged_logits(config: Any) -> LogitTransform:
     """The logit transform of a model whose logits are its head's output."""
     return UNCHANGED
@@ -61,10 +83,14 @@ class Adapter:
             types too, with a ``text_config``, if their text stack takes ids, masks and positions as the text model
             does; their calls with images run as they are given.
         masks: ``"single"`` when the decoder takes one mask for all layers, ``"by_layer_type"`` when it takes a dict
-            keyed by the entries of ``config.layer_types``.
+            keyed by the entries of ``config.layer_types``, ``"none"`` when no layer is attention.
         windows: ``config`` -> window in tokens (``None``: unlimited) for each layer type. A ``"single"`` family has
             the one key ``"full_attention"``, whose window, if set, holds in every layer. A query at position p sees
             keys at positions > p - window, as in transformers.
+        unmasked: Layer types whose layers take no mask of a row: their mixers are ``unshared``, or mix nothing.
+        unshared: Mixers that no mask can cut (scans, convolutions, chosen keys): class name -> module -> what attention
+            in it sees, :func:`no_mask` for none. Each runs on the separate sequences of a row, everything around it on
+            the row. Tensors with one entry for each token may be any of its arguments, and its outputs.
         logit_transform: ``config`` -> the change that the model makes to its head's output.
         ropes: Rope types whose frequencies are exact under restarted positions. ``"longrope"`` may be listed: calls
             that straddle its switching length are refused one by one.
@@ -78,8 +104,10 @@ class Adapter:
 
     name: str
     tiny: Mapping[str, Sequence[Mapping[str, Any]]]
-    masks: Literal["single", "by_layer_type"]
+    masks: Literal["single", "by_layer_type", "none"]
     windows: Callable[[Any], Mapping[str, int | None]] = no_windows
+    unmasked: tuple[str, ...] = ()
+    unshared: Mapping[str, Callable[[Any], Visible | None]] = field(default_factory=dict)
     logit_transform: Callable[[Any], LogitTransform] = unchanged_logits
     ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
     restarts: bool = True
@@ -209,7 +237,9 @@ def _reject(config: Any, adapter: Adapter) -> str | None:
     if not getattr(config, "is_causal", True):
         return "is_causal=False lets a prompt see its answer, so nothing can be shared. Train it unpatched"
     layer_types = set(getattr(config, "layer_types", None) or ())
-    if adapter.masks == "by_layer_type" and (unknown := layer_types - set(adapter.windows(config))):
+    if adapter.masks == "by_layer_type" and (
+        unknown := layer_types - set(adapter.windows(config)) - set(adapter.unmasked)
+    ):
         return f"layer types {', '.join(sorted(unknown))} cannot be isolated by an attention mask"
     return None
 
@@ -219,7 +249,7 @@ def support_table() -> str:
     lines = ["| family | `model_type` | masks | sliding windows | limits |", "|---|---|---|---|---|"]
     for adapter in dict.fromkeys(adapters().values()):
         types = ", ".join(f"`{model_type}`" for model_type in adapter.tiny)
-        masks = {"single": "one for all layers", "by_layer_type": "one per layer type"}[adapter.masks]
+        masks = {"single": "one for all layers", "by_layer_type": "one per layer type", "none": "–"}[adapter.masks]
         windows = "–" if adapter.windows is no_windows else "exact"
         lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {adapter.limits or '–'} |")
     by_reason: dict[str, list[str]] = {}

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flexpatch.dispatch import row_inputs
 from flexpatch.errors import FlexpatchError
 from flexpatch.float64 import Float64, checkpoints, wide_copy
 from flexpatch.internals import pretrained, text_config
@@ -19,6 +18,7 @@ from flexpatch.logprobs import answer_logprobs, score_rows, separate_logprobs, s
 from flexpatch.patch import apply, backend_of, model_inputs, remove, savings
 from flexpatch.registry import Adapter, adapter_for
 from flexpatch.report import Check, Report
+from flexpatch.row_calls import row_inputs
 from flexpatch.rows import Rows, build_rows
 from flexpatch.trials import (
     Gradients,

@@ -80,7 +80,10 @@ def test_as_close_to_the_truth_as_its_kernels(kind: str, name: str) -> None:
     wide.load_state_dict(stock.state_dict())
     given = {key: call[key] for key in call if "_q" not in key and "_k" not in key}
     # With FlashAttention 4 transformers itself needs boundaries: the longest length that it finds is a tensor.
-    truth, theirs = run(wide, given, real), run(stock, calls()["row with boundaries" if name == "row" else name][0], real)
+    truth, theirs = (
+        run(wide, given, real),
+        run(stock, calls()["row with boundaries" if name == "row" else name][0], real),
+    )
     model = flexpatch.apply(copy.deepcopy(stock))
     mine = run(model, call, real)
     saved = flexpatch.savings(model)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import flexpatch
 from flexpatch import Adapter, Rows, Tree
-from flexpatch.dispatch import row_inputs
+from flexpatch.row_calls import row_inputs
 from flexpatch.float64 import Float64
 from flexpatch.internals import pretrained
 from flexpatch.logprobs import AnswerLogprobs, score_rows

@@ -150,11 +150,11 @@ def _ready_masks_pass(make: Callable[[], Any], model_type: str) -> None:
 for _kind, _make in {"BlockMask": row_mask, "bool": bool_mask, "additive": additive_mask}.items():
     each(
         f"a ready {_kind} mask, or a dict of them by layer type, that reaches attention functions untouched",
-        "dispatch.row_inputs", "to say what the tokens of a row see",
+        "row_calls.row_inputs", "to say what the tokens of a row see",
     )(functools.partial(_ready_masks_pass, _make))  # fmt: skip
 
 
-@each("position_ids, which reach rope", "dispatch.row_inputs", "so that answers start where their prompt ends")
+@each("position_ids, which reach rope", "row_calls.row_inputs", "so that answers start where their prompt ends")
 def _positions_reach_rope(model_type: str) -> None:
     """Two tokens that are alike have the same query exactly if their position ids are the same."""
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]])

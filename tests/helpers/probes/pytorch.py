@@ -147,7 +147,7 @@ def _sums_of_segments() -> bool:
     return sums.tolist() == [1.0, 9.0]
 
 
-@probe("torch", "a BlockMask's shape of four entries", "dispatch.row_inputs", "so that transformers passes it through")
+@probe("torch", "a BlockMask's shape of four entries", "row_calls.row_inputs", "so that transformers passes it through")
 def _block_masks_have_four_dimensions() -> bool:
     mask = row_mask()
     return isinstance(mask, flex_attention.BlockMask) and len(mask.shape) == 4

@@ -1,0 +1,95 @@
+"""Make calls of rows, and tell them from others."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedModel
+
+from flexpatch.attention import check_fa4, check_fa4_call
+from flexpatch.dispatch import backend_at, mask_dtype
+from flexpatch.errors import UnsupportedModelError
+from flexpatch.internals import SCALES_BY_INDEX, attention_dtype, text_config
+from flexpatch.masks import mask_of
+from flexpatch.plan import Plan, plan_of
+from flexpatch.refusals import scaling_limit
+from flexpatch.registry import FULL, Adapter
+from flexpatch.rows import Rows
+
+# Names the attribute of dense masks by which a row's is told from a caller's own.
+OWN = "flexpatch_rows"
+
+
+def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str) -> dict[str, Any]:
+    """Make the arguments with which a model runs ``rows``.
+
+    Args:
+        inner: A patched model.
+        rows: Packed rows on its device.
+        adapter: The record of its architecture.
+        asked: The backend that ``apply`` was given.
+
+    Returns:
+        ``input_ids`` and ``position_ids`` (B, L) int64, ``attention_mask`` (a mask, or a dict of masks by layer type)
+        and ``use_cache=False``.
+
+    Raises:
+        FlexpatchError, UnsupportedModelError: If the backend, or this release of transformers, cannot run the rows.
+    """
+    config, device = text_config(inner), rows.input_ids.device
+    limit = scaling_limit(config)
+    if limit is not None and SCALES_BY_INDEX and rows.input_ids.shape[1] > limit:
+        raise UnsupportedModelError(
+            f"rows of more than {limit} tokens, from where on this model scales queries by their position, are not "
+            f"exact in transformers {transformers.__version__}: upgrade it to 5.4 or later, or make shorter rows"
+        )
+    windows = adapter.windows(config)
+    layer_types = dict.fromkeys(config.layer_types) if adapter.masks == "by_layer_type" else [FULL]
+    if adapter.unshared:
+        layer_types = [] if adapter.masks == "none" else list(windows)
+    if backend_at(inner, device, asked) == "fa4":
+        check_fa4()  # a pickled model may come from another machine
+        check_fa4_call(device, attention_dtype(inner, device), [windows[layer] for layer in layer_types], rows.depth)
+    dtype = mask_dtype(inner, device, asked)
+    masks = {layer: mask_of(rows, windows[layer], dtype) for layer in layer_types}
+    for each in masks.values():
+        if isinstance(each, Tensor):
+            setattr(each, OWN, True)
+    if adapter.unshared:
+        masks |= dict.fromkeys(adapter.unmasked, plan_of(rows))
+    mask = {"by_layer_type": masks, "single": masks.get(FULL), "none": plan_of(rows)}[adapter.masks]
+    inputs = dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
+    if adapter.masks == "none":
+        del inputs["position_ids"]
+    return inputs
+
+
+def a_mask(call: Mapping[str, Any]) -> Any:
+    """Return the mask of a call, or one of its masks by layer type; a plan if there are no masks."""
+    mask = call.get("attention_mask")
+    return next(iter(mask.values())) if isinstance(mask, dict) else mask
+
+
+def plan_in(call: Mapping[str, Any]) -> Plan | None:
+    """Return the separate sequences of a row's call; ``None`` for models whose mixers all take the row."""
+    mask = call.get("attention_mask")
+    each = mask.values() if isinstance(mask, dict) else (mask,)
+    return next((plan for plan in each if isinstance(plan, Plan)), None)
+
+
+def without_plan(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a row's call as the model takes it: layers that take no mask get none."""
+    mask = call["attention_mask"]
+    if isinstance(mask, Plan):
+        return {name: value for name, value in call.items() if name != "attention_mask"}
+    if isinstance(mask, dict):
+        return call | {"attention_mask": {t: None if isinstance(m, Plan) else m for t, m in mask.items()}}
+    return call
+
+
+def is_row_call(call: Mapping[str, Any]) -> bool:
+    """Tell whether a call's mask was made by :func:`row_inputs`."""
+    mask = a_mask(call)
+    return isinstance(mask, (BlockMask, Plan)) or getattr(mask, OWN, False)

@@ -1,0 +1,310 @@
+"""Run a mixer that no mask can cut on separate sequences, and everything around it on the row.
+
+Scans without an initial state, convolutions, chosen keys: such a module alone takes the row's root-to-leaf sequences
+as batches, and each token of the row takes its output from the first sequence that holds it. Two hooks of the module do
+so. By causality this is exact, in values and in gradients: no token sees later ones, padding on the right included.
+
+The row arrives with the call's own arguments wherever a model hands these to its mixers: recomputation in backward so
+gets the same one. Mixers that get none find it here, set for the forward that runs, and for layers as they are
+recomputed.
+
+Shapes: B rows, L tokens a row, N sequences of a batch, S columns.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexpatch.arrival import CALL, Kernel, Row
+from flexpatch.errors import UnsupportedModelError
+from flexpatch.fold import lookup
+from flexpatch.plan import Plan
+from flexpatch.registry import FULL, SLIDING, Adapter, Visible
+
+
+class Unsharing:
+    """Hooks of a model's mixers that run on separate sequences. They are pickled with the model.
+
+    Args:
+        rules: The adapter's ``unshared``: class name -> which mask the module's sequences need.
+        dense: The kind of attention function that unshared attention runs on, ``"sdpa"`` or another.
+    """
+
+    def __init__(self, rules: Mapping[str, Callable[[Any], Visible | None]], dense: str) -> None:
+        self.rules = rules
+        self.dense = dense
+        self.row: Row | None = None  # of the forward that runs
+        self.inside: list[tuple[nn.Module, Separate]] = []  # mixers that run, of those that got no row
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the forward that runs out of copies of a model."""
+        return vars(self) | {"row": None, "inside": []}
+
+    def register(self, backbone: nn.Module) -> int:
+        """Put hooks on all mixers of a backbone.
+
+        Args:
+            backbone: The backbone.
+
+        Returns:
+            The number of mixers.
+        """
+        mixers = list(mixers_of(backbone, self.rules))
+        for mixer in mixers:
+            mixer.register_forward_pre_hook(self.enter, with_kwargs=True)
+            mixer.register_forward_hook(self.leave, with_kwargs=True)
+        return len(mixers)
+
+    def begin(self, backbone: nn.Module, row: Row) -> None:
+        """Set the row of a forward, and let recomputation of its layers find it.
+
+        Args:
+            backbone: The backbone.
+            row: The row.
+        """
+        self.end(backbone)
+        self.row = row
+        for module in backbone.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and module.__dict__.get("gradient_checkpointing"):
+                module._gradient_checkpointing_func = _Carrying(self, row, function)
+
+    def end(self, backbone: nn.Module) -> None:
+        """Forget the row of a forward.
+
+        Args:
+            backbone: The backbone.
+        """
+        if self.row is None:
+            return
+        self.row, self.inside = None, []
+        for module in backbone.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(function, _Carrying):
+                module._gradient_checkpointing_func = function.function
+
+    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Give a mixer the first batch of separate sequences in place of the row. Torch calls this before it."""
+        row = kwargs.get(CALL, None if self.inside else self.row)
+        if not isinstance(row, Row) or row.plan is None:
+            return None
+        row.unshared += 1
+        rule = next(self.rules[name] for name in _names(module) if name in self.rules)
+        separate = Separate(row.plan, rule(module), self.dense, args, kwargs)
+        args, kwargs = separate.arguments(0)
+        if CALL in kwargs:
+            kwargs[CALL] = separate
+        else:
+            self.inside.append((module, separate))
+        return args, kwargs
+
+    def leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Run a mixer on the other batches too, and bring all outputs back to the row. Torch calls this after it."""
+        separate = kwargs.get(CALL)
+        if CALL not in kwargs and self.inside and self.inside[-1][0] is module:
+            separate = self.inside[-1][1]
+        if not isinstance(separate, Separate):
+            return None
+        outputs = [output]
+        for i in range(1, len(separate.plan.batches)):
+            args, kwargs = separate.arguments(i)
+            if CALL in kwargs:
+                kwargs[CALL] = separate
+            outputs.append(module.forward(*args, **kwargs))
+        if CALL not in kwargs:
+            self.inside.pop()
+        return separate.join(outputs)
+
+
+class _Carrying:
+    """A layer's checkpointing function that sets the row of its own forward again as the layer is recomputed."""
+
+    def __init__(self, unsharing: Unsharing, row: Row, function: Callable[..., Any]) -> None:
+        self.unsharing, self.row, self.function = unsharing, row, function
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.function(partial(self._run, layer), *args, **kwargs)
+
+    def _run(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        before, self.unsharing.row = self.unsharing.row, self.row
+        try:
+            return layer(*args, **kwargs)
+        finally:
+            self.unsharing.row = before
+
+
+class Separate(Kernel):
+    """One call of a mixer, on the separate sequences of a row. Attention in it is an ordinary call.
+
+    Args:
+        plan: Of the row.
+        visible: What its attention sees; ``None`` for a mixer that takes no mask.
+        dense: Kind of attention function.
+        args: Its arguments for the row.
+        kwargs: Its other arguments.
+    """
+
+    def __init__(self, plan: Plan, visible: Visible | None, dense: str, args: Any, kwargs: dict[str, Any]) -> None:
+        super().__init__(dense)
+        self.plan, self.visible = plan, visible
+        self.args, self.kwargs = args, kwargs
+
+    def arguments(self, batch: int) -> tuple[Any, dict[str, Any]]:
+        """Return the arguments for one of the plan's batches.
+
+        Args:
+            batch: Its number.
+
+        Returns:
+            Positional and other arguments: tensors of tokens (B, L, ...) as (N, S, ...), masks for these.
+        """
+        index = self.plan.batches[batch]
+        return tuple(self._gather(x, index) for x in self.args), {
+            name: self._gather(x, index) if name != "attention_mask" else self._mask(x, index)
+            for name, x in self.kwargs.items()
+        }
+
+    def join(self, outputs: list[Any]) -> Any:
+        """Bring a mixer's outputs back to the row.
+
+        Args:
+            outputs: For each batch, a tensor (N, S, ...), or a tuple of such and others.
+
+        Returns:
+            Tensors (B, L, ...). Others are those of the first batch.
+        """
+        first = outputs[0]
+        if isinstance(first, tuple):
+            return type(first)(self.join(list(each)) for each in zip(*outputs, strict=True))
+        shape = self.plan.batches[0].shape
+        if not isinstance(first, Tensor) or first.shape[:2] != shape:
+            return first
+        tokens = torch.cat([output.flatten(0, 1) for output in outputs])
+        return look_up(tokens, self.plan.owners)
+
+    def _gather(self, x: Any, index: Tensor) -> Any:
+        """Put separate sequences in place of the rows in a tensor, or in all those of a container."""
+        B, L = self.plan.shape
+        if isinstance(x, dict):
+            return {key: self._gather(each, index) for key, each in x.items()}
+        if isinstance(x, (tuple, list)):
+            return type(x)(self._gather(each, index) for each in x)
+        if isinstance(x, BlockMask) or (isinstance(x, Tensor) and x.ndim == 4 and x.shape[-2:] == (L, L)):
+            return self._mask(x, index)
+        if not isinstance(x, Tensor) or x.ndim < 2:
+            return x
+        if x.shape[:2] == (1, L) and B > 1:
+            x = x.expand(B, *x.shape[1:])
+        if x.shape[:2] == (B, L):
+            return look_up(x.flatten(0, 1), index)
+        if x.ndim > 2 and x.shape[1:3] == (B, L):  # one entry for each axis of positions, or for each head
+            return torch.stack([look_up(each.flatten(0, 1), index) for each in x])
+        return x
+
+    def _mask(self, given: Any, index: Tensor) -> Any:
+        """Make the mask of separate sequences, in place of whatever stood there for the row."""
+        if isinstance(given, dict):
+            return {name: None if each is None else self._mask(each, index) for name, each in given.items()}
+        if self.visible is None:
+            return None
+        allowed = visible_mask(self.visible, index.shape[1], index.device)[None, None]
+        if self.dense == "sdpa":
+            return allowed.expand(len(index), -1, -1, -1)
+        dtype = next(x.dtype for x in _tensors((self.args, self.kwargs)) if x.is_floating_point())
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def visible_mask(visible: Visible, length: int, device: torch.device) -> Tensor:
+    """Make the mask of a sequence.
+
+    Args:
+        visible: What its queries see.
+        length: S.
+        device: Where it is needed.
+
+    Returns:
+        (S, S) bool, True where attention is allowed.
+    """
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    allowed = distance >= 0
+    if visible.window is not None:
+        allowed &= distance < visible.window
+    if visible.chunk is not None:
+        allowed &= position[:, None] // visible.chunk == position // visible.chunk
+    return allowed
+
+
+def look_up(tokens: Tensor, index: Tensor) -> Tensor:
+    """Look tokens up, any of them several times; gradients are summed in a fixed order.
+
+    Args:
+        tokens: (T, ...), of any dtype.
+        index: int64, of any shape.
+
+    Returns:
+        ``index.shape`` + (...).
+    """
+    if not tokens.is_floating_point():
+        return tokens[index]
+    return lookup(tokens.flatten(1), index).unflatten(-1, tokens.shape[1:]) if tokens.ndim > 1 else tokens[index]
+
+
+def _tensors(given: Any) -> Iterator[Tensor]:
+    """Walk over all tensors of arguments."""
+    if isinstance(given, Tensor):
+        yield given
+    for each in given.values() if isinstance(given, dict) else given if isinstance(given, (tuple, list)) else ():
+        yield from _tensors(each)
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Return the names of a module's class and its bases: FSDP2 and others swap the class for a subclass."""
+    return [base.__name__ for base in type(module).__mro__]
+
+
+def mixers_of(module: nn.Module, rules: Mapping[str, Any]) -> Iterator[nn.Module]:
+    """Find the outermost modules of the classes that ``rules`` name.
+
+    Args:
+        module: The module to search.
+        rules: By class name.
+
+    Returns:
+        An iterator of them.
+    """
+    for child in module.children():
+        if any(name in rules for name in _names(child)):
+            yield child
+        else:
+            yield from mixers_of(child, rules)
+
+
+def check_mixers(backbone: nn.Module, config: Any, adapter: Adapter, *, compile: bool) -> None:
+    """Refuse a model whose record names mixers that it does not have, and compiled layers around mixers.
+
+    Args:
+        backbone: Its backbone.
+        config: The configuration of its text stack.
+        adapter: The record of its architecture.
+        compile: Whether its layers are to be compiled.
+
+    Raises:
+        UnsupportedModelError: With the way out.
+    """
+    found = any(True for _ in mixers_of(backbone, adapter.unshared))
+    attention_alone = set(getattr(config, "layer_types", None) or ("others",)) <= {FULL, SLIDING}
+    if adapter.unshared and not found and not attention_alone:
+        raise UnsupportedModelError(
+            f"this model has no {' or '.join(adapter.unshared)}, which its adapter names: this release of transformers "
+            "has another layout, or another library replaced them"
+        )
+    if found and compile:
+        raise UnsupportedModelError(
+            "mixers of this model run on separate sequences, whose number and lengths differ in every row: each would "
+            "compile anew. Apply with compile=False"
+        )
