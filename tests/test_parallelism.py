@@ -38,6 +38,7 @@ SLOW = [
     "torch_dispatcher", "torch_module_hooks", "a_trainers_group", "a_trainers_mesh",
     "a_patched_sdpa", "ddp", "fsdp2", "megatron_norms",
 ]  # fmt: skip
+needs_hooks = needs("accelerate", "1.10", "hooks of context parallelism")
 needs_sizes = needs("accelerate", "1.12", "a ParallelismConfig with cp_size and sp_size")
 ALLOWED = {"ddp", "fsdp2", "meshes_without_parts", "megatron_norms"}
 
@@ -109,6 +110,7 @@ GUARDED: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
 }
 
 
+@needs_hooks
 @pytest.mark.parametrize("call", [logits, row_logits])
 @pytest.mark.parametrize("first", [True, False], ids=["before apply", "after apply"])
 def test_accelerates_hooks(call: Callable[[nn.Module], Tensor], first: bool) -> None:
