@@ -253,15 +253,15 @@ def with_reference(made_by: str) -> tuple[Any, Any]:
     return model, {"user": tiny_model("llama", 1), "trainer": None}[made_by]
 
 
-@pytest.mark.parametrize("made_by", ["trainer", "user"])
+@parameterized.expand(["trainer", "user"])
 def test_a_reference_that_would_not_fold_is_refused(made_by: str) -> None:
     model, given = with_reference(made_by)
     with pytest.raises(FlexpatchError, match=r"ref_model does not fold.*ref_model=flexpatch.apply\(copy.deepcopy"):
         train(Packed, Path(), model, ref_model=given, token_budget=300)
 
 
+@parameterized.expand(["trainer", "user"])
 @needs_precomputed
-@pytest.mark.parametrize("made_by", ["trainer", "user"])
 def test_a_reference_that_runs_no_packed_batches_needs_no_patch(made_by: str) -> None:
     model, given = with_reference(made_by)
     precomputed = dict(precompute_ref_log_probs=True, max_steps=1)
