@@ -21,6 +21,7 @@ from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 
 from flexpatch.bins import BinDataset, BinSampler, pair_lengths, prompt_groups, sequence_lengths
 from flexpatch.errors import FlexpatchError
+from flexpatch.forward import hook_of
 from flexpatch.groups import gather_groups
 from flexpatch.patch import settings_of
 from flexpatch.refusals import check_dropout
@@ -47,7 +48,10 @@ class _PackedTrainer(Trainer):
         _check_folds(self.accelerator.unwrap_model(self.model), "model", larger)
         reference = getattr(self, "ref_model", None)
         if reference is not None and not self.args.precompute_ref_log_probs:
-            _check_folds(self.accelerator.unwrap_model(reference), "ref_model", larger)
+            _check_folds(reference := self.accelerator.unwrap_model(reference), "ref_model", larger)
+            hook = hook_of(reference)
+            assert hook is not None
+            hook.folding.of_trainer = True  # KTO's asks for no cache, but before TRL 1.16 does not say so
         if not isinstance(self.train_dataset, Sized):
             raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
         self.groups, lengths = self._items(token_budget)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.needs import needs_type
 from helpers.oracle import random_ids
 from parameterized import parameterized
 
@@ -218,6 +219,7 @@ def test_a_refused_backend_leaves_the_model_as_it_was(cards: Cards) -> None:
     ]
 )
 def test_heads_of_all_layers(model_type: str, expected: Any) -> None:
+    needs_type(model_type)
     model = tiny_model(model_type)
     assert heads_of(decoder_of(pretrained(model))) == expected
 

@@ -1,6 +1,6 @@
 """Models loaded with FlashAttention: it keeps serving ordinary calls, and batches fold to the very numbers it gives.
 
-On a CPU by a stand-in with FlashAttention's ways; tests/gpu/test_flash_originals.py runs the real kernels.
+On a CPU by a stand-in with FlashAttention's ways; tests/gpu/test_flash_kernels.py runs the real kernels.
 """
 
 import copy

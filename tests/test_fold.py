@@ -653,10 +653,6 @@ def test_other_noise_and_bidirectional_models_are_refused() -> None:
     model.model.layers[0].mlp.jitter_noise = 0.1
     with pytest.raises(UnsupportedModelError, match=r"router jitter noise 0.1 in 'layers.0.mlp' is active"):
         model(**batch)
-    pvera = peft.PveraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(flexpatch.apply(tiny_model("llama")), pvera)
-    with pytest.raises(UnsupportedModelError, match=r"\(PVERA\) draws noise for each token in training"):
-        model(**batch)
     model = tiny_model("llama")
     model.config.is_causal = False
     with pytest.raises(UnsupportedModelError, match="is_causal=False lets a prompt see its answer"):

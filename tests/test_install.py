@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers.needs import needs_licenses
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a build reads. The library itself stays out: without torch, each of many processes takes an instant.
@@ -77,6 +78,7 @@ def run(*command: str, cwd: Path) -> str:
     return done.stdout
 
 
+@needs_licenses
 @pytest.mark.parametrize("kind", ["editable", "wheel"])
 def test_the_package_is_found_from_everywhere(kind: str, tmp_path: Path) -> None:
     installed = Installed(tmp_path, kind, finder=False)
@@ -90,6 +92,7 @@ def test_the_package_is_found_from_everywhere(kind: str, tmp_path: Path) -> None
     assert where.strip() == str(folder / "flexpatch" / "__init__.py")
 
 
+@needs_licenses
 def test_a_finder_takes_the_checkout_for_the_package(tmp_path: Path) -> None:
     """The control: with a mapping in pyproject.toml and no setup.py, a program above the checkout fails."""
     installed = Installed(tmp_path, "editable", finder=True)

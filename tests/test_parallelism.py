@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import accelerate
 import pytest
 import torch
-from accelerate import ParallelismConfig
-from accelerate.big_modeling import _attach_context_parallel_hooks
+from accelerate import big_modeling
 from accelerate.state import AcceleratorState
+from helpers.needs import needs
 from helpers.oracle import random_ids
 from helpers.processes import PROGRAMS, start_python, torchrun
 from torch import Tensor, nn
@@ -31,11 +32,14 @@ from flexpatch.parallelism import GROUP, MESH
 PROMPT, *ANSWERS = random_ids(24, 4, 4, 4)
 IDS = torch.tensor([PROMPT + answer for answer in ANSWERS])
 # On several ranks. Those of CI, and the others.
-FAST = ["torch_context_manager", "accelerate_configuration", "a_trainers_attention", "meshes_without_parts"]
+FAST = ["torch_context_manager", "a_trainers_attention"]
+FAST_OF_ACCELERATE = ["accelerate_configuration", "meshes_without_parts"]
 SLOW = [
-    "torch_dispatcher", "torch_module_hooks", "accelerate_mesh", "a_trainers_group",
-    "a_trainers_mesh", "a_patched_sdpa", "ddp", "fsdp2", "megatron_norms",
+    "torch_dispatcher", "torch_module_hooks", "a_trainers_group", "a_trainers_mesh",
+    "a_patched_sdpa", "ddp", "fsdp2", "megatron_norms",
 ]  # fmt: skip
+needs_hooks = needs("accelerate", "1.10", "hooks of context parallelism")
+needs_sizes = needs("accelerate", "1.12", "a ParallelismConfig with cp_size and sp_size")
 ALLOWED = {"ddp", "fsdp2", "meshes_without_parts", "megatron_norms"}
 
 
@@ -106,19 +110,20 @@ GUARDED: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
 }
 
 
+@needs_hooks
 @pytest.mark.parametrize("call", [logits, row_logits])
 @pytest.mark.parametrize("first", [True, False], ids=["before apply", "after apply"])
 def test_accelerates_hooks(call: Callable[[nn.Module], Tensor], first: bool) -> None:
     model = tiny_model("llama")
     if first:
-        _attach_context_parallel_hooks(model)
+        big_modeling._attach_context_parallel_hooks(model)
         with pytest.raises(flexpatch.UnsupportedModelError, match=r"_attach_context_parallel_hooks.*flexpatch.remove"):
             flexpatch.apply(model)
         assert not flexpatch.is_applied(model)
         return
     flexpatch.apply(model)
     call(model)
-    _attach_context_parallel_hooks(model)
+    big_modeling._attach_context_parallel_hooks(model)
     with pytest.raises(flexpatch.UnsupportedModelError, match=r"LlamaAttention has the hook .*context_parallel"):
         call(model)
 
@@ -181,12 +186,12 @@ def launcher(**sizes: int) -> Iterator[None]:
 @contextmanager
 def configuration(**sizes: Any) -> Iterator[None]:
     """What an Accelerator keeps: for all of a process."""
-    with mock.patch.dict(AcceleratorState._shared_state, parallelism_config=ParallelismConfig(**sizes)):
+    with mock.patch.dict(AcceleratorState._shared_state, parallelism_config=accelerate.ParallelismConfig(**sizes)):
         yield
 
 
 @pytest.mark.parametrize("name", ["cp_size", "sp_size"])
-@pytest.mark.parametrize("given", [launcher, configuration])
+@pytest.mark.parametrize("given", [launcher, pytest.param(configuration, marks=needs_sizes)])
 def test_accelerates_sizes(given: Callable[..., Any], name: str) -> None:
     with given(**{name: 2}), pytest.raises(flexpatch.UnsupportedModelError, match=f"(?i){name}=2"):
         flexpatch.apply(tiny_model("llama"))
@@ -249,11 +254,19 @@ def on_two_ranks(names: list[str], folder: Path) -> None:
                     assert str(answer).startswith("ranks hold parts of sequences here ("), (rank, name, call, answer)
 
 
-def test_two_ranks(tmp_path: Path) -> None:
-    on_two_ranks(FAST, tmp_path)
+@pytest.mark.parametrize("names", [FAST, pytest.param(FAST_OF_ACCELERATE, marks=needs_sizes)])
+def test_two_ranks(names: list[str], tmp_path: Path) -> None:
+    on_two_ranks(names, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [SLOW, pytest.param(["deepspeed_ulysses"], marks=pytest.mark.heavy("deepspeed"))])
+@pytest.mark.parametrize(
+    "names",
+    [
+        SLOW,
+        pytest.param(["accelerate_mesh"], marks=needs_sizes),
+        pytest.param(["deepspeed_ulysses"], marks=pytest.mark.heavy("deepspeed")),
+    ],
+)
 def test_the_other_ways_on_two_ranks(names: list[str], tmp_path: Path) -> None:
     on_two_ranks(names, tmp_path)

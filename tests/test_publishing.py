@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.needs import needs_licenses
 from parameterized import parameterized
 
 import flexpatch
@@ -49,6 +50,7 @@ def build(kind: str, checkout: Path) -> Path:
     return checkout.parent / done.stdout.splitlines()[-1]
 
 
+@needs_licenses
 def test_an_sdist_holds_all_that_its_tests_read(checkout: Path) -> None:
     expected = files(checkout)
     assert {"tests/test_publishing.py", "adapters/llama.py", ".ci/run", "examples/data/dialogues.json"} <= expected
@@ -59,6 +61,7 @@ def test_an_sdist_holds_all_that_its_tests_read(checkout: Path) -> None:
     assert not [name for name in held if name.endswith(".pyc")]
 
 
+@needs_licenses
 def test_a_wheel_holds_the_library_and_nothing_else(checkout: Path) -> None:
     path = build("wheel", checkout)
     with zipfile.ZipFile(path) as archive:

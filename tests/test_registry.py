@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.needs import needs_type
 from parameterized import parameterized
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
 
@@ -87,8 +88,7 @@ ENCODER = "use_bidirectional_attention=True lets a prompt see its answer"
     ]
 )
 def test_refuses(model_type: str, settings: dict[str, Any], message: str) -> None:
-    if model_type not in CONFIG_MAPPING:
-        pytest.skip(f"needs a transformers that knows {model_type}")
+    needs_type(model_type)
     with pytest.raises(UnsupportedModelError, match=f"^model type '{model_type}': .*{message}"):
         adapter_for(config(model_type, **settings))
 

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.completions import SEQUENCES
+from packaging.version import Version
 from parameterized import parameterized
 from torch import Tensor, nn
 
@@ -15,6 +17,8 @@ from flexpatch.internals import eager_experts
 from flexpatch.models import tiny_model, tiny_types
 
 BOUND = 1e-10
+# Some architectures ignore the flag, and some fail with labels and it, unpatched.
+OLD = Version(transformers.__version__) < Version("5.17")
 
 
 def batch(side: str) -> dict[str, Tensor]:
@@ -39,9 +43,10 @@ def results(model: nn.Module, call: dict[str, Any]) -> tuple[Tensor, Tensor, Any
     model.zero_grad()
     output = model(**call, use_cache=False, output_router_logits=True)
     real = call["attention_mask"].bool()
-    routers = [logits.view(*real.shape, -1)[real] for logits in output.router_logits]
+    routers = [logits.view(*real.shape, -1)[real] for logits in output.get("router_logits") or ()]
+    assert routers or OLD
     loss = output.loss + sum((r * torch.linspace(-1, 1, r.numel()).to(r).view_as(r)).mean() for r in routers)
-    if output.aux_loss is not None:
+    if output.get("aux_loss") is not None:
         loss = loss + output.aux_loss
     loss.backward()
     return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), output
@@ -54,11 +59,17 @@ def test_there_are_mixtures() -> None:
 @parameterized.expand([(model_type,) for model_type in MIXTURES])
 def test_auxiliary_losses(model_type: str) -> None:
     stock = eager_experts(tiny_model(model_type)).train()
+    if OLD:
+        try:
+            results(stock, batch("left"))
+        except AttributeError as error:
+            pytest.skip(f"transformers {transformers.__version__}: {model_type} fails unpatched: {error}")
     model = flexpatch.apply(copy.deepcopy(stock))
     for side in ("left", "right"):
         with Float64():
             (true, slope, output), (ours, our_slope, our_output) = (results(m, batch(side)) for m in (stock, model))
-        assert [r.shape for r in our_output.router_logits] == [r.shape for r in output.router_logits]
+        routers, our_routers = (each.get("router_logits") or () for each in (output, our_output))
+        assert [r.shape for r in our_routers] == [r.shape for r in routers]
         assert (ours - true).abs() < BOUND and (our_slope - slope).norm() < BOUND * slope.norm()
     assert flexpatch.savings(model).folded == 2
 

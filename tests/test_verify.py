@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.needs import needs_type
 from parameterized import parameterized
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -196,8 +196,7 @@ def check_one_line(said: str, words: str) -> None:
 ])  # fmt: skip
 def test_refused_at_once(arguments: list[str], words: str) -> None:
     """Before any hub is asked, and before anything is computed."""
-    if arguments[0] not in CONFIG_MAPPING:
-        pytest.skip(f"needs a transformers that knows {arguments[0]}")
+    needs_type(arguments[0])
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
         patch.setattr(verify, "load_model", None)
         patch.setattr("flexpatch.verification.separate_logprobs", None)

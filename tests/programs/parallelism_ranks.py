@@ -14,8 +14,8 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import accelerate
 import torch
-from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from helpers.oracle import random_ids
 from torch import distributed, nn
@@ -66,7 +66,7 @@ def torch_module_hooks(model: PreTrainedModel) -> Steps:
 @contextmanager
 def accelerate_mesh(model: PreTrainedModel) -> Steps:
     """accelerate's own mesh, kept by the caller alone."""
-    kept = ParallelismConfig(cp_size=2).build_device_mesh("cpu")
+    kept = accelerate.ParallelismConfig(cp_size=2).build_device_mesh("cpu")
     yield model
     del kept
 
@@ -76,9 +76,9 @@ def accelerate_configuration(model: PreTrainedModel) -> Steps:
     AcceleratorState._reset_state()
     with (
         mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"),
-        mock.patch.object(ParallelismConfig, "_validate_accelerator"),
+        mock.patch.object(accelerate.ParallelismConfig, "_validate_accelerator"),
     ):
-        Accelerator(cpu=True, parallelism_config=ParallelismConfig(cp_size=2))
+        accelerate.Accelerator(cpu=True, parallelism_config=accelerate.ParallelismConfig(cp_size=2))
         yield model
     AcceleratorState._reset_state()
 
@@ -162,7 +162,7 @@ def meshes_without_parts(model: PreTrainedModel) -> Steps:
         mock.patch.dict(sys.modules, {"verl.utils.ulysses": module}),
         mock.patch.dict("os.environ", ACCELERATE_USE_CPU="true"),
     ):
-        Accelerator(cpu=True, parallelism_config=ParallelismConfig())
+        accelerate.Accelerator(cpu=True, parallelism_config=accelerate.ParallelismConfig())
         yield model
     AcceleratorState._reset_state()
     del kept

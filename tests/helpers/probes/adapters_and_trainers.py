@@ -63,9 +63,8 @@ def _settings_say_what_adapters_do() -> bool:
 )
 def _layers_are_in_packages_of_their_tuners() -> bool:
     found = [config.__module__.split(".") for config in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.values()]
-    return {path[2].upper() for path in found if path[:2] == ["peft", "tuners"]} >= REFUSED.keys() - {
-        "SHADOW"
-    }  # newer than some supported peft
+    newer = {"CARTRIDGE", "LILY", "PVERA", "SHADOW"}  # than peft 0.18
+    return {path[2].upper() for path in found if path[:2] == ["peft", "tuners"]} >= REFUSED.keys() - newer
 
 
 @probe(

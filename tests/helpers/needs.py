@@ -1,0 +1,22 @@
+"""Tests that an older release cannot run are skipped, with the reason."""
+
+from importlib.metadata import version
+
+import pytest
+from packaging.version import Version
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+def needs(package: str, since: str, why: str) -> pytest.MarkDecorator:
+    """Skip a test with a ``package`` older than ``since``."""
+    reason = f"needs {package} {since} or newer: {why}"
+    return pytest.mark.skipif(Version(version(package)) < Version(since), reason=reason)
+
+
+def needs_type(model_type: str) -> None:
+    """Skip a test whose architecture the installed transformers does not have."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"needs a transformers that knows {model_type}")
+
+
+needs_licenses = needs("packaging", "24.2", "setuptools reads license expressions with it")
