@@ -1,4 +1,4 @@
-"""Granite, dense and mixture of experts: logits are divided by a constant. Hybrids: adapters/recurrent.py."""
+"""Granite, dense and mixture of experts: logits are divided by a constant. Hybrids: adapters/hybrid_mamba.py."""
 
 from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, register, sliding_windows
 

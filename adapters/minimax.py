@@ -1,4 +1,4 @@
-"""MiniMax M2: experts, and rope on half of each head. (MiniMax 01 has linear attention: adapters/recurrent.py.)"""
+"""MiniMax M2: experts, and rope on half of each head. (MiniMax 01 has linear attention: adapters/hybrid_linear.py.)"""
 
 from flexpatch.registry import Adapter, register
 

@@ -1,4 +1,4 @@
-"""OLMo 1 to 3, OLMoE and FlexOLMo. OLMo 3 has a rope for each layer type; OLMo Hybrid is in adapters/recurrent.py."""
+"""OLMo 1 to 3, OLMoE and FlexOLMo. OLMo 3 has a rope for each layer type; OLMo Hybrid: adapters/hybrid_linear.py."""
 
 from flexpatch.registry import Adapter, register, sliding_windows
 

@@ -1,29 +1,58 @@
-"""Families with layers that carry a state from token to token. All are refused, with the reason."""
+"""Families without attention: Mamba, Mamba 2, Falcon Mamba, RWKV 4 and xLSTM. All their mixers carry a state."""
 
-from flexpatch.registry import Adapter, register
+from typing import Any
 
-STATE = "state-space layers, whose state runs through the whole row: an attention mask cannot branch it"
-LINEAR = "linear-attention layers, whose recurrent state an attention mask cannot branch"
-CONVOLUTION = "convolutions over neighbouring tokens of the row, which an attention mask cannot separate"
-RECURRENT = "recurrent layers, whose state runs through the whole row: an attention mask cannot branch it"
-
-LAYERS = {
-    STATE: (
-        *("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2"),
-        *("nemotron_h", "granitemoehybrid"),
-    ),
-    LINEAR: ("kimi_linear", "minimax", "olmo_hybrid", "bailing_hybrid", "qwen4_exp_text"),
-    CONVOLUTION: ("lfm2", "lfm2_moe", "zaya"),
-    RECURRENT: ("recurrent_gemma", "rwkv", "xlstm"),
-}
+from flexpatch.registry import Adapter, LogitTransform, no_mask, register
 
 register(
     Adapter(
-        name="Recurrent",
-        masks="single",
-        tiny={},
-        refused={
-            model_type: f"has {layers}. Train it unpatched" for layers, types in LAYERS.items() for model_type in types
+        name="Mamba",
+        masks="none",
+        unshared=dict.fromkeys(("MambaMixer", "Mamba2Mixer", "FalconMambaMixer"), no_mask),
+        implementations=("eager",),
+        restarts=False,
+        tiny={
+            "mamba": [dict(state_size=8, time_step_rank=8)],
+            "mamba2": [dict(state_size=8, num_heads=8, n_groups=2, chunk_size=16)],
+            "falcon_mamba": [dict(state_size=8, time_step_rank=8)],
         },
+    )
+)
+
+register(
+    Adapter(
+        name="RWKV 4",
+        masks="none",
+        # Both look at the token before.
+        unshared=dict.fromkeys(("RwkvSelfAttention", "RwkvFeedForward"), no_mask),
+        implementations=("eager",),
+        restarts=False,
+        tiny={"rwkv": [dict(attention_hidden_size=64, rescale_every=2)]},
+    )
+)
+
+
+def any_length(config: Any) -> str | None:
+    """Refuse the modes in which the unpatched model itself does not take sequences of any length."""
+    if config.mode == "inference":
+        return None
+    return (
+        f"mode='{config.mode}' does not take sequences of any length, unpatched either: 'train' wants multiples of "
+        "chunk_size, and 'train_with_padding' fails. Set config.mode = 'inference' before the model is built: it "
+        "trains too"
+    )
+
+
+register(
+    Adapter(
+        name="xLSTM",
+        masks="none",
+        unshared={"xLSTMLayer": no_mask},
+        implementations=("eager",),
+        restarts=False,
+        reject=any_length,
+        logit_transform=lambda config: LogitTransform(softcap=config.output_logit_soft_cap),
+        tiny={"xlstm": [dict(num_heads=4, num_hidden_layers=3, chunk_size=16)]},
+        limits="`mode='inference'`, the default; in eval mode, rows of at most `max_inference_chunksize` tokens",
     )
 )

@@ -28,8 +28,8 @@ IGNORED = {*TYPES, "labels"}
 # Names of the arguments of multimodal backbones that hold images, sound or video.
 MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs")
 IMAGES = "images, sound or video"
-# Names of a call's cache: the second from transformers 5.24 on.
-CACHES = ("past_key_values", "cache")
+# Names of a call's cache: the second from transformers 5.24 on, the others in models without attention.
+CACHES = ("past_key_values", "cache", "cache_params", "state")
 # The reason of a batch that ran as it was given because folding would keep more than ``WORTH`` of it. Nobody is warned.
 LITTLE = "with too little to share"
 # The reason of padding-free rows in calls that make a cache. transformers then takes a row for one sequence.

@@ -98,7 +98,7 @@ def heads_of(decoder: nn.Module) -> frozenset[Sizes]:
     """Read the head sizes of all attention layers of a decoder.
 
     Layers may differ (Gemma 4), and so may keys and values (DeepSeek). The layers' modules tell their sizes, because
-    modeling code may change the configuration's. If no module tells, the configuration does.
+    modeling code may change the configuration's. If no module tells, the configuration does, unless it has no heads.
 
     Args:
         decoder: A decoder of transformers, with its configuration in ``config``.
@@ -109,8 +109,8 @@ def heads_of(decoder: nn.Module) -> frozenset[Sizes]:
     # A dict beside the model, because copies and pickles would carry an attribute along.
     if decoder not in _heads:
         found = {sizes for module in decoder.modules() if (sizes := _heads_of_layer(module)) is not None}
-        if not found:
-            config: Any = decoder.config
+        config: Any = decoder.config
+        if not found and getattr(config, "num_attention_heads", None):
             size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             found = {(size, size)}
         _heads[decoder] = frozenset(found)

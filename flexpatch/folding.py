@@ -131,7 +131,7 @@ class Folding:
         if any(isinstance(mask, Tensor) for mask in rows.masks.values()):
             rows.masks.clear()  # dense masks (L x L) are too large to keep
         # Copies: a hook of others may change them in place, and the next call gets this fold again.
-        inputs |= {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
+        inputs |= {name: inputs[name].clone() for name in ("input_ids", "position_ids") if name in inputs}
         leave = partial(_unfold, latest.folded.index, latest.folded.padding)
         return call | dict.fromkeys({*IGNORED, *VARLEN} & call.keys()) | inputs, leave
 

@@ -26,7 +26,7 @@ from flexpatch.errors import FlexpatchError
 from flexpatch.folding import Exit, Folding
 from flexpatch.internals import arguments_of, attention_name, takes_argument
 from flexpatch.registry import Adapter
-from flexpatch.row_calls import is_row_call, plan_in, without_plan
+from flexpatch.row_calls import carry_plan, is_row_call, plan_in, without_plan
 from flexpatch.unshare import Unsharing
 
 # Names the attribute of a call's ``input_ids`` that holds its exits.
@@ -144,11 +144,11 @@ def with_exits(ids: Tensor, exits: Exits) -> Tensor:
         exits: The exits.
 
     Returns:
-        Another tensor object that shares the numbers of ``ids``: the caller's own carries nothing.
+        Another tensor object that shares the numbers of ``ids``, and what else these carry.
     """
-    ids = ids.detach()
-    setattr(ids, EXITS, exits)
-    return ids
+    carrier = ids.detach()
+    vars(carrier).update(vars(ids) | {EXITS: exits})
+    return carrier
 
 
 def exits_of(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> Exits | None:
@@ -258,14 +258,17 @@ def hook_of(inner: nn.Module) -> BackboneHook | None:
     return next((hook for hook in hooks if isinstance(hook, BackboneHook)), None)
 
 
-def register_hooks(backbone: nn.Module, hook: BackboneHook, adapter: Adapter) -> None:
-    """Put all hooks on a backbone, and on mixers in it that take separate sequences.
+def register_hooks(inner: PreTrainedModel, hook: BackboneHook, adapter: Adapter) -> None:
+    """Put all hooks on a model's backbone, and on mixers in it that take separate sequences.
 
     Args:
-        backbone: The backbone.
+        inner: The model.
         hook: The one with the options.
         adapter: The record of its architecture.
     """
+    backbone = inner.base_model
+    if adapter.masks == "none" and backbone is not inner:
+        inner.register_forward_pre_hook(carry_plan, with_kwargs=True)
     if adapter.unshared:
         hook.unsharing = Unsharing(adapter.unshared, hook.dense)
         hook.mixers = hook.unsharing.register(backbone)
@@ -290,7 +293,7 @@ def remove_hooks(inner: nn.Module) -> None:
                 if isinstance(hook, BackboneHook) and hook.unsharing is not None:
                     hook.unsharing.end(module)
                 ours = isinstance(hook, BackboneHook) or isinstance(getattr(hook, "__self__", None), Unsharing)
-                if ours or hook in (run_own_exits, run_callers_exits):
+                if ours or hook in (carry_plan, run_own_exits, run_callers_exits):
                     del registered[key], with_kwargs[key]
                     module._forward_hooks_always_called.pop(key, None)
         restore_forward(module)

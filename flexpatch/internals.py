@@ -34,6 +34,10 @@ from flexpatch.registry import UNCHANGED, LogitTransform, adapter_for, decoder_c
 # Ministral 3 in transformers before 5.4 took a query's index in the row for its position. Drop this with 5.3.
 SCALES_BY_INDEX = Version(transformers.__version__) < Version("5.4")
 
+# Settings by which models change their head's output.
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
@@ -142,8 +146,9 @@ def set_attention(inner: PreTrainedModel, name: str) -> None:
     """
     decoder = decoder_of(inner)
     before = attention_name(decoder)
-    if "flash" in name:
-        decoder.config._attn_implementation = name  # the method would look for kernels of this name
+    if "flash" in name or adapter_for(decoder.config).masks == "none":
+        # The method would look for kernels of this name, and leaves models without attention as they are.
+        decoder.config._attn_implementation = name
     else:
         decoder.set_attn_implementation(name)
     for module in decoder.modules():
@@ -164,7 +169,7 @@ def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
     head, transform = inner.get_output_embeddings(), adapter_for(config).logit_transform(config)
     if head is None:
         raise FlexpatchError(f"{type(inner).__name__} makes no logits; load it with AutoModelForCausalLM")
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+    for name in (*SCALES, *CAPS):
         if transform == UNCHANGED and getattr(config, name, None) not in (None, 1, 1.0):
             raise UnsupportedModelError(
                 f"config.{name}={getattr(config, name)} changes the logits of this model, but its adapter does not say "

@@ -160,7 +160,7 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     remove_hooks(inner)
     if compile:
         compile_layers(layers)
-    register_hooks(inner.base_model, hook, adapter_for(config))
+    register_hooks(inner, hook, adapter_for(config))
     if previous is None or previous.backend != backend:
         log.info(
             "flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, backend_of(inner), device_of(inner)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
@@ -18,6 +18,8 @@ from flexpatch.refusals import scaling_limit
 from flexpatch.registry import FULL, Adapter
 from flexpatch.rows import Rows
 
+# Names the attribute of a call's ids that holds its plan, on the way from a model to its backbone.
+PLAN = "flexpatch_plan"
 # Names the attribute of dense masks by which a row's is told from a caller's own.
 OWN = "flexpatch_rows"
 
@@ -66,6 +68,23 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     return inputs
 
 
+def carry_plan(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Let a row's ids carry its plan, because RWKV hands its backbone no mask: a forward pre-hook of such models.
+
+    Args:
+        model: A model without attention.
+        args, kwargs: Of its call.
+
+    Returns:
+        Its arguments; ``None`` for a call that is not a row's.
+    """
+    if not isinstance(kwargs.get("attention_mask"), Plan):
+        return None
+    ids = kwargs["input_ids"].detach()  # another object: the caller's own carries nothing
+    vars(ids).update(vars(kwargs["input_ids"]) | {PLAN: kwargs["attention_mask"]})
+    return args, kwargs | {"input_ids": ids}
+
+
 def a_mask(call: Mapping[str, Any]) -> Any:
     """Return the mask of a call, or one of its masks by layer type; a plan if there are no masks."""
     mask = call.get("attention_mask")
@@ -76,12 +95,13 @@ def plan_in(call: Mapping[str, Any]) -> Plan | None:
     """Return the separate sequences of a row's call; ``None`` for models whose mixers all take the row."""
     mask = call.get("attention_mask")
     each = mask.values() if isinstance(mask, dict) else (mask,)
-    return next((plan for plan in each if isinstance(plan, Plan)), None)
+    carried = getattr(call.get("input_ids"), PLAN, None)
+    return next((plan for plan in each if isinstance(plan, Plan)), carried)
 
 
 def without_plan(call: dict[str, Any]) -> dict[str, Any]:
     """Return a row's call as the model takes it: layers that take no mask get none."""
-    mask = call["attention_mask"]
+    mask = call.get("attention_mask")
     if isinstance(mask, Plan):
         return {name: value for name, value in call.items() if name != "attention_mask"}
     if isinstance(mask, dict):
@@ -90,6 +110,7 @@ def without_plan(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_row_call(call: Mapping[str, Any]) -> bool:
-    """Tell whether a call's mask was made by :func:`row_inputs`."""
+    """Tell whether a call was made by :func:`row_inputs`."""
     mask = a_mask(call)
-    return isinstance(mask, (BlockMask, Plan)) or getattr(mask, OWN, False)
+    own = isinstance(mask, (BlockMask, Plan)) or getattr(mask, OWN, False)
+    return own or hasattr(call.get("input_ids"), PLAN)

@@ -92,6 +92,11 @@ class Unsharing:
         row = kwargs.get(CALL, None if self.inside else self.row)
         if not isinstance(row, Row) or row.plan is None:
             return None
+        if not any(tensor.shape[:2] == row.plan.shape for tensor in _tensors((args, kwargs))):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} got other tokens than the row's {row.plan.shape[1]}: something splits rows. "
+                "xLSTM does in eval mode, beyond config.max_inference_chunksize: raise that, or make shorter rows"
+            )
         row.unshared += 1
         rule = next(self.rules[name] for name in _names(module) if name in self.rules)
         separate = Separate(row.plan, rule(module), self.dense, args, kwargs)
@@ -180,8 +185,9 @@ class Separate(Kernel):
         first = outputs[0]
         if isinstance(first, tuple):
             return type(first)(self.join(list(each)) for each in zip(*outputs, strict=True))
-        shape = self.plan.batches[0].shape
-        if not isinstance(first, Tensor) or first.shape[:2] != shape:
+        shapes = [index.shape for index in self.plan.batches]
+        # All: a state's second size may be the length of one batch by chance.
+        if not isinstance(first, Tensor) or [output.shape[:2] for output in outputs] != shapes:
             return first
         tokens = torch.cat([output.flatten(0, 1) for output in outputs])
         return look_up(tokens, self.plan.owners)

@@ -1,0 +1,130 @@
+"""Hybrids of attention and linear attention, short convolutions or recurrences."""
+
+from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, no_mask, register, sliding_windows
+
+LINEAR = "linear_attention"
+LAYERS = [LINEAR, LINEAR, FULL, LINEAR]
+DELTA = dict(
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=16,
+    linear_value_head_dim=12,
+    linear_conv_kernel_dim=4,
+    layer_types=LAYERS,
+)
+MOE = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+LATENT = dict(
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    n_group=1,
+    topk_group=1,
+    n_shared_experts=1,
+    num_local_experts=4,
+    mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+    layer_types=LAYERS,
+)
+
+register(
+    Adapter(
+        name="OLMo Hybrid, Kimi Linear, Bailing Hybrid",
+        masks="by_layer_type",
+        unmasked=(LINEAR,),
+        unshared=dict.fromkeys(
+            ("OlmoHybridGatedDeltaNet", "KimiLinearDeltaAttention", "BailingHybridDeltaAttention"), no_mask
+        ),
+        restarts=False,
+        tiny={
+            "olmo_hybrid": [DELTA],
+            "kimi_linear": [dict(LATENT, **MOE, linear_head_dim=16, linear_num_heads=4)],
+            "bailing_hybrid": [dict(LATENT, **MOE, num_mtp_layers=0)],
+        },
+    )
+)
+
+register(
+    Adapter(
+        name="Lara Mini",
+        masks="by_layer_type",
+        windows=sliding_windows,
+        unmasked=(LINEAR,),
+        unshared={"LaraMiniGatedDeltaNet": no_mask},
+        restarts=False,
+        tiny={
+            "lara_mini": [
+                dict(
+                    DELTA,
+                    **MOE,
+                    num_experts=4,
+                    shared_expert_intermediate_size=32,
+                    sliding_window=8,
+                    layer_types=[LINEAR, SLIDING, LINEAR, FULL],
+                )
+            ]
+        },
+    )
+)
+
+register(
+    Adapter(
+        name="MiniMax 01",
+        masks="by_layer_type",
+        windows=lambda config: {FULL: config.sliding_window},
+        unmasked=(LINEAR,),
+        unshared={"MiniMaxLightningAttention": no_mask},
+        restarts=False,
+        tiny={
+            "minimax": [
+                dict(
+                    num_local_experts=4, num_experts_per_tok=2, block_size=16, layer_types=LAYERS, sliding_window=None
+                ),
+                dict(num_local_experts=4, num_experts_per_tok=2, block_size=8, layer_types=LAYERS, sliding_window=8),
+            ]
+        },
+    )
+)
+
+CONVOLUTION = dict(layer_types=["conv", "conv", FULL, "conv"])
+
+register(
+    Adapter(
+        name="LFM2",
+        masks="by_layer_type",
+        unmasked=("conv",),
+        unshared=dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), no_mask),
+        restarts=False,
+        tiny={
+            "lfm2": [CONVOLUTION],
+            "lfm2_moe": [dict(CONVOLUTION, **MOE, num_experts=4, num_dense_layers=1)],
+        },
+    )
+)
+
+register(
+    Adapter(
+        name="LFM3",
+        masks="by_layer_type",
+        windows=sliding_windows,
+        unmasked=("conv",),
+        unshared={"Lfm3ShortConv": no_mask},
+        ropes=frozenset({"default", "proportional"}),
+        restarts=False,
+        tiny={"lfm3": [dict(layer_types=["conv", SLIDING, FULL, "conv"], sliding_window=8)]},
+    )
+)
+
+register(
+    Adapter(
+        name="RecurrentGemma",
+        masks="by_layer_type",
+        windows=lambda config: {SLIDING: config.attention_window_size},
+        unmasked=(LINEAR,),
+        unshared={"RecurrentGemmaRecurrentBlock": no_mask},
+        restarts=False,
+        logit_transform=lambda config: LogitTransform(softcap=config.logits_soft_cap),
+        tiny={"recurrent_gemma": [dict(attention_window_size=8, lru_width=64, logits_soft_cap=5.0)]},
+    )
+)
