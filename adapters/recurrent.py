@@ -12,8 +12,8 @@ LAYERS = {
         *("mamba", "mamba2", "falcon_mamba", "falcon_h1", "jamba", "bamba", "zamba", "zamba2"),
         *("nemotron_h", "granitemoehybrid"),
     ),
-    LINEAR: ("kimi_linear", "minimax", "olmo_hybrid", "bailing_hybrid", "qwen4_exp_text"),
-    CONVOLUTION: ("lfm2", "lfm2_moe", "zaya"),
+    LINEAR: ("kimi_linear", "minimax", "olmo_hybrid", "bailing_hybrid"),
+    CONVOLUTION: ("lfm2", "lfm2_moe"),
     RECURRENT: ("recurrent_gemma", "rwkv", "xlstm"),
 }
 
