@@ -1,11 +1,10 @@
-"""DeepSeek V2 and V3 (latent attention, experts), GLM-4.7-Flash, and models with their code, such as Moonlight."""
+"""DeepSeek V2 and V3 (latent attention, experts), GLM-4.7-Flash, and models with their code, such as Moonlight.
+
+Later models, whose layers choose keys: adapters/indexed.py.
+"""
 
 from flexpatch.registry import Adapter, register
 
-SPARSE = (
-    "its layers pick the keys that a query may see, from all tokens of a row; a mask cannot make that exact. Train it "
-    "unpatched"
-)
 TINY = dict(
     num_key_value_heads=4,
     q_lora_rank=16,
@@ -27,6 +26,5 @@ register(
             "deepseek_v3": [TINY, dict(TINY, q_lora_rank=None, v_head_dim=24)],
             "glm4_moe_lite": [TINY],
         },
-        refused={"deepseek_v32": SPARSE, "deepseek_v4": SPARSE},
     )
 )

@@ -1,7 +1,7 @@
 """GLM-4 and GLM-4.5: one mask for all layers, rope on half of each head.
 
-GLM-4.7-Flash has latent attention, so it is in adapters/deepseek.py. Later models, whose layers choose keys, are
-refused.
+GLM-4.7-Flash has latent attention, so it is in adapters/deepseek.py. GLM-5, whose layers choose keys:
+adapters/indexed.py.
 """
 
 from flexpatch.registry import Adapter, register
@@ -14,9 +14,5 @@ register(
         name="GLM-4, GLM-4.5",
         masks="single",
         tiny={"glm": [{}], "glm4": [{}], "glm4_moe": [MOE, dict(MOE, use_qk_norm=True)]},
-        refused={
-            "glm_moe_dsa": "its layers pick the keys that a query may see, from all tokens of a row; a mask cannot "
-            "make that exact. Train it unpatched",
-        },
     )
 )

@@ -1,4 +1,4 @@
-"""Llama 1 to 3: one mask for all layers, without windows. Llama 4 is refused."""
+"""Llama 1 to 3: one mask for all layers, without windows. (Llama 4: adapters/llama4.py.)"""
 
 from flexpatch.registry import Adapter, register
 
@@ -17,9 +17,5 @@ register(
         name="Llama",
         masks="single",
         tiny={"llama": [{}, dict(rope_parameters=LLAMA3), dict(rope_parameters=YARN, tie_word_embeddings=True)]},
-        refused={
-            "llama4_text": "Llama 4 attends in chunks and scales queries by their packed index, ignoring position_ids; "
-            "a mask cannot make it exact. Train it unpatched",
-        },
     )
 )

@@ -158,6 +158,10 @@ def fold_obstacle(batch: Batch, folded: Folded, config: Any, adapter: Adapter) -
         The reason as the end of a sentence; ``None`` if there is none.
     """
     positions, mask, columns = batch.positions, batch.mask, batch.ids.shape[1]
+    if adapter.begins == "column" and (moved(None, mask) or moved(positions, mask)):
+        return "with padding on the left, or position_ids that do not begin at 0: this architecture counts columns,"
+    if adapter.begins == "position" and moved(positions, mask):
+        return "with padding on the left and no position_ids that begin at 0 behind it, where positions are absolute,"
     window = min(filter(None, adapter.windows(config).values()), default=None)
     if window is not None and longest_hole(mask) >= window and batch.original == "eager":
         # Where no key is in reach, eager attention averages over the whole row of the batch.

@@ -171,9 +171,28 @@ def _attention(
         )
     if isinstance(call, Kernel):
         original = call.dense
+    if kwargs.get("indices") is not None and not is_flash(original):
+        attention_mask = _chosen(attention_mask, kwargs.pop("indices"), q.dtype)
     function = _eager_of(module) if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
     named: Any = _NamedAs(module, original) if is_flash(original) else module
     return function(named, q, k, v, attention_mask, *args, **kwargs)
+
+
+def _chosen(mask: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    """Take all keys but the chosen ones out of a mask. Models do so themselves for attention of the names that they
+    know, and hand the choice to any other.
+
+    Args:
+        mask: (B, 1, L, S) bool, True where attention is allowed, or numbers to be added to scores.
+        indices: (B, L, K) the chosen keys of each query.
+        dtype: Of the queries.
+
+    Returns:
+        The mask, as theirs.
+    """
+    others = torch.ones_like(mask.expand(len(indices), *mask.shape[1:])[:, 0], dtype=torch.bool)
+    others = others.scatter(-1, indices.long(), False)[:, None]
+    return mask & ~others if mask.dtype == torch.bool else mask.masked_fill(others, torch.finfo(dtype).min)
 
 
 class _NamedAs:

@@ -24,7 +24,7 @@ from flexpatch.compiled import pad_row, restore_forward
 from flexpatch.dispatch import is_ours
 from flexpatch.errors import FlexpatchError
 from flexpatch.folding import Exit, Folding
-from flexpatch.internals import arguments_of, attention_name, takes_argument
+from flexpatch.internals import arguments_of, attention_name, backbone_of, takes_argument
 from flexpatch.registry import Adapter
 from flexpatch.row_calls import carry_plan, is_row_call, plan_in, without_plan
 from flexpatch.unshare import Unsharing
@@ -266,7 +266,7 @@ def register_hooks(inner: PreTrainedModel, hook: BackboneHook, adapter: Adapter)
         hook: The one with the options.
         adapter: The record of its architecture.
     """
-    backbone = inner.base_model
+    backbone = backbone_of(inner)
     if adapter.masks == "none" and backbone is not inner:
         inner.register_forward_pre_hook(carry_plan, with_kwargs=True)
     if adapter.unshared:

@@ -105,6 +105,12 @@ def decoder_of(inner: PreTrainedModel) -> PreTrainedModel:
     return next(m for m in inner.modules() if isinstance(m, PreTrainedModel) and m.config is config)
 
 
+def backbone_of(inner: PreTrainedModel) -> PreTrainedModel:
+    """Find the module that makes hidden states. Some models with a head (Llama 4) do not name theirs ``base_model``."""
+    named = inner.base_model is not inner or inner.get_output_embeddings() is None
+    return inner.base_model if named else next(m for m in inner.children() if isinstance(m, PreTrainedModel))
+
+
 def layers_of(backbone: PreTrainedModel) -> list[GradientCheckpointingLayer]:
     """List the decoder layers of a backbone. Empty if another library wrapped or replaced them."""
     lists = (child for child in decoder_of(backbone).children() if isinstance(child, nn.ModuleList))

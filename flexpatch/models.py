@@ -11,7 +11,15 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.utils import cached_file
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError, first_line
@@ -56,7 +64,10 @@ def load_model(
         FlexpatchError: If the model does not exist, cannot be read, lacks weights, or has its weights in pickles.
     """
     source = _source(name)
-    adapter = adapter_for(load_config(name, trust_remote_code=trust_remote_code))
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    adapter = adapter_for(config)
+    multimodal = config.get_text_config() is not config and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     if "gguf_file" in source and Version(transformers.__version__) >= Version("5.17"):
         # Since 5.17 weights may stay packed. Even dense weights then count as quantized, which trainers refuse.
         source["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -64,7 +75,7 @@ def load_model(
         _check_weights(name)
         source["use_safetensors"] = True
     with _loading(name):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto.from_pretrained(
             **source,
             dtype=dtype,
             attn_implementation=adapter.implementations[0],
@@ -232,14 +243,17 @@ def tiny_model(
     """
     adapter = adapters()[model_type]
     settings = dict(adapter.tiny[model_type][variant])
+    model_type = settings.pop("model_type", model_type)  # of a text model without a class of its own
+    auto = AutoModelForCausalLM
     if "text_config" in settings:
+        auto = AutoModelForImageTextToText  # the other one may load the text model alone
         settings["text_config"] = TINY | settings["text_config"]
     else:
         settings = TINY | settings
     config = AutoConfig.for_model(model_type, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # some vectors (gpt-oss's sinks) are drawn by the model itself
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=adapter.implementations[0])
+        model = auto.from_config(config, attn_implementation=adapter.implementations[0])
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         # Norms keep their ones, also norms of heads, which are matrices: small random norms would shrink queries and

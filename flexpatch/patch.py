@@ -31,6 +31,7 @@ from flexpatch.forward import BackboneHook, hook_of, register_hooks, remove_hook
 from flexpatch.internals import (
     AnyModel,
     attention_name,
+    backbone_of,
     device_of,
     layers_of,
     only_pretrained,
@@ -136,18 +137,17 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     check_tuners(model)
     inner = only_pretrained(model)
     config = text_config(inner)
-    before = attention_name(inner)
-    original = original_of(before)
+    original = original_of(attention_name(inner))
     check_original(original, adapter_for(config))
     check_quantization(model)
     if not options["shared_dropout"]:
         check_dropout(model, trains=trains)
     check_ranks(model, call=False)
     check_backend(inner, backend)  # the last: it may warn
-    layers = layers_of(inner.base_model)
+    layers = layers_of(backbone_of(inner))
     if (compile or recompute_layers is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or recompute")
-    check_mixers(inner.base_model, config, adapter_for(config), compile=compile)
+    check_mixers(backbone_of(inner), config, adapter_for(config), compile=compile)
     if compile:
         check_forwards(layers)
     set_attention(inner, register_name(original))

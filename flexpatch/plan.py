@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexpatch.fold import lookup
 from flexpatch.masks import version
+from flexpatch.registry import Visible
 from flexpatch.rows import Rows
 
 # Sequences go into one batch while all of it is at most this many times their tokens.
@@ -127,3 +129,39 @@ def plan_of(rows: Rows) -> Plan:
     if key not in rows.masks:
         rows.masks[key] = Plan(rows.ends)
     return rows.masks[key]
+
+
+def visible_mask(visible: Visible, length: int, device: torch.device) -> Tensor:
+    """Make the mask of a sequence.
+
+    Args:
+        visible: What its queries see.
+        length: S.
+        device: Where it is needed.
+
+    Returns:
+        (S, S) bool, True where attention is allowed.
+    """
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    allowed = distance >= 0
+    if visible.window is not None:
+        allowed &= distance < visible.window
+    if visible.chunk is not None:
+        allowed &= position[:, None] // visible.chunk == position // visible.chunk
+    return allowed
+
+
+def look_up(tokens: Tensor, index: Tensor) -> Tensor:
+    """Look tokens up, any of them several times; gradients are summed in a fixed order.
+
+    Args:
+        tokens: (T, ...), of any dtype.
+        index: int64, of any shape.
+
+    Returns:
+        ``index.shape`` + (...).
+    """
+    if not tokens.is_floating_point():
+        return tokens[index]
+    return lookup(tokens.flatten(1), index).unflatten(-1, tokens.shape[1:]) if tokens.ndim > 1 else tokens[index]

@@ -51,10 +51,12 @@ class Visible(NamedTuple):
     Attributes:
         window: At most so many, the query's own among them; ``None``: all.
         chunk: Those of its own chunk alone, of so many tokens; ``None``: chunks do not matter.
+        flat: Whether the module takes the mask of a batch (N, S), and makes that of queries and keys itself.
     """
 
     window: int | None = None
     chunk: int | None = None
+    flat: bool = False
 
 
 def no_mask(module: Any) -> Visible | None:
@@ -96,6 +98,9 @@ class Adapter:
             that straddle its switching length are refused one by one.
         restarts: Whether the model takes ``position_ids`` that restart for the beginning of another sequence. Most hand
             them to the function of transformers that makes masks; a model that does not sees one sequence.
+        begins: Where a sequence must begin in an ordinary batch to give what it gives alone: ``"anywhere"``; at
+            ``"position"`` 0 where positions are absolute; in ``"column"`` 0 where a mixer counts columns. Other batches
+            run as they are given.
         implementations: The attention implementations of the model's own that are right for it, in order of preference.
         reject: ``config`` -> why this configuration cannot be exact and what to do instead, or ``None``.
         refused: Known relatives that are never exact: ``model_type`` -> reason.
@@ -111,6 +116,7 @@ class Adapter:
     logit_transform: Callable[[Any], LogitTransform] = unchanged_logits
     ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
     restarts: bool = True
+    begins: Literal["anywhere", "position", "column"] = "anywhere"
     implementations: tuple[str, ...] = ("sdpa", "eager")
     reject: Callable[[Any], str | None] = never
     refused: Mapping[str, str] = field(default_factory=dict)

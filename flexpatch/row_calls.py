@@ -50,7 +50,7 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     windows = adapter.windows(config)
     layer_types = dict.fromkeys(config.layer_types) if adapter.masks == "by_layer_type" else [FULL]
     if adapter.unshared:
-        layer_types = [] if adapter.masks == "none" else list(windows)
+        layer_types = [t for t in windows if t not in adapter.unmasked and adapter.masks != "none"]
     if backend_at(inner, device, asked) == "fa4":
         check_fa4()  # a pickled model may come from another machine
         check_fa4_call(device, attention_dtype(inner, device), [windows[layer] for layer in layer_types], rows.depth)

@@ -21,8 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexpatch.arrival import CALL, Kernel, Row
 from flexpatch.errors import UnsupportedModelError
-from flexpatch.fold import lookup
-from flexpatch.plan import Plan
+from flexpatch.plan import Plan, look_up, visible_mask
 from flexpatch.registry import FULL, SLIDING, Adapter, Visible
 
 
@@ -99,7 +98,9 @@ class Unsharing:
             )
         row.unshared += 1
         rule = next(self.rules[name] for name in _names(module) if name in self.rules)
-        separate = Separate(row.plan, rule(module), self.dense, args, kwargs)
+        visible = rule(module)
+        row.reached |= visible is not None  # its attention is this mixer's own
+        separate = Separate(row.plan, visible, self.dense, args, kwargs)
         args, kwargs = separate.arguments(0)
         if CALL in kwargs:
             kwargs[CALL] = separate
@@ -142,6 +143,18 @@ class _Carrying:
             self.unsharing.row = before
 
 
+class Parted:
+    """An output of a mixer that only its sequences' other mixers can read, such as chosen keys, which are counted in a
+    sequence. It passes from layer to layer as it is.
+
+    Args:
+        outputs: (N, S, ...) for each of a plan's batches.
+    """
+
+    def __init__(self, outputs: list[Tensor]) -> None:
+        self.outputs = outputs
+
+
 class Separate(Kernel):
     """One call of a mixer, on the separate sequences of a row. Attention in it is an ordinary call.
 
@@ -157,6 +170,7 @@ class Separate(Kernel):
         super().__init__(dense)
         self.plan, self.visible = plan, visible
         self.args, self.kwargs = args, kwargs
+        self.batch = 0  # of the arguments that were made last
 
     def arguments(self, batch: int) -> tuple[Any, dict[str, Any]]:
         """Return the arguments for one of the plan's batches.
@@ -167,6 +181,7 @@ class Separate(Kernel):
         Returns:
             Positional and other arguments: tensors of tokens (B, L, ...) as (N, S, ...), masks for these.
         """
+        self.batch = batch
         index = self.plan.batches[batch]
         return tuple(self._gather(x, index) for x in self.args), {
             name: self._gather(x, index) if name != "attention_mask" else self._mask(x, index)
@@ -180,7 +195,7 @@ class Separate(Kernel):
             outputs: For each batch, a tensor (N, S, ...), or a tuple of such and others.
 
         Returns:
-            Tensors (B, L, ...). Others are those of the first batch.
+            Tensors (B, L, ...) of real numbers, :class:`Parted` ones of integers. Others are those of the first batch.
         """
         first = outputs[0]
         if isinstance(first, tuple):
@@ -189,6 +204,8 @@ class Separate(Kernel):
         # All: a state's second size may be the length of one batch by chance.
         if not isinstance(first, Tensor) or [output.shape[:2] for output in outputs] != shapes:
             return first
+        if not first.is_floating_point():
+            return Parted(outputs)
         tokens = torch.cat([output.flatten(0, 1) for output in outputs])
         return look_up(tokens, self.plan.owners)
 
@@ -199,6 +216,8 @@ class Separate(Kernel):
             return {key: self._gather(each, index) for key, each in x.items()}
         if isinstance(x, (tuple, list)):
             return type(x)(self._gather(each, index) for each in x)
+        if isinstance(x, Parted):
+            return x.outputs[self.batch]
         if isinstance(x, BlockMask) or (isinstance(x, Tensor) and x.ndim == 4 and x.shape[-2:] == (L, L)):
             return self._mask(x, index)
         if not isinstance(x, Tensor) or x.ndim < 2:
@@ -217,47 +236,13 @@ class Separate(Kernel):
             return {name: None if each is None else self._mask(each, index) for name, each in given.items()}
         if self.visible is None:
             return None
-        allowed = visible_mask(self.visible, index.shape[1], index.device)[None, None]
+        if self.visible.flat:
+            return torch.ones(index.shape, dtype=torch.bool, device=index.device)
+        allowed = visible_mask(self.visible, index.shape[1], index.device).expand(len(index), 1, -1, -1)
         if self.dense == "sdpa":
-            return allowed.expand(len(index), -1, -1, -1)
+            return allowed
         dtype = next(x.dtype for x in _tensors((self.args, self.kwargs)) if x.is_floating_point())
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-
-
-def visible_mask(visible: Visible, length: int, device: torch.device) -> Tensor:
-    """Make the mask of a sequence.
-
-    Args:
-        visible: What its queries see.
-        length: S.
-        device: Where it is needed.
-
-    Returns:
-        (S, S) bool, True where attention is allowed.
-    """
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position
-    allowed = distance >= 0
-    if visible.window is not None:
-        allowed &= distance < visible.window
-    if visible.chunk is not None:
-        allowed &= position[:, None] // visible.chunk == position // visible.chunk
-    return allowed
-
-
-def look_up(tokens: Tensor, index: Tensor) -> Tensor:
-    """Look tokens up, any of them several times; gradients are summed in a fixed order.
-
-    Args:
-        tokens: (T, ...), of any dtype.
-        index: int64, of any shape.
-
-    Returns:
-        ``index.shape`` + (...).
-    """
-    if not tokens.is_floating_point():
-        return tokens[index]
-    return lookup(tokens.flatten(1), index).unflatten(-1, tokens.shape[1:]) if tokens.ndim > 1 else tokens[index]
 
 
 def _tensors(given: Any) -> Iterator[Tensor]:

@@ -270,7 +270,7 @@ class Verification:
             return 0
         windows = self.adapter.windows(self.config)
         used = set(getattr(self.config, "layer_types", None) or ()) & set(windows) or set(windows)
-        return max(windows[layer_type] or 0 for layer_type in used)
+        return max((windows[layer_type] or 0 for layer_type in used), default=0)
 
     def _samples(self) -> Iterator[slice]:
         """The answers of each tree."""
