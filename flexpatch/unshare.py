@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexpatch.arrival import CALL, Kernel, Row
-from flexpatch.errors import UnsupportedModelError
 from flexpatch.fold import lookup
+from flexpatch.mixers import gather_within, mixers_of, visible_in
 from flexpatch.plan import Plan
-from flexpatch.registry import FULL, SLIDING, Adapter, Visible
+from flexpatch.registry import Visible
 
 
 class Unsharing:
@@ -44,20 +44,33 @@ class Unsharing:
         """Leave the forward that runs out of copies of a model."""
         return vars(self) | {"row": None, "inside": []}
 
-    def register(self, backbone: nn.Module) -> int:
+    def register(self, backbone: nn.Module) -> list[nn.Module]:
         """Put hooks on all mixers of a backbone.
 
         Args:
             backbone: The backbone.
 
         Returns:
-            The number of mixers.
+            The mixers.
         """
         mixers = list(mixers_of(backbone, self.rules))
         for mixer in mixers:
             mixer.register_forward_pre_hook(self.enter, with_kwargs=True)
             mixer.register_forward_hook(self.leave, with_kwargs=True)
-        return len(mixers)
+        return mixers
+
+    def plan_for(self, backbone: nn.Module, plan: Plan | None) -> Plan:
+        """Return the plan with which a model's mixers run.
+
+        Args:
+            backbone: The backbone, as its engine has it now.
+            plan: Of the row.
+
+        Returns:
+            One whose sequences are in as many batches on all ranks, if an engine needs that.
+        """
+        assert plan is not None, "row_inputs makes one for models with such mixers"
+        return plan.in_one_batch if gather_within(list(mixers_of(backbone, self.rules))) else plan
 
     def begin(self, backbone: nn.Module, row: Row) -> None:
         """Set the row of a forward, and let recomputation of its layers find it.
@@ -67,7 +80,7 @@ class Unsharing:
             row: The row.
         """
         self.end(backbone)
-        self.row = row
+        self.row, self.inside = row, []  # a recomputation that raised may have left some
         for module in backbone.modules():
             function = module.__dict__.get("_gradient_checkpointing_func")
             if function is not None and module.__dict__.get("gradient_checkpointing"):
@@ -93,8 +106,7 @@ class Unsharing:
         if not isinstance(row, Row) or row.plan is None:
             return None
         row.unshared += 1
-        rule = next(self.rules[name] for name in _names(module) if name in self.rules)
-        separate = Separate(row.plan, rule(module), self.dense, args, kwargs)
+        separate = Separate(row.plan, visible_in(module, self.rules), self.dense, args, kwargs)
         args, kwargs = separate.arguments(0)
         if CALL in kwargs:
             kwargs[CALL] = separate
@@ -130,11 +142,12 @@ class _Carrying:
         return self.function(partial(self._run, layer), *args, **kwargs)
 
     def _run(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before, self.unsharing.row = self.unsharing.row, self.row
+        unsharing = self.unsharing
+        before, unsharing.row, unsharing.inside = (unsharing.row, unsharing.inside), self.row, []
         try:
             return layer(*args, **kwargs)
         finally:
-            self.unsharing.row = before
+            unsharing.row, unsharing.inside = before
 
 
 class Separate(Kernel):
@@ -163,10 +176,13 @@ class Separate(Kernel):
             Positional and other arguments: tensors of tokens (B, L, ...) as (N, S, ...), masks for these.
         """
         index = self.plan.batches[batch]
-        return tuple(self._gather(x, index) for x in self.args), {
-            name: self._gather(x, index) if name != "attention_mask" else self._mask(x, index)
-            for name, x in self.kwargs.items()
-        }
+        args = tuple(self._gather(x, index) for x in self.args)
+        kwargs = {name: self._gather(x, index) for name, x in self.kwargs.items() if name != "attention_mask"}
+        if "attention_mask" in self.kwargs:
+            # Without attention, as transformers has it: one number for each token, or none.
+            given, tokens = self.kwargs["attention_mask"], self.plan.masks[batch]
+            kwargs["attention_mask"] = tokens if self.visible is None else self._mask(given, index)
+        return args, kwargs
 
     def join(self, outputs: list[Any]) -> Any:
         """Bring a mixer's outputs back to the row.
@@ -184,7 +200,7 @@ class Separate(Kernel):
         if not isinstance(first, Tensor) or first.shape[:2] != shape:
             return first
         tokens = torch.cat([output.flatten(0, 1) for output in outputs])
-        return look_up(tokens, self.plan.owners)
+        return look_up(tokens, self.plan.owners.to(tokens.device))
 
     def _gather(self, x: Any, index: Tensor) -> Any:
         """Put separate sequences in place of the rows in a tensor, or in all those of a container."""
@@ -200,9 +216,9 @@ class Separate(Kernel):
         if x.shape[:2] == (1, L) and B > 1:
             x = x.expand(B, *x.shape[1:])
         if x.shape[:2] == (B, L):
-            return look_up(x.flatten(0, 1), index)
+            return look_up(x.flatten(0, 1), index.to(x.device))
         if x.ndim > 2 and x.shape[1:3] == (B, L):  # one entry for each axis of positions, or for each head
-            return torch.stack([look_up(each.flatten(0, 1), index) for each in x])
+            return torch.stack([look_up(each.flatten(0, 1), index.to(x.device)) for each in x])
         return x
 
     def _mask(self, given: Any, index: Tensor) -> Any:
@@ -260,51 +276,3 @@ def _tensors(given: Any) -> Iterator[Tensor]:
         yield given
     for each in given.values() if isinstance(given, dict) else given if isinstance(given, (tuple, list)) else ():
         yield from _tensors(each)
-
-
-def _names(module: nn.Module) -> list[str]:
-    """Return the names of a module's class and its bases: FSDP2 and others swap the class for a subclass."""
-    return [base.__name__ for base in type(module).__mro__]
-
-
-def mixers_of(module: nn.Module, rules: Mapping[str, Any]) -> Iterator[nn.Module]:
-    """Find the outermost modules of the classes that ``rules`` name.
-
-    Args:
-        module: The module to search.
-        rules: By class name.
-
-    Returns:
-        An iterator of them.
-    """
-    for child in module.children():
-        if any(name in rules for name in _names(child)):
-            yield child
-        else:
-            yield from mixers_of(child, rules)
-
-
-def check_mixers(backbone: nn.Module, config: Any, adapter: Adapter, *, compile: bool) -> None:
-    """Refuse a model whose record names mixers that it does not have, and compiled layers around mixers.
-
-    Args:
-        backbone: Its backbone.
-        config: The configuration of its text stack.
-        adapter: The record of its architecture.
-        compile: Whether its layers are to be compiled.
-
-    Raises:
-        UnsupportedModelError: With the way out.
-    """
-    found = any(True for _ in mixers_of(backbone, adapter.unshared))
-    attention_alone = set(getattr(config, "layer_types", None) or ("others",)) <= {FULL, SLIDING}
-    if adapter.unshared and not found and not attention_alone:
-        raise UnsupportedModelError(
-            f"this model has no {' or '.join(adapter.unshared)}, which its adapter names: this release of transformers "
-            "has another layout, or another library replaced them"
-        )
-    if found and compile:
-        raise UnsupportedModelError(
-            "mixers of this model run on separate sequences, whose number and lengths differ in every row: each would "
-            "compile anew. Apply with compile=False"
-        )
