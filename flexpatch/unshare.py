@@ -12,7 +12,6 @@ Shapes: B rows, L tokens a row, N sequences of a batch, S columns.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexpatch.arrival import CALL, Kernel, Row
+from flexpatch.carrying import Now, carry, release
 from flexpatch.fold import lookup
 from flexpatch.mixers import gather_within, mixers_of, visible_in
 from flexpatch.plan import Plan
@@ -37,12 +37,15 @@ class Unsharing:
     def __init__(self, rules: Mapping[str, Callable[[Any], Visible | None]], dense: str) -> None:
         self.rules = rules
         self.dense = dense
-        self.row: Row | None = None  # of the forward that runs
-        self.inside: list[tuple[nn.Module, Separate]] = []  # mixers that run, of those that got no row
+        self.now = Now()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the forward that runs out of copies of a model."""
-        return vars(self) | {"row": None, "inside": []}
+        return {"rules": self.rules, "dense": self.dense}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the rules of another model's."""
+        self.__init__(**state)  # type: ignore[misc]
 
     def register(self, backbone: nn.Module) -> list[nn.Module]:
         """Put hooks on all mixers of a backbone.
@@ -80,11 +83,8 @@ class Unsharing:
             row: The row.
         """
         self.end(backbone)
-        self.row, self.inside = row, []  # a recomputation that raised may have left some
-        for module in backbone.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and module.__dict__.get("gradient_checkpointing"):
-                module._gradient_checkpointing_func = _Carrying(self, row, function)
+        self.now.set(row)
+        carry(backbone, self.now, row)
 
     def end(self, backbone: nn.Module) -> None:
         """Forget the row of a forward.
@@ -92,17 +92,21 @@ class Unsharing:
         Args:
             backbone: The backbone.
         """
-        if self.row is None:
-            return
-        self.row, self.inside = None, []
-        for module in backbone.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, _Carrying):
-                module._gradient_checkpointing_func = function.function
+        if self.now.row is not None:
+            self.now.set(None)
+            release(backbone)
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Give a mixer the first batch of separate sequences in place of the row. Torch calls this before it."""
-        row = kwargs.get(CALL, None if self.inside else self.row)
+        """Give a mixer the first batch of separate sequences in place of the row. Torch calls this before it.
+
+        Args:
+            module: The mixer.
+            args, kwargs: Its arguments for the row.
+
+        Returns:
+            Its arguments for the batch; ``None`` for a call that holds no row.
+        """
+        row = kwargs.get(CALL, None if self.now.inside else self.now.row)
         if not isinstance(row, Row) or row.plan is None:
             return None
         row.unshared += 1
@@ -111,14 +115,24 @@ class Unsharing:
         if CALL in kwargs:
             kwargs[CALL] = separate
         else:
-            self.inside.append((module, separate))
+            self.now.check_recomputation(module)
+            self.now.inside.append((module, separate))
         return args, kwargs
 
     def leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Run a mixer on the other batches too, and bring all outputs back to the row. Torch calls this after it."""
+        """Run a mixer on the other batches too, and bring all outputs back to the row. Torch calls this after it.
+
+        Args:
+            module: The mixer.
+            args, kwargs: Its arguments for the first batch.
+            output: Its output for that.
+
+        Returns:
+            Its output for the row; ``None`` for a call that holds no row.
+        """
         separate = kwargs.get(CALL)
-        if CALL not in kwargs and self.inside and self.inside[-1][0] is module:
-            separate = self.inside[-1][1]
+        if CALL not in kwargs and self.now.inside and self.now.inside[-1][0] is module:
+            separate = self.now.inside[-1][1]
         if not isinstance(separate, Separate):
             return None
         outputs = [output]
@@ -128,26 +142,8 @@ class Unsharing:
                 kwargs[CALL] = separate
             outputs.append(module.forward(*args, **kwargs))
         if CALL not in kwargs:
-            self.inside.pop()
+            self.now.inside.pop()
         return separate.join(outputs)
-
-
-class _Carrying:
-    """A layer's checkpointing function that sets the row of its own forward again as the layer is recomputed."""
-
-    def __init__(self, unsharing: Unsharing, row: Row, function: Callable[..., Any]) -> None:
-        self.unsharing, self.row, self.function = unsharing, row, function
-
-    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.function(partial(self._run, layer), *args, **kwargs)
-
-    def _run(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        unsharing = self.unsharing
-        before, unsharing.row, unsharing.inside = (unsharing.row, unsharing.inside), self.row, []
-        try:
-            return layer(*args, **kwargs)
-        finally:
-            unsharing.row, unsharing.inside = before
 
 
 class Separate(Kernel):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.forests import random_tree
+from parameterized import parameterized
 from torch import Tensor
 
 from flexpatch import Rows, build_rows
@@ -42,7 +43,7 @@ def check(plan: Plan, expected: list[list[int]], waste: float = WASTE) -> None:
     for index in plan.batches:
         lengths = []
         for sequence in index.tolist():
-            length = next((s + 1 for s in range(len(sequence)) if sequence[s:] == sequence[s:][:1] * len(sequence[s:])))
+            length = next(s + 1 for s in range(len(sequence)) if sequence[s:] == sequence[s:][:1] * len(sequence[s:]))
             found.append(sequence[:length])
             lengths.append(length)
         assert index.shape[1] == max(lengths)
@@ -55,7 +56,7 @@ def check(plan: Plan, expected: list[list[int]], waste: float = WASTE) -> None:
     assert plan.owners.flatten().tolist() == [first[token] for token in tokens.tolist()]
 
 
-@pytest.mark.parametrize("part", range(4))
+@parameterized.expand([(part,) for part in range(4)])
 def test_random_forests(part: int) -> None:
     rng = np.random.default_rng(part)
     batches = []
@@ -88,7 +89,7 @@ def broken(plan: Plan, what: str) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("what", ["owner", "later owner", "sequence", "ancestor", "padding"])
+@parameterized.expand([("owner",), ("later owner",), ("sequence",), ("ancestor",), ("padding",)])
 def test_the_walk_sees_faults(what: str) -> None:
     rows = random_rows(np.random.default_rng(1))
     with pytest.raises((AssertionError, KeyError)):
