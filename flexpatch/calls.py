@@ -98,7 +98,8 @@ class Batch:
         sequences: (R + 1,) int64, the boundaries of sequences that FlashAttention was given; ``None``: none.
         original: The model's own attention implementation.
         cached: Whether the unpatched model would make a cache.
-        restarts_seen: As in the architecture's :class:`Adapter`.
+        restarts_seen: As in the architecture's :class:`Adapter`; never where mixers run on separate sequences.
+        padding_skipped: As in :class:`flexpatch.folding.Folding`.
     """
 
     ids: np.ndarray
@@ -109,6 +110,7 @@ class Batch:
     original: str
     cached: bool
     restarts_seen: bool
+    padding_skipped: bool | None = None
 
     def restarts(self) -> bool:
         """Tell whether positions are those of padding-free rows."""
@@ -126,6 +128,8 @@ def batch_obstacle(batch: Batch) -> str | None:
     """
     if any(each is not None and each.any() for each in batch.types):
         return f"with {IMAGES}"
+    if batch.padding_skipped is not None and (reason := mixer_obstacle(batch)):
+        return reason
     positions, flash = batch.positions, is_flash(batch.original)
     if positions is None or (batch.sequences is None and not batch.restarts()):
         return None
@@ -142,6 +146,26 @@ def batch_obstacle(batch: Batch) -> str | None:
         return "with cu_seq_lens that differ from the restarts of position_ids"
     if positions[starts].any():
         return "with position_ids that do not count a sequence's columns, nor restart at 0"
+    return None
+
+
+def mixer_obstacle(batch: Batch) -> str | None:
+    """Find what keeps a batch of a model whose mixers run on separate sequences from being folded.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        The reason as the end of a sentence; ``None`` if there is none.
+    """
+    if batch.sequences is not None:
+        return "with cu_seq_lens, which this model's mixers read"
+    if batch.restarts():
+        return "with position_ids that do not count a sequence's columns, which this model's mixers ignore"
+    if longest_hole(batch.mask):
+        return "with padding inside a sequence, over which states of this model's mixers run"
+    if not batch.padding_skipped and batch.mask is not None and batch.mask.argmax(1).any():
+        return "with padding in front of a sequence, over which states of this model's mixers run (pad on the right)"
     return None
 
 

@@ -57,6 +57,8 @@ class Folding:
     Attributes:
         backend, shared_dropout: As :func:`flexpatch.apply` was given them.
         of_trainer: Whether a trainer holds the model: it reads no cache that it did not ask for.
+        padding_skipped: Whether mixers that run on separate sequences (:mod:`flexpatch.unshare`) leave padding in front
+            of a sequence out; ``None`` for a model without such mixers.
         counts: Tokens of the latest 10,000 batches.
     """
 
@@ -64,6 +66,7 @@ class Folding:
         self.backend = backend
         self.shared_dropout = shared_dropout
         self.of_trainer = False
+        self.padding_skipped: bool | None = None
         self.counts: deque[Counts] = deque(maxlen=10_000)
         self.latest: _Latest | None = None
 
@@ -154,7 +157,8 @@ class Folding:
         watched = is_in_torch_dispatch_mode()
         present = [x is not None for x in tensors]
         original = original_of(attention_name(backbone))
-        sequences = _sequences(call) if is_flash(original) else None
+        mixes = self.padding_skipped is not None
+        sequences = _sequences(call) if is_flash(original) or mixes else None
         key = (
             present, dtype, device, config.vocab_size, longrope_limit(config), scaling_limit(config), cached,
             original, None if sequences is None else sequences.tolist(), torch.is_inference_mode_enabled(), watched,
@@ -164,7 +168,8 @@ class Folding:
             rest = iter(arrays)
             _, mask, positions, *kinds = (next(rest) if there else None for there in present)
             mask = None if mask is None else mask != 0
-            batch = Batch(arrays[0], mask, positions, kinds, sequences, original, cached, adapter_for(config).restarts)
+            seen = adapter_for(config).restarts and not mixes
+            batch = Batch(arrays[0], mask, positions, kinds, sequences, original, cached, seen, self.padding_skipped)
             latest = _folded(backbone, config, batch, dtype, device)
             self.latest = latest = replace(latest, key=key, arrays=arrays)
         return latest
@@ -218,7 +223,7 @@ def _folded(backbone: PreTrainedModel, config: Any, batch: Batch, dtype: Any, de
         folded = fold(ids, mask, worth)
     if folded is None:
         return _Latest(Counts(ids.size, ids.size, ids.size, reason or LITTLE))
-    if batch.original == "eager":
+    if batch.original == "eager" and adapter.masks != "none":
         see_themselves(folded)
     reason = fold_obstacle(batch, folded, config, adapter)
     eager_rows = dtype is not None and dtype.is_floating_point

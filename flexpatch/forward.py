@@ -25,6 +25,7 @@ from flexpatch.dispatch import is_ours
 from flexpatch.errors import FlexpatchError
 from flexpatch.folding import Exit, Folding
 from flexpatch.internals import arguments_of, attention_name, backbone_of, takes_argument
+from flexpatch.mixers import skip_padding
 from flexpatch.registry import Adapter
 from flexpatch.row_calls import carry_plan, is_row_call, plan_in, without_plan
 from flexpatch.unshare import Unsharing
@@ -111,9 +112,10 @@ class BackboneHook:
         plan, call = plan_in(call), without_plan(call)
         length, masks = call["input_ids"].shape[1], call.get("attention_mask")
         options: dict[str, Any] = dict(dense=self.dense, pending=pending, fa4=self.backend == "fa4")
+        if self.unsharing is not None:
+            plan = self.unsharing.plan_for(backbone, plan)
         row = Row(length, masks, **options, plan=plan, mixers=self.mixers)
         if self.unsharing is not None:
-            assert plan is not None, "row_inputs makes one for models with such mixers"
             self.unsharing.begin(backbone, row)
             row.leave = partial(self.unsharing.end, backbone)
         return (), call | {CALL: row}
@@ -271,7 +273,9 @@ def register_hooks(inner: PreTrainedModel, hook: BackboneHook, adapter: Adapter)
         inner.register_forward_pre_hook(carry_plan, with_kwargs=True)
     if adapter.unshared:
         hook.unsharing = Unsharing(adapter.unshared, hook.dense)
-        hook.mixers = hook.unsharing.register(backbone)
+        mixers = hook.unsharing.register(backbone)
+        hook.mixers = len(mixers)
+        hook.folding.padding_skipped = skip_padding(mixers, adapter.unshared) if mixers else None
     backbone.register_forward_pre_hook(hook, with_kwargs=True)
     backbone.register_forward_hook(run_own_exits, with_kwargs=True, prepend=True, always_call=True)
     backbone.register_forward_hook(run_callers_exits, with_kwargs=True)

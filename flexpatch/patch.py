@@ -39,6 +39,7 @@ from flexpatch.internals import (
     set_attention,
     text_config,
 )
+from flexpatch.mixers import check_mixers
 from flexpatch.quantizers import check_quantization
 from flexpatch.refusals import check_dropout, check_mode, check_rows
 from flexpatch.registry import adapter_for
@@ -46,7 +47,6 @@ from flexpatch.row_calls import row_inputs
 from flexpatch.rows import Rows
 from flexpatch.trainers import is_trainer, models_of
 from flexpatch.tuners import check_tuners
-from flexpatch.unshare import check_mixers
 
 log = logging.getLogger(__name__)
 AnyModelOrTrainer = TypeVar("AnyModelOrTrainer")

@@ -18,7 +18,7 @@ from flexpatch.masks import version
 from flexpatch.registry import Visible
 from flexpatch.rows import Rows
 
-# Sequences go into one batch while all of it is at most this many times their tokens.
+# A batch of sequences is at most this many times their tokens.
 WASTE = 1.15
 
 
@@ -30,12 +30,19 @@ class Plan:
 
     Args:
         ends: (B, L) integers, exclusive subtree ends.
+        waste: Sequences go into one batch while all of it is at most so many times their tokens.
     """
 
-    def __init__(self, ends: Tensor) -> None:
+    def __init__(self, ends: Tensor, waste: float = WASTE) -> None:
+        self.waste = waste
         self.shape = ends.shape
         self.device = ends.device
         self._ends = ends.numpy(force=True).astype(np.int64)
+
+    @cached_property
+    def in_one_batch(self) -> "Plan":
+        """Return the plan that has all sequences in one batch, for mixers that ranks must call equally often."""
+        return Plan(torch.from_numpy(self._ends).to(self.device), np.inf)
 
     @cached_property
     def batches(self) -> list[Tensor]:
@@ -44,6 +51,18 @@ class Plan:
         Right padding repeats a sequence's last token.
         """
         return [torch.from_numpy(index).to(self.device) for index in self._batches]
+
+    @cached_property
+    def masks(self) -> list[Tensor | None]:
+        """Return (N, S) bool for each batch, True for tokens; ``None`` for all if the rows hold no other.
+
+        Padding in front of a sequence, which folding computes where a trainer reads its output, is none: nobody sees
+        it, itself included. Mixers of unpatched models set its hidden state to zero.
+        """
+        seen = (self._ends > np.arange(self.shape[1])).ravel()
+        if seen.all():
+            return [None] * len(self._batches)
+        return [torch.from_numpy(seen[index]).to(self.device) for index in self._batches]
 
     @cached_property
     def owners(self) -> Tensor:
@@ -55,7 +74,7 @@ class Plan:
 
     @cached_property
     def _batches(self) -> list[np.ndarray]:
-        return in_batches(sequences_of(self._ends))
+        return in_batches(sequences_of(self._ends), self.waste)
 
 
 def sequences_of(ends: np.ndarray) -> list[np.ndarray]:
@@ -90,11 +109,12 @@ def sequences_of(ends: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def in_batches(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+def in_batches(sequences: Sequence[np.ndarray], waste: float = WASTE) -> list[np.ndarray]:
     """Pad sequences of similar lengths into few batches, the longest first.
 
     Args:
         sequences: Indices of tokens.
+        waste: As of :class:`Plan`.
 
     Returns:
         (N, S) int64 each.
@@ -103,7 +123,7 @@ def in_batches(sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
     batches, first, tokens = [], 0, 0
     for i, sequence in enumerate(order):
         tokens += len(sequence)
-        if (i + 1 - first) * len(order[first]) > WASTE * tokens:
+        if (i + 1 - first) * len(order[first]) > waste * tokens:
             batches.append(order[first:i])
             first, tokens = i, len(sequence)
     batches.append(order[first:])

@@ -12,7 +12,6 @@ Shapes: B rows, L tokens a row, N sequences of a batch, S columns.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexpatch.arrival import CALL, Kernel, Row
+from flexpatch.carrying import Now, carry, release
 from flexpatch.errors import UnsupportedModelError
+from flexpatch.mixers import gather_within, mixers_of, visible_in
 from flexpatch.plan import Plan, look_up, visible_mask
-from flexpatch.registry import FULL, SLIDING, Adapter, Visible
+from flexpatch.registry import Visible
 
 
 class Unsharing:
@@ -36,27 +37,43 @@ class Unsharing:
     def __init__(self, rules: Mapping[str, Callable[[Any], Visible | None]], dense: str) -> None:
         self.rules = rules
         self.dense = dense
-        self.row: Row | None = None  # of the forward that runs
-        self.inside: list[tuple[nn.Module, Separate]] = []  # mixers that run, of those that got no row
+        self.now = Now()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the forward that runs out of copies of a model."""
-        return vars(self) | {"row": None, "inside": []}
+        return {"rules": self.rules, "dense": self.dense}
 
-    def register(self, backbone: nn.Module) -> int:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the rules of another model's."""
+        self.__init__(**state)  # type: ignore[misc]
+
+    def register(self, backbone: nn.Module) -> list[nn.Module]:
         """Put hooks on all mixers of a backbone.
 
         Args:
             backbone: The backbone.
 
         Returns:
-            The number of mixers.
+            The mixers.
         """
         mixers = list(mixers_of(backbone, self.rules))
         for mixer in mixers:
             mixer.register_forward_pre_hook(self.enter, with_kwargs=True)
             mixer.register_forward_hook(self.leave, with_kwargs=True)
-        return len(mixers)
+        return mixers
+
+    def plan_for(self, backbone: nn.Module, plan: Plan | None) -> Plan:
+        """Return the plan with which a model's mixers run.
+
+        Args:
+            backbone: The backbone, as its engine has it now.
+            plan: Of the row.
+
+        Returns:
+            One whose sequences are in as many batches on all ranks, if an engine needs that.
+        """
+        assert plan is not None, "row_inputs makes one for models with such mixers"
+        return plan.in_one_batch if gather_within(list(mixers_of(backbone, self.rules))) else plan
 
     def begin(self, backbone: nn.Module, row: Row) -> None:
         """Set the row of a forward, and let recomputation of its layers find it.
@@ -66,11 +83,8 @@ class Unsharing:
             row: The row.
         """
         self.end(backbone)
-        self.row = row
-        for module in backbone.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and module.__dict__.get("gradient_checkpointing"):
-                module._gradient_checkpointing_func = _Carrying(self, row, function)
+        self.now.set(row)
+        carry(backbone, self.now, row)
 
     def end(self, backbone: nn.Module) -> None:
         """Forget the row of a forward.
@@ -78,17 +92,21 @@ class Unsharing:
         Args:
             backbone: The backbone.
         """
-        if self.row is None:
-            return
-        self.row, self.inside = None, []
-        for module in backbone.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, _Carrying):
-                module._gradient_checkpointing_func = function.function
+        if self.now.row is not None:
+            self.now.set(None)
+            release(backbone)
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Give a mixer the first batch of separate sequences in place of the row. Torch calls this before it."""
-        row = kwargs.get(CALL, None if self.inside else self.row)
+        """Give a mixer the first batch of separate sequences in place of the row. Torch calls this before it.
+
+        Args:
+            module: The mixer.
+            args, kwargs: Its arguments for the row.
+
+        Returns:
+            Its arguments for the batch; ``None`` for a call that holds no row.
+        """
+        row = kwargs.get(CALL, None if self.now.inside else self.now.row)
         if not isinstance(row, Row) or row.plan is None:
             return None
         if not any(tensor.shape[:2] == row.plan.shape for tensor in _tensors((args, kwargs))):
@@ -97,22 +115,31 @@ class Unsharing:
                 "xLSTM does in eval mode, beyond config.max_inference_chunksize: raise that, or make shorter rows"
             )
         row.unshared += 1
-        rule = next(self.rules[name] for name in _names(module) if name in self.rules)
-        visible = rule(module)
+        visible = visible_in(module, self.rules)
         row.reached |= visible is not None  # its attention is this mixer's own
         separate = Separate(row.plan, visible, self.dense, args, kwargs)
         args, kwargs = separate.arguments(0)
         if CALL in kwargs:
             kwargs[CALL] = separate
         else:
-            self.inside.append((module, separate))
+            self.now.check_recomputation(module)
+            self.now.inside.append((module, separate))
         return args, kwargs
 
     def leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Run a mixer on the other batches too, and bring all outputs back to the row. Torch calls this after it."""
+        """Run a mixer on the other batches too, and bring all outputs back to the row. Torch calls this after it.
+
+        Args:
+            module: The mixer.
+            args, kwargs: Its arguments for the first batch.
+            output: Its output for that.
+
+        Returns:
+            Its output for the row; ``None`` for a call that holds no row.
+        """
         separate = kwargs.get(CALL)
-        if CALL not in kwargs and self.inside and self.inside[-1][0] is module:
-            separate = self.inside[-1][1]
+        if CALL not in kwargs and self.now.inside and self.now.inside[-1][0] is module:
+            separate = self.now.inside[-1][1]
         if not isinstance(separate, Separate):
             return None
         outputs = [output]
@@ -122,25 +149,8 @@ class Unsharing:
                 kwargs[CALL] = separate
             outputs.append(module.forward(*args, **kwargs))
         if CALL not in kwargs:
-            self.inside.pop()
+            self.now.inside.pop()
         return separate.join(outputs)
-
-
-class _Carrying:
-    """A layer's checkpointing function that sets the row of its own forward again as the layer is recomputed."""
-
-    def __init__(self, unsharing: Unsharing, row: Row, function: Callable[..., Any]) -> None:
-        self.unsharing, self.row, self.function = unsharing, row, function
-
-    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.function(partial(self._run, layer), *args, **kwargs)
-
-    def _run(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before, self.unsharing.row = self.unsharing.row, self.row
-        try:
-            return layer(*args, **kwargs)
-        finally:
-            self.unsharing.row = before
 
 
 class Parted:
@@ -183,10 +193,13 @@ class Separate(Kernel):
         """
         self.batch = batch
         index = self.plan.batches[batch]
-        return tuple(self._gather(x, index) for x in self.args), {
-            name: self._gather(x, index) if name != "attention_mask" else self._mask(x, index)
-            for name, x in self.kwargs.items()
-        }
+        args = tuple(self._gather(x, index) for x in self.args)
+        kwargs = {name: self._gather(x, index) for name, x in self.kwargs.items() if name != "attention_mask"}
+        if "attention_mask" in self.kwargs:
+            # Without attention, as transformers has it: one number for each token, or none.
+            given, tokens = self.kwargs["attention_mask"], self.plan.masks[batch]
+            kwargs["attention_mask"] = tokens if self.visible is None else self._mask(given, index)
+        return args, kwargs
 
     def join(self, outputs: list[Any]) -> Any:
         """Bring a mixer's outputs back to the row.
@@ -207,7 +220,7 @@ class Separate(Kernel):
         if not first.is_floating_point():
             return Parted(outputs)
         tokens = torch.cat([output.flatten(0, 1) for output in outputs])
-        return look_up(tokens, self.plan.owners)
+        return look_up(tokens, self.plan.owners.to(tokens.device))
 
     def _gather(self, x: Any, index: Tensor) -> Any:
         """Put separate sequences in place of the rows in a tensor, or in all those of a container."""
@@ -225,9 +238,9 @@ class Separate(Kernel):
         if x.shape[:2] == (1, L) and B > 1:
             x = x.expand(B, *x.shape[1:])
         if x.shape[:2] == (B, L):
-            return look_up(x.flatten(0, 1), index)
+            return look_up(x.flatten(0, 1), index.to(x.device))
         if x.ndim > 2 and x.shape[1:3] == (B, L):  # one entry for each axis of positions, or for each head
-            return torch.stack([look_up(each.flatten(0, 1), index) for each in x])
+            return torch.stack([look_up(each.flatten(0, 1), index.to(x.device)) for each in x])
         return x
 
     def _mask(self, given: Any, index: Tensor) -> Any:
@@ -251,51 +264,3 @@ def _tensors(given: Any) -> Iterator[Tensor]:
         yield given
     for each in given.values() if isinstance(given, dict) else given if isinstance(given, (tuple, list)) else ():
         yield from _tensors(each)
-
-
-def _names(module: nn.Module) -> list[str]:
-    """Return the names of a module's class and its bases: FSDP2 and others swap the class for a subclass."""
-    return [base.__name__ for base in type(module).__mro__]
-
-
-def mixers_of(module: nn.Module, rules: Mapping[str, Any]) -> Iterator[nn.Module]:
-    """Find the outermost modules of the classes that ``rules`` name.
-
-    Args:
-        module: The module to search.
-        rules: By class name.
-
-    Returns:
-        An iterator of them.
-    """
-    for child in module.children():
-        if any(name in rules for name in _names(child)):
-            yield child
-        else:
-            yield from mixers_of(child, rules)
-
-
-def check_mixers(backbone: nn.Module, config: Any, adapter: Adapter, *, compile: bool) -> None:
-    """Refuse a model whose record names mixers that it does not have, and compiled layers around mixers.
-
-    Args:
-        backbone: Its backbone.
-        config: The configuration of its text stack.
-        adapter: The record of its architecture.
-        compile: Whether its layers are to be compiled.
-
-    Raises:
-        UnsupportedModelError: With the way out.
-    """
-    found = any(True for _ in mixers_of(backbone, adapter.unshared))
-    attention_alone = set(getattr(config, "layer_types", None) or ("others",)) <= {FULL, SLIDING}
-    if adapter.unshared and not found and not attention_alone:
-        raise UnsupportedModelError(
-            f"this model has no {' or '.join(adapter.unshared)}, which its adapter names: this release of transformers "
-            "has another layout, or another library replaced them"
-        )
-    if found and compile:
-        raise UnsupportedModelError(
-            "mixers of this model run on separate sequences, whose number and lengths differ in every row: each would "
-            "compile anew. Apply with compile=False"
-        )

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 import flexpatch
 from flexpatch import Adapter, Rows, Tree
-from flexpatch.row_calls import row_inputs
 from flexpatch.float64 import Float64
 from flexpatch.internals import pretrained
 from flexpatch.logprobs import AnswerLogprobs, score_rows
 from flexpatch.models import tiny_model, tiny_types
 from flexpatch.patch import settings_of
 from flexpatch.registry import adapters
+from flexpatch.row_calls import row_inputs
 from flexpatch.trials import in_one_batch
 from flexpatch.verification import FLOAT64_FACTOR, GRADIENT_BOUND, LOGPROB_BOUND
 

@@ -1,0 +1,125 @@
+"""Find a model's mixers that no mask can cut, and look at how they treat padding and engines.
+
+:mod:`flexpatch.unshare` runs them on separate sequences.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from flexpatch.errors import UnsupportedModelError
+from flexpatch.registry import FULL, SLIDING, Adapter, Visible
+
+# Engines whose modules gather their weights at each call.
+SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
+# The function of transformers' modeling files that sets hidden states of padding to zero.
+MASKING = "apply_mask_to_padding_states"
+
+
+def names_of(module: nn.Module) -> list[str]:
+    """Return the names of a module's class and its bases: FSDP2 and others swap the class for a subclass.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The names, the class's own first.
+    """
+    return [base.__name__ for base in type(module).__mro__]
+
+
+def mixers_of(module: nn.Module, rules: Mapping[str, Any]) -> Iterator[nn.Module]:
+    """Find the outermost modules of the classes that ``rules`` name.
+
+    Args:
+        module: The module to search.
+        rules: By class name.
+
+    Returns:
+        An iterator of them.
+    """
+    for child in module.children():
+        if any(name in rules for name in names_of(child)):
+            yield child
+        else:
+            yield from mixers_of(child, rules)
+
+
+def check_mixers(backbone: nn.Module, config: Any, adapter: Adapter, *, compile: bool) -> None:
+    """Refuse a model whose record names mixers that it does not have, and compiled layers around mixers.
+
+    Args:
+        backbone: Its backbone.
+        config: The configuration of its text stack.
+        adapter: The record of its architecture.
+        compile: Whether its layers are to be compiled.
+
+    Raises:
+        UnsupportedModelError: With the way out.
+    """
+    found = any(True for _ in mixers_of(backbone, adapter.unshared))
+    attention_alone = set(getattr(config, "layer_types", None) or ("others",)) <= {FULL, SLIDING}
+    if adapter.unshared and not found and not attention_alone:
+        raise UnsupportedModelError(
+            f"this model has no {' or '.join(adapter.unshared)}, which its adapter names: this release of transformers "
+            "has another layout, or another library replaced them"
+        )
+    if found and compile:
+        raise UnsupportedModelError(
+            "mixers of this model run on separate sequences, whose number and lengths differ in every row: each would "
+            "compile anew. Apply with compile=False"
+        )
+
+
+def visible_in(mixer: nn.Module, rules: Mapping[str, Callable[[Any], Visible | None]]) -> Visible | None:
+    """Find what attention in a mixer sees.
+
+    Args:
+        mixer: One of the modules that ``rules`` name.
+        rules: By class name.
+
+    Returns:
+        ``None`` for a mixer that takes no mask.
+    """
+    return next(rules[name] for name in names_of(mixer) if name in rules)(mixer)
+
+
+def skip_padding(mixers: Sequence[nn.Module], rules: Mapping[str, Callable[[Any], Visible | None]]) -> bool:
+    """Tell whether mixers of the unpatched model set the hidden states of padding to zero.
+
+    A state then is still empty at a sequence's first token, wherever that stands. Other states run over padding.
+
+    Args:
+        mixers: Mixers of one model.
+        rules: By class name.
+
+    Returns:
+        Whether all of them do.
+    """
+    return all(
+        visible_in(mixer, rules) is None
+        and "attention_mask" in signature(type(mixer).forward).parameters
+        and any(hasattr(sys.modules.get(base.__module__), MASKING) for base in type(mixer).__mro__)
+        for mixer in mixers
+    )
+
+
+def gather_within(mixers: Sequence[nn.Module]) -> bool:
+    """Tell whether an engine gathers weights at each call of a layer within mixers: ranks must make equally many.
+
+    DeepSpeed's ZeRO-3 does so, and FSDP where it wraps parts of layers.
+
+    Args:
+        mixers: Mixers of one model.
+
+    Returns:
+        Whether any engine does so.
+    """
+    within = [module for mixer in mixers for module in mixer.modules() if module is not mixer]
+    return any(
+        SHARDED & set(names_of(module)) or any(hasattr(parameter, "ds_id") for parameter in module._parameters.values())
+        for module in within
+    )
