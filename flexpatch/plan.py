@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexpatch.masks import version
 from flexpatch.rows import Rows
+from flexpatch.segments import Segments
 
 # Sequences go into one batch while all of it is at most this many times their tokens.
 WASTE = 1.15
@@ -28,10 +29,12 @@ class Plan:
 
     Args:
         ends: (B, L) integers, exclusive subtree ends.
+        tokens: Tokens of the rows that are no padding, if known.
     """
 
-    def __init__(self, ends: Tensor) -> None:
+    def __init__(self, ends: Tensor, tokens: int | None = None) -> None:
         self.shape = ends.shape
+        self.tokens = tokens
         self.device = ends.device
         self._ends = ends.numpy(force=True).astype(np.int64)
 
@@ -50,6 +53,11 @@ class Plan:
         owners = np.empty(self._ends.size, np.int64)
         owners[flat[::-1]] = np.arange(flat.size)[::-1]
         return torch.from_numpy(owners.reshape(self.shape)).to(self.device)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """Return the segments along which states branch."""
+        return Segments(self._ends, self.tokens)
 
     @cached_property
     def _batches(self) -> list[np.ndarray]:
@@ -125,5 +133,5 @@ def plan_of(rows: Rows) -> Plan:
     """
     key = "plan", version(rows.ends)
     if key not in rows.masks:
-        rows.masks[key] = Plan(rows.ends)
+        rows.masks[key] = Plan(rows.ends, rows.tokens)
     return rows.masks[key]
