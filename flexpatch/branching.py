@@ -22,7 +22,7 @@ from flexpatch.arrival import CALL, Row
 from flexpatch.errors import UnsupportedModelError
 from flexpatch.registry import CONVOLUTION, DELTA_RULE, STATE_SPACE, Adapter
 from flexpatch.segments import Segments
-from flexpatch.states import convolve, delta_rule, hidden, state_space
+from flexpatch.states import convolve, delta_rule, kept_by, state_space
 from flexpatch.unshare import Unsharing, mixers_of
 
 # The release of transformers from which mixers hand their keyword arguments on to these functions.
@@ -207,29 +207,39 @@ def unwrap() -> None:
     _modules.clear()
 
 
-@contextmanager
-def plain(modules: Iterable[str]) -> Iterator[None]:
-    """Run the functions of modeling files on torch's own operations, in float64 too, whichever kernels are installed.
+def modeling_files(model: nn.Module, adapter: Adapter) -> set[str]:
+    """Find the modeling files of a model's mixers that no mask can cut.
 
     Args:
-        modules: Names of the modeling files.
+        model: The model.
+        adapter: The record of its architecture.
+
+    Returns:
+        Their names, as Python imports them.
+    """
+    return {own_class(mixer, adapter.unshared)[1] for mixer in mixers_of(model, adapter.unshared)}
+
+
+@contextmanager
+def plain(files: Iterable[str]) -> Iterator[None]:
+    """Run the functions of modeling files on torch's own operations, whichever kernels are installed.
+
+    Kernels neither compute in float64 nor run on a CPU, and transformers calls them even so.
+
+    Args:
+        files: Names of the modeling files.
     """
     changed = []
-    for name in modules:
-        for function in HANDLERS:
-            own = getattr(sys.modules[name], function, None)
-            if own is not None:
-                changed.append((sys.modules[name], function, own))
-                setattr(sys.modules[name], function, _torch_of(own))
+    for module in map(sys.modules.get, files):
+        for name, function in list(vars(module).items()):
+            own = function.original if isinstance(function, Branching) else function
+            if (by_torch := kept_by(own).get("torch_function")) is not None:
+                changed.append((module, name, function))
+                if isinstance(function, Branching):
+                    by_torch = Branching(by_torch, function.kind, function.handler)
+                setattr(module, name, by_torch)
     try:
         yield
     finally:
-        for module, function, own in changed:
-            setattr(module, function, own)
-
-
-def _torch_of(function: Any) -> Any:
-    """Return the torch implementation of a modeling file's function."""
-    if isinstance(function, Branching):
-        return Branching(_torch_of(function.original), function.kind, function.handler)
-    return inspect.unwrap(hidden(function))
+        for module, name, function in changed:
+            setattr(module, name, function)

@@ -131,7 +131,24 @@ def plan_of(rows: Rows) -> Plan:
     Returns:
         Its plan, on the rows' device.
     """
-    key = "plan", version(rows.ends)
-    if key not in rows.masks:
-        rows.masks[key] = Plan(rows.ends, rows.tokens)
-    return rows.masks[key]
+    if _key(rows) not in rows.masks:
+        set_plan(rows, Plan(rows.ends, rows.tokens))
+    return rows.masks[_key(rows)]
+
+
+def set_plan(rows: Rows, plan: Plan) -> Rows:
+    """Let ``rows`` run by a plan.
+
+    Args:
+        rows: Packed rows.
+        plan: Of these rows.
+
+    Returns:
+        ``rows``.
+    """
+    rows.masks[_key(rows)] = plan
+    return rows
+
+
+def _key(rows: Rows) -> tuple[str, int]:
+    return "plan", version(rows.ends)

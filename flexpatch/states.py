@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexpatch.fold import lookup
@@ -193,25 +193,26 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     """Tell whether the kernel behind a modeling file's function takes an argument.
 
     Args:
-        function: The modeling file's function. In transformers it chose its kernel as the file was imported.
+        function: The modeling file's function. transformers chose its kernel as the file was imported.
         name: The argument's.
+
+    Returns:
+        Whether it does.
     """
-    function = hidden(function)
-    chosen = _closure(function).get("applicable_params")
-    return name in (chosen or inspect.signature(function).parameters)
+    return name in (kept_by(function).get("applicable_params") or inspect.signature(function).parameters)
 
 
-def hidden(function: Any) -> Any:
-    """Return the function within a module that the package ``kernels`` made of it; others as they are."""
-    return _closure(getattr(function, "forward", function)).get("func", function)
+def kept_by(function: Any) -> dict[str, Any]:
+    """Return what a modeling file's function keeps: the function that transformers chose, torch's own, and others.
 
+    Args:
+        function: The function; or the module that the package ``kernels`` made of it.
 
-def _closure(function: Any) -> dict[str, Any]:
-    """Return the variables that a function keeps."""
-    function = getattr(function, "__func__", function)
-    names = function.__code__.co_freevars if inspect.isfunction(function) else ()
-    return (
-        {name: cell.cell_contents for name, cell in zip(names, function.__closure__ or (), strict=True)}
-        if names
-        else {}
-    )
+    Returns:
+        Variables of its closure, by name.
+    """
+    if isinstance(function, nn.Module):
+        return kept_by(kept_by(type(function).forward).get("func"))
+    cells = getattr(function, "__closure__", None) or ()
+    names = function.__code__.co_freevars if cells else ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
