@@ -1,6 +1,6 @@
 """Qwen3-Next, Qwen3.5 and Qwen4-Exp, dense and mixture of experts: gated delta rule and full attention by turns."""
 
-from flexpatch.registry import FULL, Adapter, causal, no_mask, register
+from flexpatch.registry import CONVOLUTION, DELTA_RULE, FULL, Adapter, causal, no_mask, register
 
 LINEAR = dict(
     linear_num_value_heads=4,
@@ -22,13 +22,15 @@ VISION = dict(
 )
 MEDIA = dict(vision_config=VISION, image_token_id=149, video_token_id=148, vision_start_token_id=147)
 MEDIA |= dict(vision_end_token_id=146)
+MIXERS = "Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet"
 
 register(
     Adapter(
         name="Qwen3-Next, Qwen3.5",
         masks="by_layer_type",
         unmasked=("linear_attention",),
-        unshared=dict.fromkeys(("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet"), no_mask),
+        unshared=dict.fromkeys(MIXERS, no_mask),
+        branched=dict.fromkeys(MIXERS, (CONVOLUTION, DELTA_RULE)),
         restarts=False,
         tiny={
             "qwen3_next": [MOE],

@@ -4,6 +4,7 @@ Context and sequence parallelism of every kind, known or not, drop or replace ma
 an attention of their own in place of the registered one. Each of these is an error here, never a number.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,8 @@ class Row(Kernel):
         self.mixers = mixers
         self.reached = not self.masks
         self.unshared = 0  # mixers that ran
+        self.kinds: Counter[str] = Counter()  # calls that have to branch a state, of each kind of function
+        self.branched: Counter[str] = Counter()  # calls that did
         self.leave: Callable[[], None] = lambda: None  # called when the forward is over
 
     def check_attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Any) -> None:
@@ -117,6 +120,13 @@ class Row(Kernel):
             raise UnsupportedModelError(
                 f"{self.unshared} of this model's {self.mixers} mixers ran on separate sequences: another library "
                 "replaced or skipped the others. Load the model without it, or run it without flexpatch: "
+                "flexpatch.remove(model)"
+            )
+        if self.branched != self.kinds:
+            seen = ", ".join(f"{self.branched[kind]} of {count} {kind} calls" for kind, count in self.kinds.items())
+            raise UnsupportedModelError(
+                f"{seen} of this model's mixers were branched: another library replaced or skipped the others. Apply "
+                'with mixers="unshared", which needs no such calls, or run the model without flexpatch: '
                 "flexpatch.remove(model)"
             )
         if not self.reached and not _graphs:

@@ -31,6 +31,25 @@ GATHERS = (
 log = logging.getLogger(__name__)
 
 
+def renamed(recompute_layers: int | str | None, checkpointing: int | str) -> int | str:
+    """Take a setting by its former name, with a warning.
+
+    Args:
+        recompute_layers: The same by its name.
+        checkpointing: As given by the former name.
+
+    Returns:
+        The setting.
+
+    Raises:
+        FlexpatchError: If both were given.
+    """
+    warnings.warn("apply(checkpointing=...) is now called recompute_layers", DeprecationWarning, 3)
+    if recompute_layers is not None:
+        raise FlexpatchError("checkpointing is the former name of recompute_layers: give one of them")
+    return checkpointing
+
+
 class Memory(NamedTuple):
     """Memory of one device.
 

@@ -3,7 +3,7 @@
 A **stage** takes the backbone and the call's arguments. It returns the arguments and an **exit**, which takes the
 output (``None`` if the forward raised), or ``None`` for an exit that has nothing to do. Exits run in reverse. Our own
 stages' exits run before other libraries' hooks on the backbone, which so see the caller's layout. A caller's exits
-(:func:`run_rows`) run after those hooks.
+(:func:`flexpatch.scoring.run_rows`) run after those hooks.
 
 Exits travel on the call's ``input_ids`` and nowhere else: other arguments reach every layer, compiled ones included.
 """
@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpatch.arrival import CALL, GIVEN, PENDING, Row
+from flexpatch.branching import WAYS, Branches, choose, unwrap, wrap
 from flexpatch.calls import is_exporting, without_cache
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import pad_row, restore_forward
-from flexpatch.dispatch import is_ours
+from flexpatch.dispatch import BACKENDS, is_ours
 from flexpatch.errors import FlexpatchError
 from flexpatch.folding import Exit, Folding
 from flexpatch.internals import arguments_of, attention_name, backbone_of, takes_argument
-from flexpatch.mixers import skip_padding
+from flexpatch.mixers import mixers_of, skip_padding
 from flexpatch.registry import Adapter
 from flexpatch.row_calls import carry_plan, is_row_call, plan_in, without_plan
 from flexpatch.unshare import Unsharing
@@ -51,23 +52,35 @@ class BackboneHook:
     """Forward pre-hook of a backbone. It holds all options of :func:`flexpatch.apply`, and is pickled with the model.
 
     Args:
-        backend, fold, compile, recompute_layers, shared_dropout: As :func:`flexpatch.apply` takes them.
+        backend, fold, compile, mixers, recompute_layers, shared_dropout: As :func:`flexpatch.apply` takes them.
 
     Raises:
         FlexpatchError: For unknown options.
     """
 
     def __init__(
-        self, *, backend: str, fold: bool, compile: bool, recompute_layers: int | str | None, shared_dropout: bool
+        self,
+        *,
+        backend: str,
+        fold: bool,
+        compile: bool,
+        mixers: str,
+        recompute_layers: int | str | None,
+        shared_dropout: bool,
     ) -> None:
+        for name, value, known in (("backend", backend, BACKENDS), ("mixers", mixers, WAYS)):
+            if value not in known:
+                raise FlexpatchError(f"{name}={value!r}; expected one of {', '.join(known)}")
         self.backend = backend
         self.fold = fold
         self.compile = compile
+        self.way = mixers
         self.folding = Folding(backend, shared_dropout)
         self.recomputation = None if recompute_layers is None else Recomputation(recompute_layers)
         self.dense = ""  # the attention function that takes dense masks of rows; set by apply
         self.unsharing: Unsharing | None = None  # of a model with mixers that take separate sequences
         self.mixers = 0  # how many these are
+        self.branches: Branches | None = None  # of a model with mixers that are branched on the row
         self.disabled = 0  # how many blocks of flexpatch.disabled the model is in
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,6 +94,7 @@ class BackboneHook:
             backend=self.backend,
             fold=self.fold,
             compile=self.compile,
+            mixers=self.way,
             recompute_layers=recompute_layers,
             shared_dropout=self.folding.shared_dropout,
         )
@@ -115,6 +129,9 @@ class BackboneHook:
         if self.unsharing is not None:
             plan = self.unsharing.plan_for(backbone, plan)
         row = Row(length, masks, **options, plan=plan, mixers=self.mixers)
+        if self.branches is not None and self.branches.kinds:
+            row.kinds = self.branches.kinds
+            wrap(self.branches.modules, row)
         if self.unsharing is not None:
             self.unsharing.begin(backbone, row)
             row.leave = partial(self.unsharing.end, backbone)
@@ -218,42 +235,6 @@ def run_callers_exits(backbone: PreTrainedModel, args: Any, kwargs: dict[str, An
     return output
 
 
-def run_rows(model: nn.Module, inputs: dict[str, Any], score: Callable[[Tensor], Tensor]) -> Tensor:
-    """Run rows and return ``score(hidden states)`` instead of logits.
-
-    ``score`` is called within the model's forward, where parameters that an engine shards or offloads are at hand.
-
-    Args:
-        model: A model after :func:`flexpatch.apply`.
-        inputs: From :func:`flexpatch.model_inputs`.
-        score: Takes the last hidden states (B, L, D). Called once.
-
-    Returns:
-        The tensor that ``score`` returned.
-
-    Raises:
-        FlexpatchError: If the model's hooks are gone.
-    """
-    scores: list[Tensor] = []
-
-    def leave(output: Any) -> None:
-        scores.append(score(output.last_hidden_state))
-        output.hidden_states = (scores[0],)
-
-    ids = with_exits(inputs["input_ids"], Exits(callers=[leave]))
-    # No position keeps its logits, so the head itself sees an empty tensor.
-    output = model(**(inputs | {"input_ids": ids}), logits_to_keep=ids.new_empty(0))
-    if not scores:
-        raise FlexpatchError("flexpatch's hooks on this model did not run: call flexpatch.apply(model)")
-    # Engines hook into what a forward returns, and may round it (accelerate's FSDP2, in bfloat16): gradients take the
-    # way through it, values do not.
-    scored, returned = scores.pop(), output.hidden_states[0]
-    if returned.dtype == scored.dtype:
-        return returned
-    returned = returned.to(scored.dtype)
-    return returned + (scored - returned).detach()
-
-
 def hook_of(inner: nn.Module) -> BackboneHook | None:
     """Find the hook that :func:`flexpatch.apply` put on a model's backbone."""
     hooks = (hook for module in inner.modules() for hook in module._forward_pre_hooks.values())
@@ -272,10 +253,15 @@ def register_hooks(inner: PreTrainedModel, hook: BackboneHook, adapter: Adapter)
     if adapter.masks == "none" and backbone is not inner:
         inner.register_forward_pre_hook(carry_plan, with_kwargs=True)
     if adapter.unshared:
-        hook.unsharing = Unsharing(adapter.unshared, hook.dense)
+        branched = choose(backbone, adapter, hook.way)
+        unshared = {name: rule for name, rule in adapter.unshared.items() if name not in branched}
+        hook.unsharing = Unsharing(unshared, hook.dense)
+        hook.branches = Branches(branched, hook.unsharing)
+        hook.branches.register(backbone)
         mixers = hook.unsharing.register(backbone)
         hook.mixers = len(mixers)
-        hook.folding.padding_skipped = skip_padding(mixers, adapter.unshared) if mixers else None
+        every = list(mixers_of(backbone, adapter.unshared))
+        hook.folding.padding_skipped = skip_padding(every, adapter.unshared) if every else None
     backbone.register_forward_pre_hook(hook, with_kwargs=True)
     backbone.register_forward_hook(run_own_exits, with_kwargs=True, prepend=True, always_call=True)
     backbone.register_forward_hook(run_callers_exits, with_kwargs=True)
@@ -296,8 +282,10 @@ def remove_hooks(inner: nn.Module) -> None:
                     hook.recomputation.restore()
                 if isinstance(hook, BackboneHook) and hook.unsharing is not None:
                     hook.unsharing.end(module)
-                ours = isinstance(hook, BackboneHook) or isinstance(getattr(hook, "__self__", None), Unsharing)
+                kinds = (Unsharing, Branches)
+                ours = isinstance(hook, BackboneHook) or isinstance(getattr(hook, "__self__", None), kinds)
                 if ours or hook in (carry_plan, run_own_exits, run_callers_exits):
                     del registered[key], with_kwargs[key]
                     module._forward_hooks_always_called.pop(key, None)
         restore_forward(module)
+    unwrap()

@@ -16,11 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from flexpatch.attention import many_recompiles
 from flexpatch.errors import FlexpatchError
 from flexpatch.fold import lookup
-from flexpatch.forward import run_rows
 from flexpatch.internals import head_of, text_config
 from flexpatch.patch import model_inputs, settings_of
 from flexpatch.registry import UNCHANGED, LogitTransform
 from flexpatch.rows import Rows
+from flexpatch.scoring import run_rows
 from flexpatch.tree import Layout, Tree, lay_out
 
 # Logits of a chunk, by default: 512 MiB in float32, and about five times that with what their gradient needs. Smaller

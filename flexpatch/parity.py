@@ -17,9 +17,10 @@ counts as the stock model's own error too, because FlexAttention has none.
 In lower precision both are compared with the same weights in float64 (the truth; float32 for 16-bit models whose
 float64 copy does not fit into memory), and ours may be off by no more than a stated multiple of what stock is.
 
-Each check is repeated with a mask or positions broken on purpose (the negative controls), and must then fail, in
-float64 by a thousand bounds. If a model's own error makes its bounds so wide that a broken mask does not, the report
-fails: it would show nothing.
+Each check is repeated with a mask, positions or a mixer's states broken on purpose (the negative controls), and must
+then fail, in float64 by a thousand bounds. If a model's own error makes its bounds so wide that a broken mask does not,
+the report fails: it would show nothing. Mixers that are branched are also compared with themselves on separate
+sequences.
 """
 
 from importlib import metadata
@@ -49,6 +50,7 @@ def check_parity(
     name: str | None = None,
     backend: str = "auto",
     compile: bool = False,
+    mixers: str = "auto",
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
@@ -59,7 +61,7 @@ def check_parity(
     Args:
         model: A causal language model of a supported architecture, bare or wrapped by peft.
         name: What to call it in the report.
-        backend, compile: As in :func:`flexpatch.apply`.
+        backend, compile, mixers: As in :func:`flexpatch.apply`.
         seed: Of the token ids.
         progress: Show a progress bar on stderr.
 
@@ -77,10 +79,11 @@ def check_parity(
     torch.set_float32_matmul_precision("highest")  # TF32 would hide a wrong mask behind its rounding
     try:
         model.zero_grad(set_to_none=True)  # each pass clears its own after reading them
-        _check_options(model, backend, compile)
+        options: dict[str, Any] = dict(backend=backend, compile=compile, mixers=mixers)
+        _check_options(model, **options)
         remove(model)
         report = Report(name or type(model).__name__, _settings(model))
-        return Verification(model, report, dict(backend=backend, compile=compile), seed, progress).run()
+        return Verification(model, report, options, seed, progress).run()
     finally:
         torch.set_float32_matmul_precision(precision)
         model.zero_grad(set_to_none=True)
@@ -108,9 +111,9 @@ def _check_model(model: Any) -> None:
         ) from None
 
 
-def _check_options(model: nn.Module, backend: str, compile: bool) -> None:
+def _check_options(model: nn.Module, backend: str, compile: bool, mixers: str) -> None:
     """Refuse what could not be verified where the model is, before anything runs."""
-    backend = backend_of(apply(model, backend=backend, compile=compile))
+    backend = backend_of(apply(model, backend=backend, compile=compile, mixers=mixers))
     if backend == "dense" and compile:
         raise FlexpatchError(
             "compile=True compiles layers of the flex backend alone, and this model's rows run on the dense one: "

@@ -13,10 +13,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from flexpatch.branching import choose
+from flexpatch.checkpointing import renamed
 from flexpatch.compiled import check_forwards, compile_layers
 from flexpatch.counts import Savings
 from flexpatch.dispatch import (
-    BACKENDS,
     backend_at,
     check_backend,
     check_original,
@@ -58,6 +59,7 @@ def apply(
     backend: str = "auto",
     fold: bool = True,
     compile: bool = False,
+    mixers: str = "auto",
     recompute_layers: int | str | None = None,
     shared_dropout: bool = False,
     checkpointing: int | str | None = None,
@@ -81,6 +83,8 @@ def apply(
         compile: Compile decoder layers for rows on the flex backend, whose lengths are then padded to a few (at most a
             quarter longer). All other calls stay uncompiled. Each length compiles for most of a minute: worth it for
             full rows of one budget, such as packed batches.
+        mixers: Layers that no mask can cut (scans, convolutions) run ``"branched"`` on the row, from their parents'
+            states, or ``"unshared"`` on separate sequences. ``"auto"``: branched where that is known to be exact.
         recompute_layers: How many layers, from the first, to recompute in backward where the model's gradient
             checkpointing is on. ``"auto"``: as few as memory allows, measured over the first optimizer step (CUDA;
             all, with a warning, under ZeRO-3, whose ranks must agree); ``None``: all, as the model would.
@@ -97,15 +101,9 @@ def apply(
         FlexpatchError: For unknown options.
     """
     if checkpointing is not None:
-        warnings.warn("apply(checkpointing=...) is now called recompute_layers", DeprecationWarning, 2)
-        if recompute_layers is not None:
-            raise FlexpatchError("checkpointing is the former name of recompute_layers: give one of them")
-        recompute_layers = checkpointing
-    if backend not in BACKENDS:
-        raise FlexpatchError(f"backend={backend!r}; expected one of {', '.join(BACKENDS)}")
-    options: dict[str, Any] = dict(
-        backend=backend, fold=fold, compile=compile, recompute_layers=recompute_layers, shared_dropout=shared_dropout
-    )
+        recompute_layers = renamed(recompute_layers, checkpointing)
+    options: dict[str, Any] = dict(backend=backend, fold=fold, compile=compile, mixers=mixers)
+    options |= dict(recompute_layers=recompute_layers, shared_dropout=shared_dropout)
     if is_trainer(model):
         _apply_to_trainer(model, options)
     else:
@@ -148,6 +146,7 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     if (compile or recompute_layers is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or recompute")
     check_mixers(backbone_of(inner), config, adapter_for(config), compile=compile)
+    choose(backbone_of(inner), adapter_for(config), hook.way)  # before anything changes: it may raise
     if compile:
         check_forwards(layers)
     set_attention(inner, register_name(original))

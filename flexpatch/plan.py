@@ -17,6 +17,7 @@ from flexpatch.fold import lookup
 from flexpatch.masks import version
 from flexpatch.registry import Visible
 from flexpatch.rows import Rows
+from flexpatch.segments import Segments
 
 # A batch of sequences is at most this many times their tokens.
 WASTE = 1.15
@@ -30,19 +31,21 @@ class Plan:
 
     Args:
         ends: (B, L) integers, exclusive subtree ends.
+        tokens: Tokens of the rows that are no padding, if known.
         waste: Sequences go into one batch while all of it is at most so many times their tokens.
     """
 
-    def __init__(self, ends: Tensor, waste: float = WASTE) -> None:
+    def __init__(self, ends: Tensor, tokens: int | None = None, waste: float = WASTE) -> None:
         self.waste = waste
         self.shape = ends.shape
+        self.tokens = tokens
         self.device = ends.device
         self._ends = ends.numpy(force=True).astype(np.int64)
 
     @cached_property
     def in_one_batch(self) -> "Plan":
         """Return the plan that has all sequences in one batch, for mixers that ranks must call equally often."""
-        return Plan(torch.from_numpy(self._ends).to(self.device), np.inf)
+        return Plan(torch.from_numpy(self._ends).to(self.device), self.tokens, np.inf)
 
     @cached_property
     def batches(self) -> list[Tensor]:
@@ -59,10 +62,15 @@ class Plan:
         Padding in front of a sequence, which folding computes where a trainer reads its output, is none: nobody sees
         it, itself included. Mixers of unpatched models set its hidden state to zero.
         """
-        seen = (self._ends > np.arange(self.shape[1])).ravel()
-        if seen.all():
+        if self.seen is None:
             return [None] * len(self._batches)
-        return [torch.from_numpy(seen[index]).to(self.device) for index in self._batches]
+        return [self.seen.flatten()[index] for index in self.batches]
+
+    @cached_property
+    def seen(self) -> Tensor | None:
+        """Return (B, L) bool, False for padding in front of sequences; ``None`` if the rows hold none."""
+        seen = self._ends > np.arange(self.shape[1])
+        return None if seen.all() else torch.from_numpy(seen).to(self.device)
 
     @cached_property
     def owners(self) -> Tensor:
@@ -71,6 +79,11 @@ class Plan:
         owners = np.empty(self._ends.size, np.int64)
         owners[flat[::-1]] = np.arange(flat.size)[::-1]
         return torch.from_numpy(owners.reshape(self.shape)).to(self.device)
+
+    @cached_property
+    def segments(self) -> Segments:
+        """Return the segments along which states branch."""
+        return Segments(self._ends, self.tokens)
 
     @cached_property
     def _batches(self) -> list[np.ndarray]:
@@ -145,10 +158,27 @@ def plan_of(rows: Rows) -> Plan:
     Returns:
         Its plan, on the rows' device.
     """
-    key = "plan", version(rows.ends)
-    if key not in rows.masks:
-        rows.masks[key] = Plan(rows.ends)
-    return rows.masks[key]
+    if _key(rows) not in rows.masks:
+        set_plan(rows, Plan(rows.ends, rows.tokens))
+    return rows.masks[_key(rows)]
+
+
+def set_plan(rows: Rows, plan: Plan) -> Rows:
+    """Let ``rows`` run by a plan.
+
+    Args:
+        rows: Packed rows.
+        plan: Of these rows.
+
+    Returns:
+        ``rows``.
+    """
+    rows.masks[_key(rows)] = plan
+    return rows
+
+
+def _key(rows: Rows) -> tuple[str, int]:
+    return "plan", version(rows.ends)
 
 
 def visible_mask(visible: Visible, length: int, device: torch.device) -> Tensor:

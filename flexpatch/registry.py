@@ -13,6 +13,11 @@ from flexpatch.errors import FlexpatchError, UnsupportedModelError
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+# Functions of modeling files whose states can be branched along a row's trees.
+CONVOLUTION = "convolution"
+DELTA_RULE = "delta rule"
+STATE_SPACE = "state space"
+BRANCHES = CONVOLUTION, DELTA_RULE, STATE_SPACE
 
 
 def no_windows(config: Any) -> dict[str, int | None]:
@@ -93,6 +98,9 @@ class Adapter:
         unshared: Mixers that no mask can cut (scans, convolutions, chosen keys): class name -> module -> what attention
             in it sees, :func:`no_mask` for none. Each runs on the separate sequences of a row, everything around it on
             the row. Tensors with one entry for each token may be any of its arguments, and its outputs.
+        branched: Those of them whose states can be branched on the row instead, which is faster: class name -> the
+            functions of its modeling file that it calls, each :data:`CONVOLUTION`, :data:`DELTA_RULE` or
+            :data:`STATE_SPACE`.
         logit_transform: ``config`` -> the change that the model makes to its head's output.
         ropes: Rope types whose frequencies are exact under restarted positions. ``"longrope"`` may be listed: calls
             that straddle its switching length are refused one by one.
@@ -113,6 +121,7 @@ class Adapter:
     windows: Callable[[Any], Mapping[str, int | None]] = no_windows
     unmasked: tuple[str, ...] = ()
     unshared: Mapping[str, Callable[[Any], Visible | None]] = field(default_factory=dict)
+    branched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     logit_transform: Callable[[Any], LogitTransform] = unchanged_logits
     ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
     restarts: bool = True
@@ -130,8 +139,15 @@ def register(adapter: Adapter) -> Adapter:
     """Add ``adapter`` to the table.
 
     Raises:
-        FlexpatchError: If one of its model types already has an adapter.
+        FlexpatchError: If one of its model types already has an adapter, or it branches mixers that it does not name as
+            unshared, or by functions that cannot be.
     """
+    unknown_kinds = {kind for kinds in adapter.branched.values() for kind in kinds} - set(BRANCHES)
+    if wrong := sorted(set(adapter.branched) - set(adapter.unshared) | unknown_kinds):
+        raise FlexpatchError(
+            f"the {adapter.name} adapter's branched has {', '.join(wrong)}: its keys are keys of unshared, its values "
+            f"tuples of {', '.join(BRANCHES)}"
+        )
     for model_type in (*adapter.tiny, *adapter.refused):
         if model_type in _adapters:
             raise FlexpatchError(

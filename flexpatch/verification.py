@@ -5,12 +5,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flexpatch.branching import modeling_files, plain
+from flexpatch.controls import Passes, check_ways
 from flexpatch.errors import FlexpatchError
 from flexpatch.float64 import Float64, checkpoints, wide_copy
 from flexpatch.internals import pretrained, text_config
@@ -57,6 +60,7 @@ class Verification:
         self.options = options
         self.config = text_config(model)
         self.adapter = adapter_for(self.config)
+        self.files = modeling_files(model, self.adapter)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.exact = self.dtype == torch.float64
@@ -72,7 +76,7 @@ class Verification:
         # Norms and ropes round to float32, which blows a difference in the last bit up to 1e-8, one time in a thousand.
         # Checkpointing recomputes outside the mode, and compiled kernels do not know it.
         lifted = self.exact and self.device.type == "cpu" and not (checkpoints(self.model) or self.options["compile"])
-        with Float64() if lifted else nullcontext():
+        with Float64() if lifted else nullcontext(), plain(self.files if self.exact else ()):
             return self._run(lifted)
 
     def _run(self, lifted: bool) -> Report:
@@ -129,6 +133,11 @@ class Verification:
             self._add(f"control, log-probs: {name}", error, bound, margin=margin)
         error, _ = distance(self._gradients(broken, stock), oracle_gradients)
         self._add("control, gradients: answers see each other", error, gradient_bound, margin=margin)
+        passes = Passes(self._logprobs, partial(self._gradients, stock=stock), self._error)
+        oracles, bounds = (oracle, oracle_gradients), (bound, gradient_bound)
+        self.report.checks += check_ways(
+            self.model, self.rows, self.options, passes, oracles, bounds, margin, self.exact
+        )
         self.bar.close()
         return self.report
 
@@ -166,7 +175,7 @@ class Verification:
         model = wide_copy(self.model)
         if not self.exact:
             self.report.settings["truth"] = str(next(model.parameters()).dtype).removeprefix("torch.")
-        with Float64(attention_only):
+        with Float64(attention_only), plain(self.files):
             return self._separate(model, sum_answers(stock, self.rows))
 
     @torch.no_grad()

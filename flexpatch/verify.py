@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from flexpatch.branching import WAYS
 from flexpatch.errors import FlexpatchError, UnsupportedModelError, first_line
 from flexpatch.models import check_architecture, load_model, similar_architecture, tiny_model, tiny_types
 from flexpatch.parity import Report, check_parity
@@ -32,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 model = _prepared(model, options)
                 progress = sys.stderr.isatty()
                 report = check_parity(
-                    model, name=name, backend=options.backend, compile=options.compile, seed=options.seed,
-                    progress=progress,
+                    model, name=name, backend=options.backend, compile=options.compile, mixers=options.mixers,
+                    seed=options.seed, progress=progress,
                 )  # fmt: skip
                 reports.append(report)
                 if not options.json:
@@ -75,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "flex", "fa4", "dense"],
         help="auto: flex on cuda and xpu, else dense",
     )
+    add("--mixers", default="auto", choices=WAYS, help="how layers run that no mask can cut (scans, convolutions)")
     add("--lora", action="store_true", help="train random LoRA adapters on all linear layers")
     kinds = ["non-reentrant", "reentrant"]
     add("--gradient-checkpointing", nargs="?", const=kinds[0], choices=kinds, help="train with gradient checkpointing")

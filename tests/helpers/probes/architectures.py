@@ -177,7 +177,7 @@ def _other_arguments_reach_attention(model_type: str) -> bool:
 # --- Backbones and layers ---------------------------------------------------------------------------------------------
 
 
-@each("logits_to_keep, which takes columns", "forward.run_rows", "to make no logits that nobody reads")
+@each("logits_to_keep, which takes columns", "scoring.run_rows", "to make no logits that nobody reads")
 def _logits_to_keep_takes_columns(model_type: str) -> bool:
     model, keep = tiny_model(model_type), torch.tensor([0, 3, 4, 11])
     with torch.no_grad():
@@ -221,7 +221,7 @@ def _a_backbone_is_all_that_counts(model_type: str) -> None:
     assert calls[0]["input_ids"] is batch and calls[0]["use_cache"] is False, "its arguments are not the caller's"
 
 
-@each("hidden_states of the backbone, which leave the model", "forward.run_rows", "to carry log-probs out")
+@each("hidden_states of the backbone, which leave the model", "scoring.run_rows", "to carry log-probs out")
 def _hidden_states_leave_the_model(model_type: str) -> None:
     model, marker = tiny_model(model_type), torch.zeros(3)
 
