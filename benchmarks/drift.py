@@ -58,11 +58,25 @@ from flexpatch.tree import Layout, lay_out
 SHAPES: dict[str, dict[str, Any]] = {
     "nano": dict(hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=2, head_dim=16),
     "tiny": dict(hidden_size=64, num_hidden_layers=4, intermediate_size=192, num_attention_heads=4, head_dim=16),
+    "hybrid": dict(  # three layers of the gated delta rule, one of attention
+        model_type="qwen3_5_text",
+        hidden_size=64,
+        num_hidden_layers=4,
+        intermediate_size=192,
+        num_attention_heads=4,
+        head_dim=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        layer_types=["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    ),
     "1b": dict(hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, head_dim=64),
 }
 BASE = {
     "nano": dict(steps=20, blocks=4, block=64, lr=3e-3),
     "tiny": dict(steps=400, blocks=8, block=192, lr=4e-3),
+    "hybrid": dict(steps=200, blocks=8, block=192, lr=4e-3),
     "1b": dict(steps=160, blocks=32, block=256, lr=3e-4),
 }
 LAYOUTS = ("shared", "paired", "eager", "broken")
@@ -197,9 +211,9 @@ def make_base(pairs: Pairs, args: argparse.Namespace) -> dict[str, Any]:
     if story.exists():
         return json.loads(story.read_text())
     torch.manual_seed(0)
-    shape = SHAPES[args.shape]
+    shape = {"model_type": "llama"} | SHAPES[args.shape]
     config = AutoConfig.for_model(
-        "llama", **shape, num_key_value_heads=max(1, shape["num_attention_heads"] // 4), vocab_size=pairs.vocabulary,
+        **shape, num_key_value_heads=max(1, shape["num_attention_heads"] // 4), vocab_size=pairs.vocabulary,
         tie_word_embeddings=True, max_position_embeddings=2048, pad_token_id=0, bos_token_id=None, eos_token_id=1,
     )  # fmt: skip
     with torch.device(args.device):
