@@ -127,5 +127,6 @@ register(
         restarts=False,
         logit_transform=lambda config: LogitTransform(softcap=config.logits_soft_cap),
         tiny={"recurrent_gemma": [dict(attention_window_size=8, lru_width=64, logits_soft_cap=5.0)]},
+        limits="batches padded on the left run as they are given",
     )
 )
