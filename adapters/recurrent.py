@@ -28,6 +28,7 @@ register(
         implementations=("eager",),
         restarts=False,
         tiny={"rwkv": [dict(attention_hidden_size=64, rescale_every=2)]},
+        limits="padding counts as tokens, as in the unpatched model, so padded batches share less",
     )
 )
 
@@ -53,6 +54,7 @@ register(
         reject=any_length,
         logit_transform=lambda config: LogitTransform(softcap=config.output_logit_soft_cap),
         tiny={"xlstm": [dict(num_heads=4, num_hidden_layers=3, chunk_size=16)]},
-        limits="`mode='inference'`, the default; in eval mode, rows of at most `max_inference_chunksize` tokens",
+        limits="mode='inference', the default; in eval mode, rows of at most max_inference_chunksize tokens; batches "
+        "padded on the left run as they are given",
     )
 )

@@ -31,12 +31,11 @@ except ImportError:  # transformers before 5.2 replaces the forwards of modules 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.registry import UNCHANGED, LogitTransform, adapter_for, decoder_config
 
+# Settings by which models change their head's output.
+LOGIT_SETTINGS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
+LOGIT_SETTINGS += ("logits_soft_cap", "output_logit_soft_cap")
 # Ministral 3 in transformers before 5.4 took a query's index in the row for its position. Drop this with 5.3.
 SCALES_BY_INDEX = Version(transformers.__version__) < Version("5.4")
-
-# Settings by which models change their head's output.
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
@@ -126,8 +125,7 @@ def attention_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype
     """Find the dtype in which attention computes.
 
     Args:
-        inner: The model.
-        device: Where it computes.
+        inner, device: The model, and where it computes.
 
     Returns:
         The model's dtype, or that of autocast where it is on.
@@ -147,8 +145,7 @@ def set_attention(inner: PreTrainedModel, name: str) -> None:
     Layers may carry copies of the configuration (peft's ``layer_replication`` makes such): these are set too.
 
     Args:
-        inner: The model.
-        name: A registered name.
+        inner, name: The model, and a registered name.
     """
     decoder = decoder_of(inner)
     before = attention_name(decoder)
@@ -175,7 +172,7 @@ def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
     head, transform = inner.get_output_embeddings(), adapter_for(config).logit_transform(config)
     if head is None:
         raise FlexpatchError(f"{type(inner).__name__} makes no logits; load it with AutoModelForCausalLM")
-    for name in (*SCALES, *CAPS):
+    for name in LOGIT_SETTINGS:
         if transform == UNCHANGED and getattr(config, name, None) not in (None, 1, 1.0):
             raise UnsupportedModelError(
                 f"config.{name}={getattr(config, name)} changes the logits of this model, but its adapter does not say "
@@ -196,9 +193,7 @@ def arguments_of(backbone: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict
     """Return all arguments of a backbone's call by name.
 
     Args:
-        backbone: The backbone that is called.
-        args: Its positional arguments.
-        kwargs: Its other arguments.
+        backbone, args, kwargs: The backbone that is called, and its positional and other arguments.
 
     Returns:
         A new dict; ``None`` if a wrapper around the forward hides the names of positional arguments.
@@ -214,8 +209,7 @@ def takes_argument(backbone: PreTrainedModel, call: Mapping[str, Any], name: str
     """Tell whether a backbone takes an argument. Multimodal ones hand those that they do not know to their text stack.
 
     Args:
-        backbone: The backbone that is called.
-        call: The call's arguments by name.
+        backbone, call: The backbone that is called, and the call's arguments by name.
         name: Of the argument.
 
     Returns:

@@ -266,13 +266,21 @@ def _reject(config: Any, adapter: Adapter) -> str | None:
     return None
 
 
+def _has_windows(adapter: Adapter) -> bool:
+    """Tell whether an adapter's window rule looks at configurations: one that does not can know no window."""
+    try:
+        return any(adapter.windows(None).values())
+    except AttributeError:
+        return True
+
+
 def support_table() -> str:
     """Make the table of supported architectures, as Markdown."""
     lines = ["| family | `model_type` | masks | sliding windows | limits |", "|---|---|---|---|---|"]
     for adapter in dict.fromkeys(adapters().values()):
         types = ", ".join(f"`{model_type}`" for model_type in adapter.tiny)
         masks = {"single": "one for all layers", "by_layer_type": "one per layer type", "none": "–"}[adapter.masks]
-        windows = "–" if adapter.windows is no_windows else "exact"
+        windows = "exact" if _has_windows(adapter) else "–"
         lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {adapter.limits or '–'} |")
     by_reason: dict[str, list[str]] = {}
     for model_type, reason in refused_types().items():

@@ -126,7 +126,7 @@ def test_a_saved_model_is_described_from_its_configuration(tmp_path: Path, capsy
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("mamba", "state-space layers"), ("/nowhere/model.gguf", "there is no GGUF file"), ("", "is not a model")],
+    [("phimoe", "draws random numbers"), ("/nowhere/model.gguf", "there is no GGUF file"), ("", "is not a model")],
 )
 def test_command_line_with_a_model_that_cannot_be_described(
     name: str, reason: str, capsys: pytest.CaptureFixture[str]

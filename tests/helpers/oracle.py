@@ -36,6 +36,12 @@ MODELS = [
     for variant in range(len(adapters()[model_type].tiny[model_type]))
 ]
 
+# Of these, the ones whose unpatched models look at no positions: scans and convolutions see the order of tokens.
+WITHOUT_POSITIONS = [
+    *(("mamba", 0), ("mamba2", 0), ("falcon_mamba", 0), ("rwkv", 0), ("xlstm", 0), ("jamba", 0), ("zamba", 0)),
+    *(("zamba2", 1), ("nemotron_h", 0), ("granitemoehybrid", 0), ("kimi_linear", 0)),
+]
+
 
 def random_ids(*lengths: int, seed: int = 0) -> list[list[int]]:
     """Runs of random token ids of the given lengths."""
