@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from flexpatch.tree import Layout, Tree
+from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Layout, Tree, lay_out
 
 Prefix = tuple[int, tuple[int, ...]]  # which tree of the row, and all ids from its root to the token
 
@@ -81,3 +82,26 @@ def check_layout(layout: Layout, tree: Tree) -> None:
         for predictor, target in zip(layout.predictors, layout.targets.tolist(), strict=True)
     ]
     assert found == predicted
+
+
+def random_rows(seed: int, *, longest_run: int = 5) -> tuple[Rows, list[list[int]], list[bool]]:
+    """One to three rows of random trees, some with padding.
+
+    Also, for each token of all rows, the tokens of its sequence from the root to it, by positions alone, and whether
+    it is no padding.
+    """
+    rng = np.random.default_rng(seed)
+    bins = [
+        [random_tree(rng, levels=3, longest_run=longest_run) for _ in range(rng.integers(1, 4))]
+        for _ in range(rng.integers(1, 4))
+    ]
+    rows = build_rows(bins)
+    B, L = rows.ends.shape
+    lengths = [sum(len(lay_out(tree, 0)) for tree in trees) for trees in bins]
+    paths: list[list[int]] = []
+    for b in range(B):
+        path: list[int] = []
+        for i, position in enumerate(rows.position_ids[b].tolist()):
+            path = [*path[:position], b * L + i]
+            paths.append(path)
+    return rows, paths, [i < length for length in lengths for i in range(L)]
