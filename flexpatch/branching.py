@@ -23,13 +23,15 @@ from flexpatch.errors import UnsupportedModelError
 from flexpatch.mixers import mixers_of
 from flexpatch.registry import CONVOLUTION, DELTA_RULE, STATE_SPACE, Adapter
 from flexpatch.segments import Segments
-from flexpatch.states import convolve, delta_rule, kept_by, state_space
+from flexpatch.states import convolve, delta_rule, kept_by, state_space, takes
 from flexpatch.unshare import Unsharing
 
 # The release of transformers from which mixers hand their keyword arguments on to these functions.
 SINCE: dict[tuple[str, ...], str] = {(CONVOLUTION,): "5.23"}
 SINCE_OTHERS = "5.16"
-# How mixers that no mask can cut may run. "auto": branched where that is exact, and unshared elsewhere.
+# How mixers that no mask can cut may run. "auto": branched where that was found exact, and unshared elsewhere. Whole
+# models were checked with transformers' own functions, on CPUs and on a GPU; not with kernels that take sequences behind
+# each other, which are flash-linear-attention's.
 WAYS = ("auto", "branched", "unshared")
 
 
@@ -124,12 +126,28 @@ def choose(backbone: nn.Module, adapter: Adapter, way: str) -> dict[str, tuple[s
         name, module = own_class(mixer, adapter.unshared)
         kinds = adapter.branched.get(name)
         reason = obstacle(sys.modules[module], kinds) if kinds else "its record does not say how"
-        if reason is None:
+        if reason is None and not (way == "auto" and takes_sequences(sys.modules[module], kinds or ())):
             assert kinds is not None, "there is a record"
             branched[name] = kinds
         elif way == "branched":
             raise UnsupportedModelError(f'{name} cannot be branched: {reason}. Apply with mixers="auto"')
     return branched
+
+
+def takes_sequences(module: ModuleType, kinds: Iterable[str]) -> bool:
+    """Tell whether scans of a modeling file run on kernels that take sequences behind each other.
+
+    Args:
+        module: The modeling file.
+        kinds: What its mixer calls.
+
+    Returns:
+        Whether one does.
+    """
+    scans = set(kinds) & {DELTA_RULE, STATE_SPACE}
+    names = [name for name, (kind, _) in HANDLERS.items() if kind in scans and hasattr(module, name)]
+    functions = (getattr(module, name) for name in names)
+    return any(takes(getattr(function, "original", function), "cu_seqlens") for function in functions)
 
 
 def obstacle(module: ModuleType, kinds: Iterable[str]) -> str | None:

@@ -74,7 +74,10 @@ def wide_copy(model: nn.Module) -> nn.Module:
             f"a copy of the model in {dtypes[-1]}, with gradients, needs {need / 1e9:.1f} GB on {device}; "
             f"{free / 1e9:.1f} are free: verify it with --lora, or a smaller model of the architecture"
         )
-    copied = eager_experts(dequantize(copy.deepcopy(model)).to(wide))
+    # Some models keep tensors of their latest forward (RecurrentGemma), which have a history and cannot be copied.
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo = {id(tensor): tensor.detach() for tensor in kept if not tensor.is_leaf}
+    copied = eager_experts(dequantize(copy.deepcopy(model, memo)).to(wide))
     if checkpoints(copied):
         copied.gradient_checkpointing_disable()  # type: ignore[operator]
     return copied

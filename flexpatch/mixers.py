@@ -5,18 +5,25 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from importlib.util import find_spec
 from inspect import signature
 from typing import Any
 
+import torch
+from packaging.version import Version
 from torch import nn
 
+from flexpatch.devices import card_of
 from flexpatch.errors import UnsupportedModelError
-from flexpatch.registry import FULL, SLIDING, Adapter, Visible
+from flexpatch.registry import DELTA_RULE, FULL, SLIDING, Adapter, Visible
 
 # Engines whose modules gather their weights at each call.
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 # The function of transformers' modeling files that sets hidden states of padding to zero.
 MASKING = "apply_mask_to_padding_states"
+# Releases of Triton that compile flash-linear-attention's gated delta rule wrongly on Hopper GPUs.
+WRONG_FROM, RIGHT_FROM = Version("3.4"), Version("3.7.1")
 
 
 def names_of(module: nn.Module) -> list[str]:
@@ -67,10 +74,31 @@ def check_mixers(backbone: nn.Module, config: Any, adapter: Adapter, *, compile:
             f"this model has no {' or '.join(adapter.unshared)}, which its adapter names: this release of transformers "
             "has another layout, or another library replaced them"
         )
+    _check_fla(backbone, adapter, next(backbone.parameters()).device)
     if found and compile:
         raise UnsupportedModelError(
             "mixers of this model run on separate sequences, whose number and lengths differ in every row: each would "
             "compile anew. Apply with compile=False"
+        )
+
+
+def _check_fla(backbone: nn.Module, adapter: Adapter, device: torch.device) -> None:
+    """Refuse to train with kernels whose gradients are known to be wrong: patched or not, the model would use them.
+
+    flash-linear-attention itself refuses them, in the first backward pass.
+    """
+    delta_rules = any(DELTA_RULE in kinds for kinds in adapter.branched.values())
+    if not delta_rules or find_spec("fla") is None or find_spec("tilelang") is not None:
+        return
+    trains = any(parameter.requires_grad for parameter in backbone.parameters())
+    card = card_of(device)
+    hopper = card.kind == "cuda" and card.capability[0] == 9
+    if trains and hopper and WRONG_FROM <= Version(metadata.version("triton")) < RIGHT_FROM:
+        raise UnsupportedModelError(
+            f"flash-linear-attention on Hopper GPUs gets wrong gradients of the gated delta rule with Triton "
+            f"{metadata.version('triton')} (its issue 640): install Triton {RIGHT_FROM} or later (parity was checked "
+            "with it under torch 2.11), or tilelang, or uninstall flash-linear-attention, without which transformers "
+            "runs torch's own operations, slowly"
         )
 
 

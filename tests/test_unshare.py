@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 import flexpatch
 from flexpatch import FlexpatchWarning, UnsupportedModelError
 from flexpatch.arrival import Row
+from flexpatch.devices import Card
 from flexpatch.float64 import Float64
 from flexpatch.fold import fold_batch
 from flexpatch.forward import hook_of
@@ -484,3 +485,22 @@ def test_weights_that_are_gathered_within_mixers(kind: str) -> None:
 def test_all_kinds() -> None:
     """Tensors of a plan are made where the rows are."""
     assert KINDS and isinstance(Plan(torch.tensor([[1]])).owners, Tensor)
+
+
+@pytest.mark.parametrize("triton", ["3.3.1", "3.4.0", "3.6.0", "3.7.1"])
+@pytest.mark.parametrize("card", ["H100", "A100"])
+def test_kernels_whose_gradients_are_wrong_are_refused(
+    triton: str, card: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flash-linear-attention refuses them too, but only in the first backward pass."""
+    capability = {"H100": (9, 0), "A100": (8, 0)}[card]
+    monkeypatch.setattr("flexpatch.mixers.card_of", lambda device: Card("cuda", card, capability))
+    monkeypatch.setattr("flexpatch.mixers.find_spec", lambda name: None if name == "tilelang" else name)
+    monkeypatch.setattr("flexpatch.mixers.metadata.version", lambda name: triton)
+    model = tiny_model("qwen3_5_text")
+    if card == "H100" and triton in ("3.4.0", "3.6.0"):
+        with pytest.raises(UnsupportedModelError, match="wrong gradients of the gated delta rule with Triton 3"):
+            flexpatch.apply(model)
+        assert not flexpatch.is_applied(model)
+        model.requires_grad_(False)
+    flexpatch.apply(model)
