@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from flexpatch.parity import check_parity
     from flexpatch.patch import apply, disabled, is_applied, model_inputs, remove, savings
     from flexpatch.reference import reference_logprobs
-    from flexpatch.registry import Adapter, register, support_table
+    from flexpatch.registry import Adapter, register
     from flexpatch.rows import Rows, build_rows
+    from flexpatch.support import support_table
     from flexpatch.tree import Tree, lay_out
 
 __all__ = [
@@ -67,8 +68,9 @@ _MODULES = {
     "parity": ["check_parity"],
     "patch": ["apply", "disabled", "is_applied", "model_inputs", "remove", "savings"],
     "reference": ["reference_logprobs"],
-    "registry": ["Adapter", "register", "support_table"],
+    "registry": ["Adapter", "register"],
     "rows": ["Rows", "build_rows"],
+    "support": ["support_table"],
     "tree": ["Tree", "lay_out"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

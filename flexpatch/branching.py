@@ -29,8 +29,8 @@ from flexpatch.unshare import Unsharing
 # The release of transformers from which mixers hand their keyword arguments on to these functions.
 SINCE: dict[tuple[str, ...], str] = {(CONVOLUTION,): "5.23"}
 SINCE_OTHERS = "5.16"
-# How mixers that no mask can cut may run. "auto": branched where that was found exact, and unshared elsewhere. Whole
-# models were checked with transformers' own functions, on CPUs and on a GPU; not with kernels that take sequences behind
+# How mixers that no mask can cut may run. "auto": branched where that was found exact, and unshared elsewhere. Models
+# were checked with transformers' own functions, on CPUs and on a GPU, but not with kernels that take sequences behind
 # each other, which are flash-linear-attention's.
 WAYS = ("auto", "branched", "unshared")
 

@@ -115,7 +115,8 @@ def _recording(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     if COLLECTOR is None:
         return _compiled()(layer, *args, **kwargs)
-    collected, recorded = COLLECTOR.get(), {ROUTERS: []}
+    collected = COLLECTOR.get()
+    recorded: dict[str, list[Tensor]] = {ROUTERS: []}
     before = COLLECTOR.compiling, COLLECTOR.global_var
     COLLECTOR.compiling, COLLECTOR.global_var = True, recorded
     try:

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError, first_line
 from flexpatch.internals import eager_experts
-from flexpatch.registry import adapter_for, adapters, refused_types, unknown
+from flexpatch.registry import adapter_for, adapters, refused_types, too_old, unknown
 
 SAFE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -220,8 +220,8 @@ def similar_architecture(name: str) -> str | None:
 
 
 def tiny_types() -> list[str]:
-    """List the model types that adapters serve and the installed transformers has."""
-    return [model_type for model_type in adapters() if model_type in CONFIG_MAPPING]
+    """List the model types that adapters serve with the installed transformers."""
+    return [t for t, adapter in adapters().items() if t in CONFIG_MAPPING and too_old(adapter) is None]
 
 
 def tiny_model(

@@ -7,12 +7,17 @@ and why some of its relatives are refused. Nothing in a record is code of the mo
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any, Literal, NamedTuple
+
+from packaging.version import Version
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
+# The oldest release of transformers that this library takes.
+EVERY = "5.0"
 # Functions of modeling files whose states can be branched along a row's trees.
 CONVOLUTION = "convolution"
 DELTA_RULE = "delta rule"
@@ -109,6 +114,7 @@ class Adapter:
         begins: Where a sequence must begin in an ordinary batch to give what it gives alone: ``"anywhere"``; at
             ``"position"`` 0 where positions are absolute; in ``"column"`` 0 where a mixer counts columns. Other batches
             run as they are given.
+        since: The release of transformers from which on the architecture was found exact. Older ones are refused.
         implementations: The attention implementations of the model's own that are right for it, in order of preference.
         reject: ``config`` -> why this configuration cannot be exact and what to do instead, or ``None``.
         refused: Known relatives that are never exact: ``model_type`` -> reason.
@@ -126,6 +132,7 @@ class Adapter:
     ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
     restarts: bool = True
     begins: Literal["anywhere", "position", "column"] = "anywhere"
+    since: str = EVERY
     implementations: tuple[str, ...] = ("sdpa", "eager")
     reject: Callable[[Any], str | None] = never
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -222,10 +229,18 @@ def adapter_for(config: Any) -> Adapter:
     adapter = _adapters.get(model_type)
     if adapter is None:
         raise unknown(model_type)
-    reason = adapter.refused.get(model_type) or adapter.reject(config) or _reject(config, adapter)
+    reason = adapter.refused.get(model_type) or too_old(adapter) or adapter.reject(config) or _reject(config, adapter)
     if reason is not None:
         raise UnsupportedModelError(f"model type '{model_type}': {reason}")
     return adapter
+
+
+def too_old(adapter: Adapter) -> str | None:
+    """Return why the installed transformers does not run an adapter's models exactly; ``None`` if it does."""
+    installed = metadata.version("transformers")
+    if Version(installed) >= Version(adapter.since):
+        return None
+    return f"exact from transformers {adapter.since} on, and {installed} is installed: upgrade it"
 
 
 def unknown(model_type: str) -> UnsupportedModelError:
@@ -264,27 +279,3 @@ def _reject(config: Any, adapter: Adapter) -> str | None:
     ):
         return f"layer types {', '.join(sorted(unknown))} cannot be isolated by an attention mask"
     return None
-
-
-def _has_windows(adapter: Adapter) -> bool:
-    """Tell whether an adapter's window rule looks at configurations: one that does not can know no window."""
-    try:
-        return any(adapter.windows(None).values())
-    except AttributeError:
-        return True
-
-
-def support_table() -> str:
-    """Make the table of supported architectures, as Markdown."""
-    lines = ["| family | `model_type` | masks | sliding windows | limits |", "|---|---|---|---|---|"]
-    for adapter in dict.fromkeys(adapters().values()):
-        types = ", ".join(f"`{model_type}`" for model_type in adapter.tiny)
-        masks = {"single": "one for all layers", "by_layer_type": "one per layer type", "none": "–"}[adapter.masks]
-        windows = "exact" if _has_windows(adapter) else "–"
-        lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {adapter.limits or '–'} |")
-    by_reason: dict[str, list[str]] = {}
-    for model_type, reason in refused_types().items():
-        by_reason.setdefault(reason, []).append(f"`{model_type}`")
-    lines += ["", "Refused, with the reason:", ""]
-    lines += [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
-    return "\n".join(lines)

@@ -1,0 +1,29 @@
+"""The table of supported architectures, made from the records."""
+
+from flexpatch.registry import EVERY, Adapter, adapters, refused_types
+
+
+def support_table() -> str:
+    """Make the table of supported architectures, as Markdown."""
+    lines = ["| family | `model_type` | masks | sliding windows | limits |", "|---|---|---|---|---|"]
+    for adapter in dict.fromkeys(adapters().values()):
+        types = ", ".join(f"`{model_type}`" for model_type in adapter.tiny)
+        masks = {"single": "one for all layers", "by_layer_type": "one per layer type", "none": "–"}[adapter.masks]
+        windows = "exact" if _has_windows(adapter) else "–"
+        since = f"transformers {adapter.since} or later" if adapter.since != EVERY else ""
+        limits = "; ".join(filter(None, (adapter.limits, since))) or "–"
+        lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {limits} |")
+    by_reason: dict[str, list[str]] = {}
+    for model_type, reason in refused_types().items():
+        by_reason.setdefault(reason, []).append(f"`{model_type}`")
+    lines += ["", "Refused, with the reason:", ""]
+    lines += [f"- {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    return "\n".join(lines)
+
+
+def _has_windows(adapter: Adapter) -> bool:
+    """Tell whether an adapter's window rule looks at configurations: one that does not can know no window."""
+    try:
+        return any(adapter.windows(None).values())
+    except AttributeError:
+        return True
