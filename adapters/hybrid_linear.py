@@ -1,6 +1,16 @@
 """Hybrids of attention and linear attention, short convolutions or recurrences."""
 
-from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, no_mask, register, sliding_windows
+from flexpatch.registry import (
+    CONVOLUTION,
+    DELTA_RULE,
+    FULL,
+    SLIDING,
+    Adapter,
+    LogitTransform,
+    no_mask,
+    register,
+    sliding_windows,
+)
 
 LINEAR = "linear_attention"
 LAYERS = [LINEAR, LINEAR, FULL, LINEAR]
@@ -12,6 +22,7 @@ DELTA = dict(
     linear_conv_kernel_dim=4,
     layer_types=LAYERS,
 )
+MIXERS = "OlmoHybridGatedDeltaNet", "KimiLinearDeltaAttention", "BailingHybridDeltaAttention"
 MOE = dict(num_experts_per_tok=2, moe_intermediate_size=32)
 LATENT = dict(
     num_key_value_heads=4,
@@ -34,9 +45,8 @@ register(
         name="OLMo Hybrid, Kimi Linear, Bailing Hybrid",
         masks="by_layer_type",
         unmasked=(LINEAR,),
-        unshared=dict.fromkeys(
-            ("OlmoHybridGatedDeltaNet", "KimiLinearDeltaAttention", "BailingHybridDeltaAttention"), no_mask
-        ),
+        unshared=dict.fromkeys(MIXERS, no_mask),
+        branched=dict.fromkeys(MIXERS, (CONVOLUTION, DELTA_RULE)),
         restarts=False,
         tiny={
             "olmo_hybrid": [DELTA],
@@ -53,6 +63,7 @@ register(
         windows=sliding_windows,
         unmasked=(LINEAR,),
         unshared={"LaraMiniGatedDeltaNet": no_mask},
+        branched={"LaraMiniGatedDeltaNet": (CONVOLUTION, DELTA_RULE)},
         restarts=False,
         tiny={
             "lara_mini": [
@@ -88,7 +99,7 @@ register(
     )
 )
 
-CONVOLUTION = dict(layer_types=["conv", "conv", FULL, "conv"])
+SHORT = dict(layer_types=["conv", "conv", FULL, "conv"])
 
 register(
     Adapter(
@@ -96,10 +107,11 @@ register(
         masks="by_layer_type",
         unmasked=("conv",),
         unshared=dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), no_mask),
+        branched=dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), (CONVOLUTION,)),
         restarts=False,
         tiny={
-            "lfm2": [CONVOLUTION],
-            "lfm2_moe": [dict(CONVOLUTION, **MOE, num_experts=4, num_dense_layers=1)],
+            "lfm2": [SHORT],
+            "lfm2_moe": [dict(SHORT, **MOE, num_experts=4, num_dense_layers=1)],
         },
     )
 )
@@ -111,6 +123,7 @@ register(
         windows=sliding_windows,
         unmasked=("conv",),
         unshared={"Lfm3ShortConv": no_mask},
+        branched={"Lfm3ShortConv": (CONVOLUTION,)},
         ropes=frozenset({"default", "proportional"}),
         restarts=False,
         tiny={"lfm3": [dict(layer_types=["conv", SLIDING, FULL, "conv"], sliding_window=8)]},

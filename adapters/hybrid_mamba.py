@@ -1,8 +1,9 @@
 """Hybrids of attention and Mamba: Jamba, Zamba, Bamba, Falcon-H1, Granite 4 and Nemotron-H."""
 
-from flexpatch.registry import FULL, Adapter, LogitTransform, no_mask, register
+from flexpatch.registry import CONVOLUTION, FULL, STATE_SPACE, Adapter, LogitTransform, no_mask, register
 
 MAMBA = "linear_attention"
+MAMBA_2 = (CONVOLUTION, STATE_SPACE)  # Mamba 1 takes no state to start from
 STATE = dict(mamba_d_state=8, mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=16)
 
 register(
@@ -11,6 +12,7 @@ register(
         masks="by_layer_type",
         unmasked=(MAMBA, "moe", "mlp"),
         unshared=dict.fromkeys(("JambaMambaMixer", "BambaMixer", "NemotronHMamba2Mixer"), no_mask),
+        branched=dict.fromkeys(("BambaMixer", "NemotronHMamba2Mixer"), MAMBA_2),
         restarts=False,
         tiny={
             "jamba": [dict(attn_layer_period=4, attn_layer_offset=2, num_experts=4, mamba_d_state=8, mamba_dt_rank=8)],
@@ -49,6 +51,7 @@ register(
         windows=in_hybrid_layers,
         unmasked=(MAMBA,),
         unshared=dict.fromkeys(("ZambaMambaMixer", "Zamba2MambaMixer"), no_mask),
+        branched={"Zamba2MambaMixer": MAMBA_2},
         restarts=False,
         tiny={
             "zamba": [dict(SHARED, mamba_dt_rank=8, attention_head_dim=32)],
@@ -74,6 +77,7 @@ register(
         windows=in_hybrid_layers,
         unmasked=(MAMBA,),
         unshared={"FalconH1Mixer": no_mask},
+        branched={"FalconH1Mixer": MAMBA_2},
         restarts=False,
         logit_transform=lambda config: LogitTransform(scale=config.lm_head_multiplier),
         tiny={
@@ -100,6 +104,7 @@ register(
         masks="by_layer_type",
         unmasked=(MAMBA,),
         unshared={"GraniteMoeHybridMambaLayer": no_mask},
+        branched={"GraniteMoeHybridMambaLayer": MAMBA_2},
         restarts=False,
         logit_transform=lambda config: LogitTransform(scale=1 / config.logits_scaling),
         tiny={
