@@ -2,4 +2,4 @@
 
 from flexpatch.registry import Adapter, register
 
-register(Adapter(name="Apertus", masks="single", tiny={"apertus": [{}]}))
+register(Adapter(name="Apertus", masks="single", tiny={"apertus": [{}], "apertus1p5_text": [{}]}))

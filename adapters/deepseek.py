@@ -19,12 +19,13 @@ TINY |= dict(moe_intermediate_size=32, first_k_dense_replace=1)
 
 register(
     Adapter(
-        name="DeepSeek V2, V3, GLM-4.7-Flash",
+        name="DeepSeek V2, V3, GLM-4.7-Flash, Sarvam",
         masks="single",
         tiny={
             "deepseek_v2": [TINY],
             "deepseek_v3": [TINY, dict(TINY, q_lora_rank=None, v_head_dim=24)],
             "glm4_moe_lite": [TINY],
+            "sarvam_mla": [TINY],
         },
     )
 )

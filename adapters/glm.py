@@ -11,8 +11,8 @@ MOE = dict(EXPERTS, moe_intermediate_size=32, first_k_dense_replace=1)
 
 register(
     Adapter(
-        name="GLM-4, GLM-4.5",
+        name="GLM-4, GLM-4.5, Sarvam",
         masks="single",
-        tiny={"glm": [{}], "glm4": [{}], "glm4_moe": [MOE, dict(MOE, use_qk_norm=True)]},
+        tiny={"glm": [{}], "glm4": [{}], "glm4_moe": [MOE, dict(MOE, use_qk_norm=True)], "sarvam_moe": [MOE]},
     )
 )

@@ -25,12 +25,12 @@ SHARED = dict(TINY, indexer_types=["full", "shared", "full", "shared"])
 
 register(
     Adapter(
-        name="DeepSeek V3.2, GLM-5",
+        name="DeepSeek V3.2, GLM-5, A.X K2",
         masks="by_layer_type",
         windows=lambda config: {},
         unmasked=(INDEXED,),
-        unshared={"DeepseekV32Attention": causal, "GlmMoeDsaAttention": causal},
-        tiny={"deepseek_v32": [TINY], "glm_moe_dsa": [TINY, SHARED]},
+        unshared=dict.fromkeys(("DeepseekV32Attention", "GlmMoeDsaAttention", "AXK2Attention"), causal),
+        tiny={"deepseek_v32": [TINY], "glm_moe_dsa": [TINY, SHARED], "axk2": [dict(TINY, head_dim=8)]},
     )
 )
 

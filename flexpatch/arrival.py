@@ -4,6 +4,7 @@ Context and sequence parallelism of every kind, known or not, drop or replace ma
 an attention of their own in place of the registered one. Each of these is an error here, never a number.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,8 @@ from flexpatch.parallelism import hooks_of
 # Names the argument that each call of a patched model carries to its attention. Its value is a Row, or a word:
 # a model made from a patched one's configuration has the attention's name, but no hooks, and sends nothing.
 CALL = "flexpatch_call"
+# Names the attribute of a row's masks that refers to their Row, for layers that hand no such argument to attention.
+ROW = "flexpatch_row"
 GIVEN = "given"  # a batch as it was given
 PENDING = "pending"  # such a batch, whose ids carry exits
 
@@ -29,6 +32,12 @@ def _note_graph() -> bool:
     """Run while a graph is made that holds this library's attention: within the graph nothing may change."""
     _graphs.append(True)
     return True
+
+
+def row_of(mask: Any) -> Any:
+    """Return the row of a mask that attention got without the call's argument; ``None`` for other masks."""
+    refer = getattr(mask, ROW, None)
+    return None if refer is None else refer()
 
 
 class Kernel:
@@ -81,6 +90,11 @@ class Row(Kernel):
         self.kinds: Counter[str] = Counter()  # calls that have to branch a state, of each kind of function
         self.branched: Counter[str] = Counter()  # calls that did
         self.leave: Callable[[], None] = lambda: None  # called when the forward is over
+
+    def mark_masks(self) -> None:
+        """Let attention find the row by its mask, while the call's arguments are there."""
+        for mask in self.masks:
+            setattr(mask, ROW, weakref.ref(self))
 
     def check_attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Any) -> None:
         """Refuse an attention call that is not the row's.

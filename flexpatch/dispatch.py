@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from flexpatch import parallelism
-from flexpatch.arrival import CALL, Kernel, Row
+from flexpatch.arrival import CALL, Kernel, Row, row_of
 from flexpatch.attention import check_fa4, check_fa4_model, flex
 from flexpatch.devices import Choice, choose, heads_of, tell
 from flexpatch.errors import FlexpatchWarning, UnsupportedModelError
@@ -163,11 +163,14 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention for a layer. q is (B, H, L, D), k and v are (B, G, L, D); the output is (B, L, H, D)."""
     call = kwargs.pop(CALL, None)
+    if call is None and not torch.compiler.is_compiling():
+        call = row_of(attention_mask)
     if isinstance(call, Row):
         call.check_attention(module, q, k, attention_mask)
     if isinstance(attention_mask, BlockMask):
         return flex(q, k, v, attention_mask, fa4=isinstance(call, Row) and call.fa4, **kwargs), None
-    if call is None and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling():
+    alone = call is None and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling()
+    if alone and adapter_for(module.config).marks:
         warn_as_given(
             "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
         )
@@ -175,6 +178,10 @@ def _attention(
         original = call.dense
     if kwargs.get("indices") is not None and not is_flash(original):
         attention_mask = _chosen(attention_mask, kwargs.pop("indices"), q.dtype)
+    if kwargs.get("block_indices") is not None and not is_flash(original):
+        chosen, positions = kwargs.pop("block_indices"), kwargs["position_ids"].expand(len(q), -1)
+        mask_of_blocks = module.indexer.build_block_mask  # as the model itself does for names that it knows
+        attention_mask = mask_of_blocks(chosen, attention_mask, k.shape[2], q.dtype, q.device, positions)
     function = _eager_of(module) if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
     named: Any = _NamedAs(module, original) if is_flash(original) else module
     return function(named, q, k, v, attention_mask, *args, **kwargs)

@@ -81,6 +81,7 @@ class BackboneHook:
         self.unsharing: Unsharing | None = None  # of a model with mixers that take separate sequences
         self.mixers = 0  # how many these are
         self.branches: Branches | None = None  # of a model with mixers that are branched on the row
+        self.marks = True  # whether layers hand our argument to attention
         self.disabled = 0  # how many blocks of flexpatch.disabled the model is in
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,6 +130,8 @@ class BackboneHook:
         if self.unsharing is not None:
             plan = self.unsharing.plan_for(backbone, plan)
         row = Row(length, masks, **options, plan=plan, mixers=self.mixers)
+        if not self.marks:
+            row.mark_masks()
         if self.branches is not None and self.branches.kinds:
             row.kinds = self.branches.kinds
             wrap(self.branches.modules, row)
@@ -249,6 +252,7 @@ def register_hooks(inner: PreTrainedModel, hook: BackboneHook, adapter: Adapter)
         hook: The one with the options.
         adapter: The record of its architecture.
     """
+    hook.marks = adapter.marks
     backbone = backbone_of(inner)
     if adapter.masks == "none" and backbone is not inner:
         inner.register_forward_pre_hook(carry_plan, with_kwargs=True)

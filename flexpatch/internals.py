@@ -105,9 +105,12 @@ def decoder_of(inner: PreTrainedModel) -> PreTrainedModel:
 
 
 def backbone_of(inner: PreTrainedModel) -> PreTrainedModel:
-    """Find the module that makes hidden states. Some models with a head (Llama 4) do not name theirs ``base_model``."""
+    """Find the module that makes hidden states. Some models do not name it ``base_model`` (Llama 4), others (OPT) call
+    the one part of that module."""
     named = inner.base_model is not inner or inner.get_output_embeddings() is None
-    return inner.base_model if named else next(m for m in inner.children() if isinstance(m, PreTrainedModel))
+    base = inner.base_model if named else next(m for m in inner.children() if isinstance(m, PreTrainedModel))
+    only = list(base.children())
+    return only[0] if len(only) == 1 and isinstance(only[0], PreTrainedModel) else base
 
 
 def layers_of(backbone: PreTrainedModel) -> list[GradientCheckpointingLayer]:

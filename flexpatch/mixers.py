@@ -75,6 +75,11 @@ def check_mixers(backbone: nn.Module, config: Any, adapter: Adapter, *, compile:
             "has another layout, or another library replaced them"
         )
     _check_fla(backbone, adapter, next(backbone.parameters()).device)
+    if compile and not adapter.marks:
+        raise UnsupportedModelError(
+            "layers of this architecture keep arguments from their attention by which compiled ones are checked. Apply "
+            "with compile=False"
+        )
     if found and compile:
         raise UnsupportedModelError(
             "mixers of this model run on separate sequences, whose number and lengths differ in every row: each would "

@@ -109,6 +109,8 @@ class Adapter:
         logit_transform: ``config`` -> the change that the model makes to its head's output.
         ropes: Rope types whose frequencies are exact under restarted positions. ``"longrope"`` may be listed: calls
             that straddle its switching length are refused one by one.
+        marks: Whether layers hand arguments that they do not know to attention. Where they do not, a row is known by
+            its mask alone, and compiled layers are refused.
         restarts: Whether the model takes ``position_ids`` that restart for the beginning of another sequence. Most hand
             them to the function of transformers that makes masks; a model that does not sees one sequence.
         begins: Where a sequence must begin in an ordinary batch to give what it gives alone: ``"anywhere"``; at
@@ -130,6 +132,7 @@ class Adapter:
     branched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     logit_transform: Callable[[Any], LogitTransform] = unchanged_logits
     ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
+    marks: bool = True
     restarts: bool = True
     begins: Literal["anywhere", "position", "column"] = "anywhere"
     since: str = EVERY

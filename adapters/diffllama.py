@@ -1,0 +1,5 @@
+"""DiffLlama: the difference of two attention maps."""
+
+from flexpatch.registry import Adapter, register
+
+register(Adapter(name="DiffLlama", masks="single", tiny={"diffllama": [{}]}))

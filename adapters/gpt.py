@@ -1,0 +1,32 @@
+"""GPT-2 and its time: GPT-J, CodeGen, GPTBigCode, BioGPT, CTRL, OPT. Most have absolute positions."""
+
+from flexpatch.registry import Adapter, register
+
+ABSOLUTE = "batches padded on the left fold if they have position_ids"
+ROTARY = dict(rotary_dim=8)
+
+register(Adapter(name="GPT-J, CodeGen", masks="single", tiny={"gptj": [ROTARY], "codegen": [ROTARY]}))
+
+register(
+    Adapter(
+        name="GPT-2, GPTBigCode, CTRL",
+        masks="single",
+        begins="position",
+        tiny={"gpt2": [{}], "gpt_bigcode": [{}], "ctrl": [dict(dff=96)]},
+        limits=ABSOLUTE,
+    )
+)
+
+register(
+    Adapter(
+        name="BioGPT, OPT",
+        masks="single",
+        restarts=False,
+        begins="position",
+        tiny={
+            "biogpt": [{}],
+            "opt": [dict(ffn_dim=96, word_embed_proj_dim=32, attention_dropout=0.0, dropout=0.0)],
+        },
+        limits=ABSOLUTE,
+    )
+)

@@ -1,0 +1,5 @@
+"""Moshi (text decoder)."""
+
+from flexpatch.registry import Adapter, register
+
+register(Adapter(name="Moshi (text)", masks="single", tiny={"moshi": [dict(ffn_dim=96)]}))

@@ -1,0 +1,5 @@
+"""Nemotron 3 and 4 (Minitron), dense. (Nemotron-H: adapters/hybrid_mamba.py.)"""
+
+from flexpatch.registry import Adapter, register
+
+register(Adapter(name="Nemotron", masks="single", marks=False, tiny={"nemotron": [{}]}, limits="compile=False"))
