@@ -249,9 +249,12 @@ class Separate(Kernel):
             return {name: None if each is None else self._mask(each, index) for name, each in given.items()}
         if self.visible is None:
             return None
+        tokens = self.plan.masks[self.batch]
         if self.visible.flat:
-            return torch.ones(index.shape, dtype=torch.bool, device=index.device)
+            return torch.ones_like(index, dtype=torch.bool) if tokens is None else tokens
         allowed = visible_mask(self.visible, index.shape[1], index.device).expand(len(index), 1, -1, -1)
+        if tokens is not None:
+            allowed = allowed & tokens[:, None, None]
         if self.dense == "sdpa":
             return allowed
         dtype = next(x.dtype for x in _tensors((self.args, self.kwargs)) if x.is_floating_point())
