@@ -1,6 +1,16 @@
 """Hybrids of attention and linear attention, short convolutions or recurrences."""
 
-from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, no_mask, register, sliding_windows
+from flexpatch.registry import (
+    CONVOLUTION,
+    DELTA_RULE,
+    FULL,
+    SLIDING,
+    Adapter,
+    LogitTransform,
+    no_mask,
+    register,
+    sliding_windows,
+)
 
 LINEAR = "linear_attention"
 LAYERS = [LINEAR, LINEAR, FULL, LINEAR]
@@ -27,15 +37,15 @@ LATENT = dict(
     mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
     layer_types=LAYERS,
 )
+DELTAS = "OlmoHybridGatedDeltaNet", "KimiLinearDeltaAttention", "BailingHybridDeltaAttention"
 
 register(
     Adapter(
         name="OLMo Hybrid, Kimi Linear, Bailing Hybrid",
         masks="by_layer_type",
         unmasked=(LINEAR,),
-        unshared=dict.fromkeys(
-            ("OlmoHybridGatedDeltaNet", "KimiLinearDeltaAttention", "BailingHybridDeltaAttention"), no_mask
-        ),
+        unshared=dict.fromkeys(DELTAS, no_mask),
+        branched=dict.fromkeys(DELTAS, (CONVOLUTION, DELTA_RULE)),
         restarts=False,
         tiny={
             "olmo_hybrid": [DELTA],
@@ -52,6 +62,7 @@ register(
         windows=sliding_windows,
         unmasked=(LINEAR,),
         unshared={"LaraMiniGatedDeltaNet": no_mask},
+        branched={"LaraMiniGatedDeltaNet": (CONVOLUTION, DELTA_RULE)},
         restarts=False,
         tiny={
             "lara_mini": [
@@ -87,7 +98,7 @@ register(
     )
 )
 
-CONVOLUTION = dict(layer_types=["conv", "conv", FULL, "conv"])
+SHORT = dict(layer_types=["conv", "conv", FULL, "conv"])
 
 register(
     Adapter(
@@ -95,10 +106,11 @@ register(
         masks="by_layer_type",
         unmasked=("conv",),
         unshared=dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), no_mask),
+        branched=dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), (CONVOLUTION,)),
         restarts=False,
         tiny={
-            "lfm2": [CONVOLUTION],
-            "lfm2_moe": [dict(CONVOLUTION, **MOE, num_experts=4, num_dense_layers=1)],
+            "lfm2": [SHORT],
+            "lfm2_moe": [dict(SHORT, **MOE, num_experts=4, num_dense_layers=1)],
         },
     )
 )
@@ -110,6 +122,7 @@ register(
         windows=sliding_windows,
         unmasked=("conv",),
         unshared={"Lfm3ShortConv": no_mask},
+        branched={"Lfm3ShortConv": (CONVOLUTION,)},
         ropes=frozenset({"default", "proportional"}),
         restarts=False,
         tiny={"lfm3": [dict(layer_types=["conv", SLIDING, FULL, "conv"], sliding_window=8)]},

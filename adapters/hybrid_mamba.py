@@ -1,6 +1,6 @@
 """Hybrids of attention and Mamba: Jamba, Zamba, Bamba, Falcon-H1, Granite 4 and Nemotron-H."""
 
-from flexpatch.registry import FULL, Adapter, LogitTransform, no_mask, register
+from flexpatch.registry import CONVOLUTION, FULL, STATE_SPACE, Adapter, LogitTransform, no_mask, register
 
 MAMBA = "linear_attention"
 STATE = dict(mamba_d_state=8, mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_expand=2, mamba_chunk_size=16)
@@ -11,6 +11,7 @@ register(
         masks="by_layer_type",
         unmasked=(MAMBA, "moe", "mlp"),
         unshared=dict.fromkeys(("JambaMambaMixer", "BambaMixer", "NemotronHMamba2Mixer"), no_mask),
+        branched=dict.fromkeys(("BambaMixer", "NemotronHMamba2Mixer"), (CONVOLUTION, STATE_SPACE)),
         restarts=False,
         tiny={
             "jamba": [dict(attn_layer_period=4, attn_layer_offset=2, num_experts=4, mamba_d_state=8, mamba_dt_rank=8)],
@@ -49,6 +50,7 @@ register(
         windows=in_hybrid_layers,
         unmasked=(MAMBA,),
         unshared=dict.fromkeys(("ZambaMambaMixer", "Zamba2MambaMixer"), no_mask),
+        branched={"Zamba2MambaMixer": (CONVOLUTION, STATE_SPACE)},
         restarts=False,
         tiny={
             "zamba": [dict(SHARED, mamba_dt_rank=8, attention_head_dim=32)],
@@ -74,6 +76,7 @@ register(
         windows=in_hybrid_layers,
         unmasked=(MAMBA,),
         unshared={"FalconH1Mixer": no_mask},
+        branched={"FalconH1Mixer": (CONVOLUTION, STATE_SPACE)},
         restarts=False,
         logit_transform=lambda config: LogitTransform(scale=config.lm_head_multiplier),
         tiny={
@@ -100,6 +103,7 @@ register(
         masks="by_layer_type",
         unmasked=(MAMBA,),
         unshared={"GraniteMoeHybridMambaLayer": no_mask},
+        branched={"GraniteMoeHybridMambaLayer": (CONVOLUTION, STATE_SPACE)},
         restarts=False,
         logit_transform=lambda config: LogitTransform(scale=1 / config.logits_scaling),
         tiny={

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from flexpatch.registry import Adapter, LogitTransform, no_mask, register
+from flexpatch.registry import CONVOLUTION, STATE_SPACE, Adapter, LogitTransform, no_mask, register
 
 register(
     Adapter(
         name="Mamba",
         masks="none",
         unshared=dict.fromkeys(("MambaMixer", "Mamba2Mixer", "FalconMambaMixer"), no_mask),
+        branched={"Mamba2Mixer": (CONVOLUTION, STATE_SPACE)},
         implementations=("eager",),
         restarts=False,
         tiny={
