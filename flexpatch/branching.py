@@ -82,9 +82,11 @@ class Branches:
         if not isinstance(row, Row):
             return None
         if (seen := row.plan.seen) is not None:
-            # Unpatched mixers set the hidden states of padding to zero, but not in calls of a single row.
+            # Unpatched mixers set the hidden states of padding to zero, in some releases not in calls of a single row.
             args = tuple(_blank(x, seen) for x in args)
             kwargs = {name: _blank(x, seen) if name == "hidden_states" else x for name, x in kwargs.items()}
+            if "attention_mask" in kwargs:  # Mamba-2 sets its convolution's output to zero too
+                kwargs["attention_mask"] = seen
         return args, kwargs | {CALL: row}
 
 
