@@ -59,9 +59,11 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     for each in masks.values():
         if isinstance(each, Tensor):
             setattr(each, OWN, True)
-    if adapter.unshared:
-        masks |= dict.fromkeys(adapter.unmasked, plan_of(rows))
-    mask = {"by_layer_type": masks, "single": masks.get(FULL), "none": plan_of(rows)}[adapter.masks]
+    plan = plan_of(rows) if adapter.unshared else None
+    each_mask: dict[str, Any] = masks | dict.fromkeys(adapter.unmasked, plan)
+    mask = each_mask if adapter.masks == "by_layer_type" else masks.get(FULL, plan)
+    if adapter.masks == "single" and plan is not None:
+        setattr(mask, PLAN, plan)  # there is no layer type whose place it could take
     inputs = dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
     if adapter.masks == "none":
         del inputs["position_ids"]
@@ -95,7 +97,7 @@ def plan_in(call: Mapping[str, Any]) -> Plan | None:
     """Return the separate sequences of a row's call; ``None`` for models whose mixers all take the row."""
     mask = call.get("attention_mask")
     each = mask.values() if isinstance(mask, dict) else (mask,)
-    carried = getattr(call.get("input_ids"), PLAN, None)
+    carried = getattr(call.get("input_ids"), PLAN, getattr(mask, PLAN, None))
     return next((plan for plan in each if isinstance(plan, Plan)), carried)
 
 

@@ -17,7 +17,8 @@ PACKAGE = ROOT / "examples" / "adapter_package"
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
     """A folder with the example package, as pip would lay it out."""
-    shutil.copy(PACKAGE / "flexpatch_nanochat.py", tmp_path)
+    for module in PACKAGE.glob("*.py"):
+        shutil.copy(module, tmp_path)
     info = tmp_path / "flexpatch_nanochat-0.1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flexpatch-nanochat\nVersion: 0.1.0\n")
@@ -37,10 +38,19 @@ def verify(folder: Path, model_type: str = "nanochat") -> subprocess.CompletedPr
     )
 
 
-def test_the_example_package_is_found_and_verified(installed: Path) -> None:
-    found = verify(installed)
+@pytest.mark.parametrize("model_type", ["nanochat", "ema_llama"])
+def test_the_example_package_is_found_and_verified(model_type: str, installed: Path) -> None:
+    found = verify(installed, model_type)
     assert found.returncode == 0, found.stdout + found.stderr
-    assert "nanochat (tiny random model 1 of 1)" in found.stdout
+    assert f"{model_type} (tiny random model 1 of 1)" in found.stdout
+
+
+@pytest.mark.slow
+def test_a_record_that_forgets_a_mixer_is_caught(installed: Path) -> None:
+    module = installed / "flexpatch_ema.py"
+    module.write_text(module.read_text().replace("unshared=", "# unshared="))
+    wrong = verify(installed, "ema_llama")
+    assert wrong.returncode == 1 and "PARITY FAILS" in wrong.stdout, wrong.stdout + wrong.stderr
 
 
 @pytest.mark.slow
@@ -63,7 +73,7 @@ def test_a_broken_package_is_named_and_harms_no_other(installed: Path) -> None:
         text=True,
         timeout=300,
     )
-    assert run.returncode == 0 and int(run.stdout) == len(adapters()), run.stderr
+    assert run.returncode == 0 and int(run.stdout) == len(adapters()) + len(["ema_llama"]), run.stderr
     assert "the adapter 'nanochat' of the package flexpatch-nanochat" in run.stderr
     assert "No module named 'a_module_that_is_missing'" in run.stderr
     assert verify(installed, "olmo2").returncode == 0

@@ -489,9 +489,7 @@ def test_all_kinds() -> None:
 
 @pytest.mark.parametrize("triton", ["3.3.1", "3.4.0", "3.6.0", "3.7.1"])
 @pytest.mark.parametrize("card", ["H100", "A100"])
-def test_kernels_whose_gradients_are_wrong_are_refused(
-    triton: str, card: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kernels_whose_gradients_are_wrong_are_refused(triton: str, card: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-linear-attention refuses them too, but only in the first backward pass."""
     capability = {"H100": (9, 0), "A100": (8, 0)}[card]
     monkeypatch.setattr("flexpatch.mixers.card_of", lambda device: Card("cuda", card, capability))

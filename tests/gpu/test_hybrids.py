@@ -1,4 +1,4 @@
-"""Hybrids on a GPU: rows through FlexAttention, mixers on separate sequences or branched, against the unpatched model."""
+"""Hybrids on a GPU: attention of rows through FlexAttention, other mixers on separate sequences or branched."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from flexpatch.registry import adapters
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 TYPES = [t for t in tiny_types() if adapters()[t].unshared]
 # In 16 bits a tiny delta rule is all noise: the unpatched model's own gradients are off by half.
-NARROW = [t for t in ("rwkv", "deepseek_v4", "llama4_text", "glm_moe_dsa", "bamba", "minimax", "jamba", "falcon_h1")]
+NARROW = ["rwkv", "deepseek_v4", "llama4_text", "glm_moe_dsa", "bamba", "minimax", "jamba", "falcon_h1"]
 
 
 @parameterized.expand([(t, torch.float32) for t in TYPES] + [(t, torch.bfloat16) for t in NARROW])
