@@ -8,14 +8,26 @@ STATE = dict(mamba_d_state=8, mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1
 
 register(
     Adapter(
-        name="Jamba, Bamba, Nemotron-H",
+        name="Jamba",
+        masks="by_layer_type",
+        unmasked=(MAMBA,),
+        unshared={"JambaMambaMixer": no_mask},
+        restarts=False,
+        tiny={
+            "jamba": [dict(attn_layer_period=4, attn_layer_offset=2, num_experts=4, mamba_d_state=8, mamba_dt_rank=8)]
+        },
+    )
+)
+
+register(
+    Adapter(
+        name="Bamba, Nemotron-H",
         masks="by_layer_type",
         unmasked=(MAMBA, "moe", "mlp"),
-        unshared=dict.fromkeys(("JambaMambaMixer", "BambaMixer", "NemotronHMamba2Mixer"), no_mask),
+        unshared=dict.fromkeys(("BambaMixer", "NemotronHMamba2Mixer"), no_mask),
         branched=dict.fromkeys(("BambaMixer", "NemotronHMamba2Mixer"), MAMBA_2),
         restarts=False,
         tiny={
-            "jamba": [dict(attn_layer_period=4, attn_layer_offset=2, num_experts=4, mamba_d_state=8, mamba_dt_rank=8)],
             "bamba": [dict(STATE, attn_layer_indices=[2])],
             "nemotron_h": [
                 dict(
@@ -46,15 +58,26 @@ SHARED |= dict(num_key_value_heads=4, mamba_d_state=8)
 
 register(
     Adapter(
-        name="Zamba, Zamba 2",
+        name="Zamba",
         masks="by_layer_type",
         windows=in_hybrid_layers,
         unmasked=(MAMBA,),
-        unshared=dict.fromkeys(("ZambaMambaMixer", "Zamba2MambaMixer"), no_mask),
+        unshared={"ZambaMambaMixer": no_mask},
+        restarts=False,
+        tiny={"zamba": [dict(SHARED, mamba_dt_rank=8, attention_head_dim=32)]},
+    )
+)
+
+register(
+    Adapter(
+        name="Zamba 2",
+        masks="by_layer_type",
+        windows=in_hybrid_layers,
+        unmasked=(MAMBA,),
+        unshared={"Zamba2MambaMixer": no_mask},
         branched={"Zamba2MambaMixer": MAMBA_2},
         restarts=False,
         tiny={
-            "zamba": [dict(SHARED, mamba_dt_rank=8, attention_head_dim=32)],
             "zamba2": [
                 dict(SHARED, n_mamba_heads=8, chunk_size=16, adapter_rank=8, use_mem_rope=True),
                 dict(

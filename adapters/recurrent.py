@@ -6,17 +6,24 @@ from flexpatch.registry import CONVOLUTION, STATE_SPACE, Adapter, LogitTransform
 
 register(
     Adapter(
-        name="Mamba",
+        name="Mamba, Falcon Mamba",
         masks="none",
-        unshared=dict.fromkeys(("MambaMixer", "Mamba2Mixer", "FalconMambaMixer"), no_mask),
+        unshared=dict.fromkeys(("MambaMixer", "FalconMambaMixer"), no_mask),
+        implementations=("eager",),
+        restarts=False,
+        tiny={name: [dict(state_size=8, time_step_rank=8)] for name in ("mamba", "falcon_mamba")},
+    )
+)
+
+register(
+    Adapter(
+        name="Mamba 2",
+        masks="none",
+        unshared={"Mamba2Mixer": no_mask},
         branched={"Mamba2Mixer": (CONVOLUTION, STATE_SPACE)},
         implementations=("eager",),
         restarts=False,
-        tiny={
-            "mamba": [dict(state_size=8, time_step_rank=8)],
-            "mamba2": [dict(state_size=8, num_heads=8, n_groups=2, chunk_size=16)],
-            "falcon_mamba": [dict(state_size=8, time_step_rank=8)],
-        },
+        tiny={"mamba2": [dict(state_size=8, num_heads=8, n_groups=2, chunk_size=16)]},
     )
 )
 
@@ -29,7 +36,7 @@ register(
         implementations=("eager",),
         restarts=False,
         tiny={"rwkv": [dict(attention_hidden_size=64, rescale_every=2)]},
-        limits="padding counts as tokens, as in the unpatched model, so padded batches share less",
+        limits="batches padded on the left run as they are given",
     )
 )
 

@@ -28,7 +28,7 @@ from flexpatch.folding import Exit, Folding
 from flexpatch.internals import arguments_of, attention_name, backbone_of, takes_argument
 from flexpatch.mixers import mixers_of, skip_padding
 from flexpatch.registry import Adapter
-from flexpatch.row_calls import carry_plan, is_row_call, plan_in, without_plan
+from flexpatch.row_calls import carried_mask, carry_mask, is_row_call, plan_in, without_plan
 from flexpatch.unshare import Unsharing
 
 # Names the attribute of a call's ``input_ids`` that holds its exits.
@@ -112,6 +112,8 @@ class BackboneHook:
             self.folding.given(kwargs, "given to a forward whose wrapper hides the names of its arguments")
         if call is None or self.disabled or is_exporting():
             return args, kwargs | {CALL: GIVEN}
+        if (carried := carried_mask(call)) is not None:
+            call["attention_mask"] = carried
         # Asked first, so that a compiled model's other calls (generation) keep one graph.
         folds = self.fold and without_cache(call) and not is_row_call(call)
         pads = self.compile and (folds or is_row_call(call))
@@ -120,6 +122,8 @@ class BackboneHook:
         exits = exits_of(backbone, (), call)
         pending = exits is not None
         if not is_row_call(call):
+            if carried is not None:
+                del call["attention_mask"]
             return (), call | {CALL: PENDING if pending else GIVEN}
         if takes_argument(backbone, call, "logits_to_keep"):
             # Given a number, Gemma 4 drops tokens before its last layers, and which ones it drops is wrong for rows.
@@ -255,7 +259,7 @@ def register_hooks(inner: PreTrainedModel, hook: BackboneHook, adapter: Adapter)
     hook.marks = adapter.marks
     backbone = backbone_of(inner)
     if adapter.masks == "none" and backbone is not inner:
-        inner.register_forward_pre_hook(carry_plan, with_kwargs=True)
+        inner.register_forward_pre_hook(carry_mask, with_kwargs=True)
     if adapter.unshared:
         branched = choose(backbone, adapter, hook.way)
         unshared = {name: rule for name, rule in adapter.unshared.items() if name not in branched}
@@ -288,7 +292,7 @@ def remove_hooks(inner: nn.Module) -> None:
                     hook.unsharing.end(module)
                 kinds = (Unsharing, Branches)
                 ours = isinstance(hook, BackboneHook) or isinstance(getattr(hook, "__self__", None), kinds)
-                if ours or hook in (carry_plan, run_own_exits, run_callers_exits):
+                if ours or hook in (carry_mask, run_own_exits, run_callers_exits):
                     del registered[key], with_kwargs[key]
                     module._forward_hooks_always_called.pop(key, None)
         restore_forward(module)

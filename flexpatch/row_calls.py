@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from flexpatch.attention import check_fa4, check_fa4_call
+from flexpatch.calls import without_cache
 from flexpatch.dispatch import backend_at, mask_dtype
 from flexpatch.errors import UnsupportedModelError
 from flexpatch.internals import SCALES_BY_INDEX, attention_dtype, text_config
@@ -18,10 +19,12 @@ from flexpatch.refusals import scaling_limit
 from flexpatch.registry import FULL, Adapter
 from flexpatch.rows import Rows
 
-# Names the attribute of a call's ids that holds its plan, on the way from a model to its backbone.
-PLAN = "flexpatch_plan"
+# Names the attribute of a call's ids that holds its mask, on the way from a model to its backbone.
+MASK = "flexpatch_mask"
 # Names the attribute of dense masks by which a row's is told from a caller's own.
 OWN = "flexpatch_rows"
+# Names the attribute of a row's only mask that holds the plan of a model with mixers beside its attention.
+PLAN = "flexpatch_plan"
 
 
 def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str) -> dict[str, Any]:
@@ -70,21 +73,28 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     return inputs
 
 
-def carry_plan(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Let a row's ids carry its plan, because RWKV hands its backbone no mask: a forward pre-hook of such models.
+def carry_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Let a call's ids carry its mask, because RWKV hands its backbone none: a forward pre-hook of such models.
 
     Args:
         model: A model without attention.
         args, kwargs: Of its call.
 
     Returns:
-        Its arguments; ``None`` for a call that is not a row's.
+        Its arguments; ``None`` for a call without a mask.
     """
-    if not isinstance(kwargs.get("attention_mask"), Plan):
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if ids is None or mask is None:
         return None
-    ids = kwargs["input_ids"].detach()  # another object: the caller's own carries nothing
-    vars(ids).update(vars(kwargs["input_ids"]) | {PLAN: kwargs["attention_mask"]})
-    return args, kwargs | {"input_ids": ids}
+    carrier = ids.detach()  # another object: the caller's own carries nothing
+    vars(carrier).update(vars(ids) | {MASK: mask})
+    return args, kwargs | {"input_ids": carrier}
+
+
+def carried_mask(call: Mapping[str, Any]) -> Any:
+    """Return the mask that a call's ids carry; ``None`` for a call that has one, or may make a cache."""
+    wanted = call.get("attention_mask") is None and without_cache(call)
+    return getattr(call.get("input_ids"), MASK, None) if wanted else None
 
 
 def a_mask(call: Mapping[str, Any]) -> Any:
@@ -97,8 +107,7 @@ def plan_in(call: Mapping[str, Any]) -> Plan | None:
     """Return the separate sequences of a row's call; ``None`` for models whose mixers all take the row."""
     mask = call.get("attention_mask")
     each = mask.values() if isinstance(mask, dict) else (mask,)
-    carried = getattr(call.get("input_ids"), PLAN, getattr(mask, PLAN, None))
-    return next((plan for plan in each if isinstance(plan, Plan)), carried)
+    return next((plan for plan in each if isinstance(plan, Plan)), getattr(mask, PLAN, None))
 
 
 def without_plan(call: dict[str, Any]) -> dict[str, Any]:
@@ -114,5 +123,4 @@ def without_plan(call: dict[str, Any]) -> dict[str, Any]:
 def is_row_call(call: Mapping[str, Any]) -> bool:
     """Tell whether a call was made by :func:`row_inputs`."""
     mask = a_mask(call)
-    own = isinstance(mask, (BlockMask, Plan)) or getattr(mask, OWN, False)
-    return own or hasattr(call.get("input_ids"), PLAN)
+    return isinstance(mask, (BlockMask, Plan)) or getattr(mask, OWN, False)
