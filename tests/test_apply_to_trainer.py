@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import ImageGPTConfig, ImageGPTModel
 
 import flexpatch
 from flexpatch import FlexpatchWarning, UnsupportedModelError
@@ -71,12 +71,12 @@ def test_generation_of_a_trainers_policy_is_untouched() -> None:
 
 
 def test_a_refused_policy_is_an_error_and_another_refused_model_a_warning() -> None:
-    other = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=151))
+    other = ImageGPTModel(ImageGPTConfig(n_layer=1, n_embd=16, n_head=2, vocab_size=151))
     policy = tiny_model("llama")
     with pytest.warns(FlexpatchWarning, match="the trainer's teacher_model runs as it is: no adapter for model type"):
         flexpatch.apply(Trainer(policy, teacher_model=other))
     assert flexpatch.is_applied(policy) and not flexpatch.is_applied(other)
-    with pytest.raises(UnsupportedModelError, match="no adapter for model type 'gpt2'"):
+    with pytest.raises(UnsupportedModelError, match="no adapter for model type 'imagegpt'"):
         flexpatch.apply(Trainer(other, ref_model=policy))
 
 

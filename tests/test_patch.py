@@ -121,9 +121,9 @@ class ApplyTest(unittest.TestCase):
 
     @parameterized.expand(
         [
-            (transformers.GPT2Config(), "no adapter for model type 'gpt2'; known: .*, cohere, .* flexpatch.register"),
-            (transformers.Llama4TextConfig(), "Llama 4 attends in chunks"),
-            (transformers.Qwen3NextConfig(), "linear-attention layers"),
+            (transformers.ImageGPTConfig(), "no adapter for model type 'imagegpt'; known: .*, cohere, .* flexpatch.register"),
+            (transformers.BertConfig(), "is an encoder, whose tokens see later ones"),
+            (transformers.Qwen3NextConfig(), "this model has no Qwen3NextGatedDeltaNet"),
             (transformers.LlamaConfig(attention_dropout=0.1), "Set config.attention_dropout = 0.0"),
             (
                 transformers.LlamaConfig(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),

@@ -188,8 +188,9 @@ def check_one_line(said: str, words: str) -> None:
     (["llama", "--compile"], "nothing would be compiled, so nothing verified. .* without compile"),
     (["llama", "--compile", "--backend", "dense"], "nothing would be compiled, so nothing verified"),
     (["phimoe"], "model type 'phimoe': its router draws random numbers"),
-    (["qwen3_5"], "model type 'qwen3_5' is a multimodal model, which no adapter serves; its text model is served"),
-    (["gpt2"], "no adapter for model type 'gpt2'"),
+    (["llama4"], "model type 'llama4' is a multimodal model, which no adapter serves; its text model is served"),
+    (["bert"], "model type 'bert': is an encoder, whose tokens see later ones"),
+    (["imagegpt"], "no adapter for model type 'imagegpt'"),
     (["t5"], "model type 't5' is an encoder-decoder"),
     (["nougat"], "no adapter for model type 'nougat'"),
 ])  # fmt: skip
@@ -247,7 +248,7 @@ def test_what_is_no_model(given: Any, words: str) -> None:
     (AutoModelForSequenceClassification, "llama", "LlamaForSequenceClassification has no language model head"),
     (AutoModelForTokenClassification, "qwen3", "Qwen3ForTokenClassification has no language model head"),
     (AutoModelForSeq2SeqLM, "t5", "model type 't5' is an encoder-decoder"),
-    (AutoModelForCausalLM, "gpt2", "no adapter for model type 'gpt2'"),
+    (AutoModel, "imagegpt", "no adapter for model type 'imagegpt'"),
 ])  # fmt: skip
 def test_models_without_log_probs(kind: Any, model_type: str, words: str) -> None:
     sizes = dict(TINY, num_layers=1, d_model=32, d_kv=8, d_ff=32, num_heads=2) if model_type == "t5" else TINY

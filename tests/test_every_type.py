@@ -1,0 +1,78 @@
+"""Every causal language model class of the installed transformers is served, or refused for a reason of its own."""
+
+import functools
+import warnings
+from typing import Any
+
+import pytest
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+from flexpatch.errors import UnsupportedModelError
+from flexpatch.registry import adapter_for, adapters, refused_types
+
+# Types that have neither a record nor a reason yet. Entries may go, none may come.
+UNDECIDED = {
+    # Positions as a bias of keys, made for the whole row (alibi), or an attention of their own.
+    *("bloom", "mpt", "falcon", "gpt_neo", "gpt_neox_japanese", "openai-gpt"),
+    # Decoders of encoder-decoders that can also run alone.
+    *("trocr", "xglm"),
+    # An attention whose choice of keys depends on whether a call brings a mask.
+    "doge",
+    # Byte patches, whose boundaries are found in the whole row.
+    "blt",
+    # Settings of tiny models are still to be found.
+    *("cohere_compass_text", "dbrx", "modernbert-decoder", "dots3_note_text", "minimax_m3_vl_text"),
+    *("inkling2_text", "inkling2_loop_text"),
+    # Images are arguments of the text model's own forward.
+    *("phi4_multimodal", "git", "moss_transcribe_diarize"),
+    # Text models that AutoModelForCausalLM does not make, or that cross-attend to images.
+    *("emu3", "mllama", "dots3_note"),
+}
+# Words of a refusal by what is not causal, not deterministic, or not one sequence of tokens.
+REASONS = (
+    *("later ones", "draws random", "is an encoder-decoder", "several text models", "drafts tokens"),
+    *("its text model is served", "neither is its text model"),
+)
+
+
+@functools.cache
+def mapped() -> dict[str, Any]:
+    """All types of ``AutoModelForCausalLM``, with their configuration classes."""
+    return {kind.model_type: kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING}
+
+
+def refusal(model_type: str) -> str | None:
+    """Say why a type is refused in its default configuration; ``None`` if it is not, or for a setting alone."""
+    if model_type in adapters():
+        return None
+    if model_type in refused_types():
+        return refused_types()[model_type]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = CONFIG_MAPPING[model_type]()
+        adapter_for(config)
+    except UnsupportedModelError as error:
+        return str(error)
+    return None
+
+
+def test_every_causal_language_model_is_served_or_refused_with_a_reason() -> None:
+    unknown = {}
+    for model_type in mapped():
+        said = refusal(model_type)
+        if said is not None and ("no adapter for" in said or not any(words in said for words in REASONS)):
+            unknown[model_type] = said
+    assert set(unknown) <= UNDECIDED, {name: said for name, said in unknown.items() if name not in UNDECIDED}
+
+
+def test_undecided_types_are_gone_once_they_are_decided() -> None:
+    decided = {name for name in UNDECIDED if name in adapters() or name in refused_types()}
+    assert not decided, f"take them out of the list: {decided}"
+
+
+def test_the_list_holds_types_that_transformers_has() -> None:
+    """Of the newest release; older ones lack some."""
+    if "glm5_next" not in CONFIG_MAPPING:
+        pytest.skip("needs the newest transformers")
+    assert set(mapped()) >= UNDECIDED
