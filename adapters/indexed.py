@@ -30,6 +30,7 @@ register(
         windows=lambda config: {},
         unmasked=(INDEXED,),
         unshared=dict.fromkeys(("DeepseekV32Attention", "GlmMoeDsaAttention", "AXK2Attention"), causal),
+        padding="masked",
         tiny={"deepseek_v32": [TINY], "glm_moe_dsa": [TINY, SHARED], "axk2": [dict(TINY, head_dim=8)]},
     )
 )

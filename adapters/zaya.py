@@ -27,6 +27,7 @@ register(
         unmasked=("conv",),
         unshared={"ZayaAttention": visible},
         restarts=False,
+        padding="in_front",
         tiny={"zaya": [TINY]},
     )
 )

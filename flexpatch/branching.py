@@ -81,6 +81,8 @@ class Branches:
         row = kwargs.get(CALL, self.unsharing.now.row)
         if not isinstance(row, Row):
             return None
+        if CALL not in kwargs:
+            self.unsharing.now.check_recomputation(module)
         if (seen := row.plan.seen) is not None:
             # Unpatched mixers set the hidden states of padding to zero, in some releases not in calls of a single row.
             args = tuple(_blank(x, seen) for x in args)

@@ -58,7 +58,7 @@ class Folding:
         backend, shared_dropout: As :func:`flexpatch.apply` was given them.
         of_trainer: Whether a trainer holds the model: it reads no cache that it did not ask for.
         padding_skipped: Whether mixers that run on separate sequences (:mod:`flexpatch.unshare`) leave padding in front
-            of a sequence out; ``None`` for a model without such mixers.
+            of a sequence out; ``None`` for a model without such mixers, or whose are attention that is masked.
         counts: Tokens of the latest 10,000 batches.
     """
 

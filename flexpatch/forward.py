@@ -269,7 +269,8 @@ def register_hooks(inner: PreTrainedModel, hook: BackboneHook, adapter: Adapter)
         mixers = hook.unsharing.register(backbone)
         hook.mixers = len(mixers)
         every = list(mixers_of(backbone, adapter.unshared))
-        hook.folding.padding_skipped = skip_padding(every, adapter.unshared) if every else None
+        if every and adapter.padding != "masked":
+            hook.folding.padding_skipped = adapter.padding == "in_front" or skip_padding(every, adapter.unshared)
     backbone.register_forward_pre_hook(hook, with_kwargs=True)
     backbone.register_forward_hook(run_own_exits, with_kwargs=True, prepend=True, always_call=True)
     backbone.register_forward_hook(run_callers_exits, with_kwargs=True)

@@ -116,6 +116,10 @@ class Adapter:
         begins: Where a sequence must begin in an ordinary batch to give what it gives alone: ``"anywhere"``; at
             ``"position"`` 0 where positions are absolute; in ``"column"`` 0 where a mixer counts columns. Other batches
             run as they are given.
+        padding: Padding of a batch that changes nothing for ``unshared`` mixers, beside that on the right:
+            ``"in_front"`` of a sequence; ``"masked"``: any, and restarts, for attention that takes a batch's mask as
+            others do; ``"judged"``: in front, where all mixers are of files that set padding to zero. Other batches
+            run as they are given.
         since: The release of transformers from which on the architecture was found exact. Older ones are refused.
         implementations: The attention implementations of the model's own that are right for it, in order of preference.
         reject: ``config`` -> why this configuration cannot be exact and what to do instead, or ``None``.
@@ -135,6 +139,7 @@ class Adapter:
     marks: bool = True
     restarts: bool = True
     begins: Literal["anywhere", "position", "column"] = "anywhere"
+    padding: Literal["judged", "in_front", "masked"] = "judged"
     since: str = EVERY
     implementations: tuple[str, ...] = ("sdpa", "eager")
     reject: Callable[[Any], str | None] = never

@@ -1,21 +1,27 @@
 """Models whose mixers run on separate sequences: one of each kind, batches of any padding, and what a step gives."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import flexpatch
 from flexpatch.fold import predicting_padding
 from flexpatch.forward import hook_of
+from flexpatch.internals import pretrained
 from flexpatch.mixers import mixers_of
-from flexpatch.models import tiny_types
+from flexpatch.models import tiny_model, tiny_types
+from flexpatch.registry import adapter_for, adapters
 from flexpatch.unshare import Unsharing
 from helpers.oracle import random_ids
 
 # Delta rule, and in a mixture of experts; state spaces of both kinds; state spaces whose mixers get no argument of a
 # call; convolutions; attention that chooses its keys.
-EVERY = ("qwen3_5_text", "qwen3_next", "nemotron_h", "jamba", "mamba", "lfm2", "deepseek_v32")
+EVERY = ("qwen3_5_text", "qwen3_next", "nemotron_h", "jamba", "mamba", "lfm2", "deepseek_v32", "zaya")
 KINDS = [kind for kind in EVERY if kind in tiny_types()]
+# States that branch on the row; mamba2 gives its mixers no argument of a call.
+BRANCHED = [f"{kind}, branched" for kind in ("qwen3_5_text", "mamba2", "lfm2") if adapters()[kind].branched]
 # Whole batches are read at padding in front of a sequence too, unless attention is eager: see ``see_themselves``.
 SIDES = ("none", "right", "left", "both")
 
@@ -87,5 +93,13 @@ def unsharing_of(model: nn.Module) -> Unsharing:
 
 
 def mixers(model: nn.Module) -> list[nn.Module]:
-    """The mixers of a patched model that run on separate sequences."""
-    return list(mixers_of(model, unsharing_of(model).rules))
+    """The mixers of a patched model that no mask can cut."""
+    return list(mixers_of(model, adapter_for(pretrained(model).config).unshared))
+
+
+def twins(kind: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A model, unpatched and patched."""
+    model_type, _, branched = kind.partition(", ")
+    stock = tiny_model(model_type, dtype=dtype)
+    options |= dict(mixers=branched or "unshared")
+    return stock, flexpatch.apply(copy.deepcopy(stock), **options)
