@@ -73,6 +73,7 @@ register(
             "Qwen4ExpTextAttention": causal,
             "Qwen4ExpTextPLELayer": no_mask,
         },
+        branched={"Qwen4ExpTextGatedDeltaNet": (CONVOLUTION, DELTA_RULE)},
         restarts=False,
         tiny={"qwen4_exp_text": [EXP], "qwen4_exp": [dict(text_config=EXP, **MEDIA)]},
         limits="multimodal class: calls with images run as they are given",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flexpatch.registry import Adapter, Visible, causal, no_mask, register
+from flexpatch.registry import CONVOLUTION, DELTA_RULE, Adapter, Visible, causal, no_mask, register
 
 INDEXED = "indexed_attention"
 LINEAR = "linear_attention"
@@ -103,6 +103,7 @@ register(
         windows=lambda config: {},
         unmasked=(INDEXED, LINEAR),
         unshared={"Glm5NextTextAttention": flat, "Glm5NextTextLinearAttention": no_mask},
+        branched={"Glm5NextTextLinearAttention": (CONVOLUTION, DELTA_RULE)},
         restarts=False,
         tiny={
             "glm5_next": [dict(text_config=GLM5, vision_config=VISION)],

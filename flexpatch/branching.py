@@ -22,7 +22,6 @@ from flexpatch.arrival import CALL, Row
 from flexpatch.errors import UnsupportedModelError
 from flexpatch.mixers import mixers_of
 from flexpatch.registry import CONVOLUTION, DELTA_RULE, STATE_SPACE, Adapter
-from flexpatch.segments import Segments
 from flexpatch.states import convolve, delta_rule, kept_by, state_space, takes
 from flexpatch.unshare import Unsharing
 
@@ -35,7 +34,7 @@ SINCE_OTHERS = "5.16"
 WAYS = ("auto", "branched", "unshared")
 
 
-def not_fused(segments: Segments, original: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+def not_fused(*call: Any, **kwargs: Any) -> None:
     """Decline a kernel that is convolution and scan in one: the layer then calls the two."""
 
 
@@ -64,23 +63,42 @@ class Branches:
         self.kinds: Counter[str] = Counter()  # calls of a forward
         self.modules: set[str] = set()  # names of modeling files
 
-    def register(self, backbone: nn.Module) -> None:
-        """Put a hook on each mixer of a backbone.
+    def register(self, mixers: Iterable[nn.Module]) -> None:
+        """Put a hook on each mixer that is branched.
 
         Args:
-            backbone: The backbone.
+            mixers: Mixers of one model.
         """
-        for mixer in mixers_of(backbone, self.branched):
+        for mixer in mixers:
             name, module = own_class(mixer, self.branched)
+            if name not in self.branched:
+                continue
             self.kinds.update(self.branched[name])
             self.modules.add(module)
             mixer.register_forward_pre_hook(self.carry, with_kwargs=True)
 
     def carry(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Give a mixer its row where the model gives it none. Torch calls this before it."""
+        """Give a mixer its row where the model gives it none. Torch calls this before it.
+
+        Args:
+            module: The mixer.
+            args, kwargs: Its arguments.
+
+        Returns:
+            Its arguments; ``None`` for a call that is not a row's.
+
+        Raises:
+            UnsupportedModelError: If it got other tokens than the row's.
+        """
         row = kwargs.get(CALL, self.unsharing.now.row)
         if not isinstance(row, Row):
             return None
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        if not any(x.shape[:2] == row.plan.shape for x in given):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} got other tokens than the row's {row.length}: something between the model "
+                "and its mixers splits rows. Take it off, or run the model without flexpatch: flexpatch.remove(model)"
+            )
         if CALL not in kwargs:
             self.unsharing.now.check_recomputation(module)
         if (seen := row.plan.seen) is not None:
@@ -106,9 +124,10 @@ def own_class(mixer: nn.Module, named: Mapping[str, Any]) -> tuple[str, str]:
         named: By class name.
 
     Returns:
-        The name of the class, and that of its modeling file.
+        The name of the class, and that of its modeling file; those of its own class if the record does not name it.
     """
-    return next((base.__name__, base.__module__) for base in type(mixer).__mro__ if base.__name__ in named)
+    bases = [(base.__name__, base.__module__) for base in type(mixer).__mro__]
+    return next((base for base in bases if base[0] in named), bases[0])
 
 
 def choose(backbone: nn.Module, adapter: Adapter, way: str) -> dict[str, tuple[str, ...]]:

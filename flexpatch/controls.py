@@ -22,7 +22,7 @@ from flexpatch.trials import Gradients, distance, whole_trees
 
 
 class Passes(NamedTuple):
-    """What a verification runs rows with.
+    """Passes of a verification, over rows that are its own or broken on purpose.
 
     Attributes:
         logprobs: Rows -> (T,) token log-probs.
@@ -39,7 +39,14 @@ class FromZero(Segments):
     """Segments whose states all start from nothing."""
 
     def initial(self, states: Tensor, group: Group) -> Tensor | None:
-        """Forget the parents."""
+        """Forget the parents.
+
+        Args:
+            states, group: As in :meth:`Segments.initial`.
+
+        Returns:
+            ``None``: zeros.
+        """
         return None
 
 
@@ -47,7 +54,14 @@ class Detached(Segments):
     """Segments that give their parents no gradient."""
 
     def initial(self, states: Tensor, group: Group) -> Tensor | None:
-        """Start from the right states, as constants."""
+        """Start from the right states, as constants.
+
+        Args:
+            states, group: As in :meth:`Segments.initial`.
+
+        Returns:
+            (G, ...) states.
+        """
         return super().initial(states.detach(), group)
 
 
@@ -84,8 +98,8 @@ def broken_states(rows: Rows, kinds: Any) -> Iterator[tuple[str, Rows, bool]]:
         rows: Packed rows.
         kinds: The kinds of functions that are branched.
 
-    Yields:
-        What is wrong, the rows, and whether gradients alone tell.
+    Returns:
+        An iterator of what is wrong, the rows, and whether gradients alone tell.
     """
     ends = np.asarray(rows.ends.numpy(force=True), np.int64)
     if set(kinds) - {CONVOLUTION}:
@@ -136,8 +150,8 @@ def check_ways(
         margin: How far beyond its bound an error must be that was made on purpose.
         exact: Whether the model is in float64. Otherwise two ways may be as far from each other as both from the truth.
 
-    Yields:
-        The checks; none for a model without such mixers.
+    Returns:
+        An iterator of checks; none for a model without such mixers.
     """
     hook = hook_of(model)
     assert hook is not None, "the model is patched"

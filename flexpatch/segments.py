@@ -183,7 +183,7 @@ def merge_padding(ends: np.ndarray, tokens: int) -> np.ndarray:
     alone = (ends == index + 1) & (before <= index)
     trailing = np.logical_and.accumulate(alone[:, ::-1], 1).sum(1)
     real = int(trailing.sum()) - (ends.size - tokens)
-    if real < 0:  # these are not the rows' own ends
+    if real < 0:  # ends of other rows
         return ends
     first = L - trailing + real
     return np.where(index >= first[:, None], L, ends)

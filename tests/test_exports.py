@@ -186,7 +186,8 @@ def test_tests_ask_for_the_words_of_an_error(path: str) -> None:
 def test_only_some_files_know_transformers_and_flex() -> None:
     # Stages take its models; env, verify and parity report versions and settings; models loads models; callbacks
     # serves its Trainer.
-    stages = {"calls", "checkpointing", "compiled", "folding", "forward", "row_calls"}
+    # branching asks for its version.
+    stages = {"branching", "calls", "checkpointing", "compiled", "folding", "forward", "row_calls"}
     assert (
         importers("transformers")
         <= {"internals", "dispatch", "models", "env", "parity", "verify", "callbacks", "trl"} | stages

@@ -55,6 +55,7 @@ OWN = {"_attention", "_device", "_ids", "_num_blocks", "_indices"}
 # What files import of transformers besides PreTrainedModel, or use as its attributes. Two may go below the top level.
 INTERNAL = {"internals", "dispatch"}
 PUBLIC = {
+    "branching": {"__version__"},
     "callbacks": {"Trainer", "TrainerCallback"},
     "env": {"AutoModelForCausalLM"},
     "models": {
