@@ -23,6 +23,8 @@ UNDECIDED = {
     # Settings of tiny models are still to be found.
     *("cohere_compass_text", "dbrx", "modernbert-decoder", "dots3_note_text", "minimax_m3_vl_text"),
     *("inkling2_text", "inkling2_loop_text"),
+    # Served by the package in examples/adapter_package.
+    "nanochat",
     # Images are arguments of the text model's own forward.
     *("phi4_multimodal", "git", "moss_transcribe_diarize"),
     # Text models that AutoModelForCausalLM does not make, or that cross-attend to images.
