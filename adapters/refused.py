@@ -14,8 +14,8 @@ HASHES = (
     "draw. Train it unpatched"
 )
 DRAFT = (
-    "drafts tokens for another model, whose cache and hidden states each of its calls takes: it has no sequences of its "
-    "own. Train it unpatched"
+    "drafts tokens for another model, whose cache and hidden states each of its calls takes: it has no sequences of "
+    "its own. Train it unpatched"
 )
 
 ENCODERS = (

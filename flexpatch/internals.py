@@ -48,8 +48,7 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
     """
     if not isinstance(model, nn.Module):
         raise FlexpatchError(_no_model(model))
-    found = find_pretrained(model)
-    if found is not None:
+    if (found := find_pretrained(model)) is not None:
         return found
     raise FlexpatchError(f"{type(model).__name__} holds no transformers model; pass a PreTrainedModel, bare or wrapped")
 
@@ -105,12 +104,11 @@ def decoder_of(inner: PreTrainedModel) -> PreTrainedModel:
 
 
 def backbone_of(inner: PreTrainedModel) -> PreTrainedModel:
-    """Find the module that makes hidden states. Some models do not name it ``base_model`` (Llama 4), others (OPT) call
-    the one part of that module."""
-    named = inner.base_model is not inner or inner.get_output_embeddings() is None
-    base = inner.base_model if named else next(m for m in inner.children() if isinstance(m, PreTrainedModel))
-    only = list(base.children())
-    return only[0] if len(only) == 1 and isinstance(only[0], PreTrainedModel) else base
+    """Find the module that makes hidden states: not ``base_model`` in Llama 4, and a part of that in OPT."""
+    within = inner.children() if inner.base_model is inner and hasattr(inner, "lm_head") else ()
+    base = next((child for child in within if isinstance(child, PreTrainedModel)), inner.base_model)
+    parts = [*base.children(), base]
+    return parts[0] if len(parts) == 2 and isinstance(parts[0], PreTrainedModel) else base
 
 
 def layers_of(backbone: PreTrainedModel) -> list[GradientCheckpointingLayer]:

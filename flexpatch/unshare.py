@@ -116,7 +116,7 @@ class Unsharing:
             )
         row.unshared += 1
         visible = visible_in(module, self.rules)
-        row.reached |= visible is not None  # its attention is this mixer's own
+        row.reached |= visible is not None  # attention in it takes masks of its own
         separate = Separate(row.plan, visible, self.dense, args, kwargs)
         args, kwargs = separate.arguments(0)
         if CALL in kwargs:

@@ -121,9 +121,12 @@ class ApplyTest(unittest.TestCase):
 
     @parameterized.expand(
         [
-            (transformers.ImageGPTConfig(), "no adapter for model type 'imagegpt'; known: .*, cohere, .* flexpatch.register"),
+            (
+                transformers.ImageGPTConfig(),
+                "no adapter for model type 'imagegpt'; known: .*, cohere, .* flexpatch.register",
+            ),
             (transformers.BertConfig(), "is an encoder, whose tokens see later ones"),
-            (transformers.Qwen3NextConfig(), "this model has no Qwen3NextGatedDeltaNet"),
+            (transformers.PhimoeConfig(), "its router draws random numbers"),
             (transformers.LlamaConfig(attention_dropout=0.1), "Set config.attention_dropout = 0.0"),
             (
                 transformers.LlamaConfig(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),

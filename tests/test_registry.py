@@ -18,7 +18,7 @@ from parameterized import parameterized
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
 
 import flexpatch
-from flexpatch import Adapter, FlexpatchError, UnsupportedModelError, registry, verify
+from flexpatch import Adapter, FlexpatchError, UnsupportedModelError, registry
 from flexpatch.models import TINY, tiny_model, tiny_types
 from flexpatch.registry import FULL, SLIDING, adapter_for, adapters, refused_types
 
@@ -250,7 +250,9 @@ register(Adapter(name="Arcee", masks="single", tiny={"arcee": [{}]}))
 
 def test_a_new_family_is_one_new_file(tmp_path: Path) -> None:
     for folder in ("flexpatch", "adapters"):
-        shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "arcee.py"))
+        shutil.copytree(
+            REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "arcee.py")
+        )
 
     def verified() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
