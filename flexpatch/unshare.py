@@ -105,6 +105,9 @@ class Unsharing:
 
         Returns:
             Its arguments for the batch; ``None`` for a call that holds no row.
+
+        Raises:
+            UnsupportedModelError: If the row does not arrive whole, or recomputation would not find it.
         """
         row = kwargs.get(CALL, None if self.now.inside else self.now.row)
         if not isinstance(row, Row) or row.plan is None:
@@ -116,7 +119,7 @@ class Unsharing:
             )
         row.unshared += 1
         visible = visible_in(module, self.rules)
-        row.reached |= visible is not None  # its attention is this mixer's own
+        row.reached |= visible is not None  # attention is the mixer's own
         separate = Separate(row.plan, visible, self.dense, args, kwargs)
         args, kwargs = separate.arguments(0)
         if CALL in kwargs:
