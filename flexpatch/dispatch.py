@@ -178,10 +178,6 @@ def _attention(
         original = call.dense
     if kwargs.get("indices") is not None and not is_flash(original):
         attention_mask = _chosen(attention_mask, kwargs.pop("indices"), q.dtype)
-    if kwargs.get("block_indices") is not None and not is_flash(original):
-        chosen, positions = kwargs.pop("block_indices"), kwargs["position_ids"].expand(len(q), -1)
-        mask_of_blocks = module.indexer.build_block_mask  # as the model itself does for names that it knows
-        attention_mask = mask_of_blocks(chosen, attention_mask, k.shape[2], q.dtype, q.device, positions)
     function = _eager_of(module) if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
     named: Any = _NamedAs(module, original) if is_flash(original) else module
     return function(named, q, k, v, attention_mask, *args, **kwargs)

@@ -105,6 +105,9 @@ class Unsharing:
 
         Returns:
             Its arguments for the batch; ``None`` for a call that holds no row.
+
+        Raises:
+            UnsupportedModelError: If the row does not arrive whole, or recomputation would not find it.
         """
         row = kwargs.get(CALL, None if self.now.inside else self.now.row)
         if not isinstance(row, Row) or row.plan is None:

@@ -72,6 +72,8 @@ def table() -> str:
         "recompute_layers=auto": '`recompute_layers="auto"`',
         "reentrant": "reentrant checkpointing",
         "compile": "`compile=True`",
+        "hybrid": "mixers on separate sequences",
+        "hybrid, branched": "states that branch",
     }
     lines = ["| engine | all weights, and LoRA | with | weights, against one rank's |", "|---|---|---|---|"]
     for engine, (title, bound) in TITLES.items():
