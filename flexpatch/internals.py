@@ -32,8 +32,8 @@ from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.registry import UNCHANGED, LogitTransform, adapter_for, decoder_config
 
 # Settings by which models change their head's output.
-LOGIT_SETTINGS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping")
-LOGIT_SETTINGS += ("logits_soft_cap", "output_logit_soft_cap")
+LOGIT_SETTINGS = ("logit_scale", "logits_scaling", "lm_head_multiplier", "final_logit_softcapping", *(
+    "logits_soft_cap", "output_logit_soft_cap"))  # fmt: skip
 # Ministral 3 in transformers before 5.4 took a query's index in the row for its position. Drop this with 5.3.
 SCALES_BY_INDEX = Version(transformers.__version__) < Version("5.4")
 
@@ -56,7 +56,7 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
 def find_pretrained(model: Any) -> PreTrainedModel | None:
     """Return the first transformers model in a module; ``None`` if there is none, or it is no module."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    return next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+    return next((m for m in modules if isinstance(m, PreTrainedModel)), None)
 
 
 def only_pretrained(model: nn.Module) -> PreTrainedModel:

@@ -152,7 +152,5 @@ def gather_within(mixers: Sequence[nn.Module]) -> bool:
         Whether any engine does so.
     """
     within = [module for mixer in mixers for module in mixer.modules() if module is not mixer]
-    return any(
-        SHARDED & set(names_of(module)) or any(hasattr(parameter, "ds_id") for parameter in module._parameters.values())
-        for module in within
-    )
+    gathered = any(hasattr(parameter, "ds_id") for module in within for parameter in module.parameters(recurse=False))
+    return gathered or any(SHARDED & set(names_of(module)) for module in within)

@@ -66,7 +66,7 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     each_mask: dict[str, Any] = masks | dict.fromkeys(adapter.unmasked, plan)
     mask = each_mask if adapter.masks == "by_layer_type" else masks.get(FULL, plan)
     if adapter.masks == "single" and plan is not None:
-        setattr(mask, PLAN, plan)  # there is no layer type whose place it could take
+        setattr(mask, PLAN, plan)  # no layer type has a place for it
     inputs = dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
     if adapter.masks == "none":
         del inputs["position_ids"]
@@ -91,7 +91,7 @@ def carry_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, kwargs | {"input_ids": carrier}
 
 
-def carried_mask(call: Mapping[str, Any]) -> Any:
+def carried_mask(call: dict[str, Any]) -> Any:
     """Return the mask that a call's ids carry; ``None`` for a call that has one, or may make a cache."""
     wanted = call.get("attention_mask") is None and without_cache(call)
     return getattr(call.get("input_ids"), MASK, None) if wanted else None

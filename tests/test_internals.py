@@ -22,6 +22,10 @@ PRIVATE = {
         "_forward_hooks", "_forward_hooks_always_called", "_forward_hooks_with_kwargs", "_forward_pre_hooks",
         "_forward_pre_hooks_with_kwargs",
     },
+    # Layers find their row again as they are recomputed.
+    "carrying": {"_gradient_checkpointing_func"},
+    # Counts writes to a tensor.
+    "masks": {"_version"},
     # Tells tensors that vmap holds; torch has no public way to ask.
     "calls": {"_functorch"},
     # One walk over all modules before every call: it reads their attributes, and imports nothing.
@@ -59,9 +63,11 @@ PUBLIC = {
     "callbacks": {"Trainer", "TrainerCallback"},
     "env": {"AutoModelForCausalLM"},
     "models": {
-        "AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "CONFIG_MAPPING", "GgufConfig", "__version__",
+        "AutoConfig", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoTokenizer", "CONFIG_MAPPING",
+        "GgufConfig", "MODEL_FOR_CAUSAL_LM_MAPPING", "__version__",
     },
     "parity": {"__version__"},
+    "row_calls": {"__version__"},
     "trl": {"Trainer"},
     "verify": {"utils"},
 }  # fmt: skip

@@ -186,6 +186,22 @@ def _checkpointing_is_a_partial() -> bool:
 
 
 @probe(
+    "transformers", "_gradient_checkpointing_func, which is called with the layer's forward", "carrying.carry",
+    "to let layers find their row as they are recomputed",
+)  # fmt: skip
+def _checkpointing_takes_a_forward() -> bool:
+    layer, calls = checkpointed(False).model.layers[0], []
+    function = layer._gradient_checkpointing_func
+    layer._gradient_checkpointing_func = lambda forward, *args: (
+        calls.append(callable(forward)) or function(forward, *args)
+    )
+    model = checkpointed(False)
+    model.model.layers[0] = layer
+    model.train()(torch.tensor([[3, 4, 5]]), use_cache=False).logits.sum().backward()
+    return calls == [True]
+
+
+@probe(
     "transformers", "neftune_noise_alpha, of embeddings", "refusals.check_mode", "to refuse NEFTune",
     "transformers.integrations.neftune.activate_neftune", "5.17",
 )  # fmt: skip

@@ -147,6 +147,14 @@ def _sums_of_segments() -> bool:
     return sums.tolist() == [1.0, 9.0]
 
 
+@probe("torch", "_version, which counts writes to a tensor", "masks.version", "so that no stale mask is used")
+def _writes_are_counted() -> bool:
+    tensor = torch.zeros(2)
+    before = tensor._version
+    tensor[0] = 1
+    return tensor._version == before + 1
+
+
 @probe("torch", "a BlockMask's shape of four entries", "row_calls.row_inputs", "so that transformers passes it through")
 def _block_masks_have_four_dimensions() -> bool:
     mask = row_mask()
