@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from parameterized import parameterized
 from transformers import CONFIG_MAPPING
 
 import flexpatch
 from flexpatch.models import tiny_model
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4"])
+@parameterized.expand([("deepseek_v32",), ("glm_moe_dsa",), ("axk2",), ("hy_v4",)])
 def test_ordinary_calls_keep_the_choice(model_type: str) -> None:
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"needs a transformers that knows {model_type}")
