@@ -5,14 +5,19 @@ from flexpatch.registry import EVERY, Adapter, adapters, refused_types
 
 def support_table() -> str:
     """Make the table of supported architectures, as Markdown."""
-    lines = ["| family | `model_type` | masks | sliding windows | limits |", "|---|---|---|---|---|"]
+    lines = [
+        "| family | `model_type` | masks | sliding windows | mixers that no mask can cut | limits |",
+        "|---|---|---|---|---|---|",
+    ]
     for adapter in dict.fromkeys(adapters().values()):
         types = ", ".join(f"`{model_type}`" for model_type in adapter.tiny)
         masks = {"single": "one for all layers", "by_layer_type": "one per layer type", "none": "–"}[adapter.masks]
         windows = "exact" if _has_windows(adapter) else "–"
         since = f"transformers {adapter.since} or later" if adapter.since != EVERY else ""
         limits = "; ".join(filter(None, (adapter.limits, since))) or "–"
-        lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {limits} |")
+        ways = {"branched" if name in adapter.branched else "unshared" for name in adapter.unshared}
+        mixers = ", ".join(sorted(ways)) or "–"
+        lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {mixers} | {limits} |")
     by_reason: dict[str, list[str]] = {}
     for model_type, reason in refused_types().items():
         by_reason.setdefault(reason, []).append(f"`{model_type}`")
