@@ -53,6 +53,7 @@ register(
         unshared={"HYV4Attention": causal},
         # sdpa has no sinks.
         implementations=("eager",),
+        since="5.24",
         tiny={"hy_v4": [CHOICE]},
         limits="attn_implementation='eager' for ordinary calls",
     )

@@ -48,6 +48,7 @@ register(
         unshared=dict.fromkeys(MIXERS, no_mask),
         branched=dict.fromkeys(MIXERS, (CONVOLUTION, DELTA_RULE)),
         restarts=False,
+        since="5.16",
         tiny={
             "olmo_hybrid": [DELTA],
             "kimi_linear": [dict(LATENT, **MOE, linear_head_dim=16, linear_num_heads=4)],
@@ -65,6 +66,7 @@ register(
         unshared={"LaraMiniGatedDeltaNet": no_mask},
         branched={"LaraMiniGatedDeltaNet": (CONVOLUTION, DELTA_RULE)},
         restarts=False,
+        since="5.24",
         tiny={
             "lara_mini": [
                 dict(
@@ -88,6 +90,7 @@ register(
         unmasked=(LINEAR,),
         unshared={"MiniMaxLightningAttention": no_mask},
         restarts=False,
+        since="5.16",
         tiny={
             "minimax": [
                 dict(
@@ -109,6 +112,7 @@ register(
         unshared=dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), no_mask),
         branched=dict.fromkeys(("Lfm2ShortConv", "Lfm2MoeShortConv"), (CONVOLUTION,)),
         restarts=False,
+        since="5.16",
         tiny={
             "lfm2": [SHORT],
             "lfm2_moe": [dict(SHORT, **MOE, num_experts=4, num_dense_layers=1)],
@@ -126,6 +130,7 @@ register(
         branched={"Lfm3ShortConv": (CONVOLUTION,)},
         ropes=frozenset({"default", "proportional"}),
         restarts=False,
+        since="5.24",
         tiny={"lfm3": [dict(layer_types=["conv", SLIDING, FULL, "conv"], sliding_window=8)]},
     )
 )
@@ -139,6 +144,7 @@ register(
         unshared={"RecurrentGemmaRecurrentBlock": no_mask},
         restarts=False,
         logit_transform=lambda config: LogitTransform(softcap=config.logits_soft_cap),
+        since="5.24",
         tiny={"recurrent_gemma": [dict(attention_window_size=8, lru_width=64, logits_soft_cap=5.0)]},
         limits="batches padded on the left run as they are given",
     )

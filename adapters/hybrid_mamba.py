@@ -13,6 +13,7 @@ register(
         unmasked=(MAMBA,),
         unshared={"JambaMambaMixer": no_mask},
         restarts=False,
+        since="5.16",
         tiny={
             "jamba": [dict(attn_layer_period=4, attn_layer_offset=2, num_experts=4, mamba_d_state=8, mamba_dt_rank=8)]
         },
@@ -27,6 +28,7 @@ register(
         unshared=dict.fromkeys(("BambaMixer", "NemotronHMamba2Mixer"), no_mask),
         branched=dict.fromkeys(("BambaMixer", "NemotronHMamba2Mixer"), MAMBA_2),
         restarts=False,
+        since="5.16",
         tiny={
             "bamba": [dict(STATE, attn_layer_indices=[2])],
             "nemotron_h": [
@@ -64,6 +66,7 @@ register(
         unmasked=(MAMBA,),
         unshared={"ZambaMambaMixer": no_mask},
         restarts=False,
+        since="5.16",
         tiny={"zamba": [dict(SHARED, mamba_dt_rank=8, attention_head_dim=32)]},
     )
 )
@@ -77,6 +80,7 @@ register(
         unshared={"Zamba2MambaMixer": no_mask},
         branched={"Zamba2MambaMixer": MAMBA_2},
         restarts=False,
+        since="5.16",
         tiny={
             "zamba2": [
                 dict(SHARED, n_mamba_heads=8, chunk_size=16, adapter_rank=8, use_mem_rope=True),
@@ -103,6 +107,7 @@ register(
         branched={"FalconH1Mixer": MAMBA_2},
         restarts=False,
         logit_transform=lambda config: LogitTransform(scale=config.lm_head_multiplier),
+        since="5.24",
         tiny={
             "falcon_h1": [
                 dict(
@@ -130,6 +135,7 @@ register(
         branched={"GraniteMoeHybridMambaLayer": MAMBA_2},
         restarts=False,
         logit_transform=lambda config: LogitTransform(scale=1 / config.logits_scaling),
+        since="5.16",
         tiny={
             "granitemoehybrid": [
                 dict(GRANITE, **STATE, layer_types=[MAMBA, MAMBA, FULL, MAMBA], num_local_experts=4),

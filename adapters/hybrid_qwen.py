@@ -32,6 +32,7 @@ register(
         unshared=dict.fromkeys(MIXERS, no_mask),
         branched=dict.fromkeys(MIXERS, (CONVOLUTION, DELTA_RULE)),
         restarts=False,
+        since="5.16",
         tiny={
             "qwen3_next": [MOE],
             "qwen3_5_text": [LINEAR],
@@ -75,6 +76,7 @@ register(
         },
         branched={"Qwen4ExpTextGatedDeltaNet": (CONVOLUTION, DELTA_RULE)},
         restarts=False,
+        since="5.24",
         tiny={"qwen4_exp_text": [EXP], "qwen4_exp": [dict(text_config=EXP, **MEDIA)]},
         limits="multimodal class: calls with images run as they are given",
     )

@@ -31,6 +31,7 @@ register(
         unmasked=(INDEXED,),
         unshared=dict.fromkeys(("DeepseekV32Attention", "GlmMoeDsaAttention", "AXK2Attention"), causal),
         padding="masked",
+        since="5.24",
         tiny={"deepseek_v32": [TINY], "glm_moe_dsa": [TINY, SHARED], "axk2": [dict(TINY, head_dim=8)]},
     )
 )
@@ -72,6 +73,7 @@ register(
         implementations=("eager",),
         restarts=False,
         begins="column",
+        since="5.16",
         tiny={"deepseek_v4": [V4]},
         limits="attn_implementation='eager' for ordinary calls; batches padded on the left run as they are given",
     )
@@ -105,6 +107,7 @@ register(
         unshared={"Glm5NextTextAttention": flat, "Glm5NextTextLinearAttention": no_mask},
         branched={"Glm5NextTextLinearAttention": (CONVOLUTION, DELTA_RULE)},
         restarts=False,
+        since="5.24",
         tiny={
             "glm5_next": [dict(text_config=GLM5, vision_config=VISION)],
             "glm5_next_text": [dict(model_type="glm5_next", text_config=GLM5, vision_config=VISION)],

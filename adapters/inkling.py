@@ -36,6 +36,7 @@ register(
         unshared={"InklingAttention": visible, "InklingShortConvolution": no_mask},
         restarts=False,
         begins="column",
+        since="5.16",
         tiny={"inkling_text": [TINY]},
         limits="batches padded on the left run as they are given",
     )

@@ -31,6 +31,7 @@ register(
         unshared={"Llama4TextAttention": visible},
         restarts=False,
         begins="column",
+        since="5.16",
         tiny={"llama4_text": [TINY, dict(TINY, use_qk_norm=False, attn_temperature_tuning=False)]},
         limits="batches padded on the left run as they are given",
     )

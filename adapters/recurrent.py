@@ -11,6 +11,7 @@ register(
         unshared=dict.fromkeys(("MambaMixer", "FalconMambaMixer"), no_mask),
         implementations=("eager",),
         restarts=False,
+        since="5.16",
         tiny={name: [dict(state_size=8, time_step_rank=8)] for name in ("mamba", "falcon_mamba")},
     )
 )
@@ -23,6 +24,7 @@ register(
         branched={"Mamba2Mixer": (CONVOLUTION, STATE_SPACE)},
         implementations=("eager",),
         restarts=False,
+        since="5.16",
         tiny={"mamba2": [dict(state_size=8, num_heads=8, n_groups=2, chunk_size=16)]},
     )
 )
@@ -35,6 +37,7 @@ register(
         unshared=dict.fromkeys(("RwkvSelfAttention", "RwkvFeedForward"), no_mask),
         implementations=("eager",),
         restarts=False,
+        since="5.16",
         tiny={"rwkv": [dict(attention_hidden_size=64, rescale_every=2)]},
         limits="batches padded on the left run as they are given",
     )
@@ -61,6 +64,7 @@ register(
         restarts=False,
         reject=any_length,
         logit_transform=lambda config: LogitTransform(softcap=config.output_logit_soft_cap),
+        since="5.16",
         tiny={"xlstm": [dict(num_heads=4, num_hidden_layers=3, chunk_size=16)]},
         limits="mode='inference', the default; in eval mode, rows of at most max_inference_chunksize tokens; batches "
         "padded on the left run as they are given",

@@ -28,6 +28,7 @@ register(
         unshared={"ZayaAttention": visible},
         restarts=False,
         padding="in_front",
+        since="5.16",
         tiny={"zaya": [TINY]},
     )
 )
