@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from helpers.completions import SEQUENCES
+from helpers.oracle import FIRST
 from packaging.version import Version
 from parameterized import parameterized
 from torch import Tensor, nn
@@ -56,8 +57,18 @@ def test_there_are_mixtures() -> None:
     assert {"mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "olmoe"} <= set(MIXTURES)
 
 
-@parameterized.expand([(model_type,) for model_type in MIXTURES])
+@parameterized.expand([(model_type,) for model_type in MIXTURES if model_type in FIRST])
 def test_auxiliary_losses(model_type: str) -> None:
+    auxiliary_losses(model_type)
+
+
+@parameterized.expand([(model_type,) for model_type in MIXTURES if model_type not in FIRST])
+@pytest.mark.slow
+def test_auxiliary_losses_of_all(model_type: str) -> None:
+    auxiliary_losses(model_type)
+
+
+def auxiliary_losses(model_type: str) -> None:
     stock = eager_experts(tiny_model(model_type)).train()
     if OLD:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import transformers
+from helpers.oracle import FIRST
 from helpers.probes import PROBES, Probe, pytorch
 
 from flexpatch.internals import text_config
@@ -35,10 +36,16 @@ def test_what_flexpatch_relies_on(entry: Probe) -> None:
     entry.check()
 
 
-OF_TYPES = [(entry, model_type) for entry in PROBES for model_type in entry.of]
+OF_TYPES = [
+    pytest.param(
+        entry, model_type, id=f"{entry.name}, {model_type}", marks=[] if model_type in FIRST else pytest.mark.slow
+    )
+    for entry in PROBES
+    for model_type in entry.of
+]
 
 
-@pytest.mark.parametrize(("entry", "model_type"), OF_TYPES, ids=[f"{x.name}, {of}" for x, of in OF_TYPES])
+@pytest.mark.parametrize(("entry", "model_type"), OF_TYPES)
 def test_what_flexpatch_relies_on_in_every_architecture(entry: Probe, model_type: str) -> None:
     entry.check(model_type)
 

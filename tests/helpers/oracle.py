@@ -36,7 +36,14 @@ MODELS = [
     for variant in range(len(adapters()[model_type].tiny[model_type]))
 ]
 
-# Of these, the ones whose unpatched models look at no positions: scans and convolutions see the order of tokens.
+# The first type of each record: fast tests take these, slow ones all.
+FIRST = list(
+    {
+        adapter.name: model_type for model_type, adapter in reversed(adapters().items()) if model_type in tiny_types()
+    }.values()
+)
+
+# Of all, the ones whose unpatched models look at no positions: scans and convolutions see the order of tokens.
 WITHOUT_POSITIONS = [
     *(("mamba", 0), ("mamba2", 0), ("falcon_mamba", 0), ("rwkv", 0), ("xlstm", 0), ("jamba", 0), ("zamba", 0)),
     *(("zamba2", 1), ("nemotron_h", 0), ("granitemoehybrid", 0), ("kimi_linear", 0)),
