@@ -12,6 +12,7 @@ register(
         name="GPT-2, GPTBigCode, CTRL",
         masks="single",
         begins="position",
+        since="5.24",
         tiny={"gpt2": [{}], "gpt_bigcode": [{}], "ctrl": [dict(dff=96)]},
         limits=ABSOLUTE,
     )

@@ -12,6 +12,7 @@ register(
         name="Hunyuan",
         masks="single",
         begins="position",
+        since="5.24",
         tiny={
             "hunyuan_v1_dense": [{}],
             "hunyuan_v1_moe": [dict(num_experts=4, moe_topk=2, moe_intermediate_size=32)],
