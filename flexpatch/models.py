@@ -224,6 +224,24 @@ def tiny_types() -> list[str]:
     return [t for t, adapter in adapters().items() if t in CONFIG_MAPPING and too_old(adapter) is None]
 
 
+def tiny_config(model_type: str, variant: int = 0) -> Any:
+    """Make the configuration of :func:`tiny_model`.
+
+    Args:
+        model_type, variant: As there.
+
+    Returns:
+        A configuration, as transformers has it.
+    """
+    settings = dict(adapters()[model_type].tiny[model_type][variant])
+    model_type = settings.pop("model_type", model_type)  # of a text model without a class of its own
+    if "text_config" in settings:
+        settings["text_config"] = TINY | settings["text_config"]
+    else:
+        settings = TINY | settings
+    return AutoConfig.for_model(model_type, **settings)
+
+
 def tiny_model(
     model_type: str, variant: int = 0, *, dtype: torch.dtype = torch.float64, seed: int = 0
 ) -> PreTrainedModel:
@@ -242,15 +260,9 @@ def tiny_model(
         The model, not yet patched, with the attention that its adapter prefers.
     """
     adapter = adapters()[model_type]
-    settings = dict(adapter.tiny[model_type][variant])
-    model_type = settings.pop("model_type", model_type)  # of a text model without a class of its own
-    auto = AutoModelForCausalLM
-    if "text_config" in settings:
-        auto = AutoModelForImageTextToText  # the other one may load the text model alone
-        settings["text_config"] = TINY | settings["text_config"]
-    else:
-        settings = TINY | settings
-    config = AutoConfig.for_model(model_type, **settings)
+    # For a multimodal type the one for causal models may load the text model alone.
+    auto = AutoModelForImageTextToText if "text_config" in adapter.tiny[model_type][variant] else AutoModelForCausalLM
+    config = tiny_config(model_type, variant)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # some vectors (gpt-oss's sinks) are drawn by the model itself
         model = auto.from_config(config, attn_implementation=adapter.implementations[0])

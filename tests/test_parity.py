@@ -39,9 +39,9 @@ from flexpatch import Adapter, Rows, Tree, build_rows
 from flexpatch.float64 import Float64
 from flexpatch.internals import text_config
 from flexpatch.masks import mask_of
-from flexpatch.models import tiny_model
+from flexpatch.models import tiny_config, tiny_model
 from flexpatch.patch import model_inputs
-from flexpatch.registry import FULL, SLIDING, adapters
+from flexpatch.registry import FULL, SLIDING, adapters, decoder_config
 from flexpatch.trials import in_one_batch
 from flexpatch.verification import FLOAT64_FACTOR
 
@@ -88,7 +88,7 @@ class Served:
 
 
 def has_window(model_type: str, variant: int) -> bool:
-    config = text_config(tiny_model(model_type, variant))
+    config = decoder_config(tiny_config(model_type, variant))
     windows = adapters()[model_type].windows(config)
     return any(windows[layer] for layer in getattr(config, "layer_types", None) or windows if layer in windows)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import flexpatch
 from flexpatch.float64 import Float64
 from flexpatch.internals import eager_experts
-from flexpatch.models import tiny_model, tiny_types
+from flexpatch.models import tiny_config, tiny_model, tiny_types
 
 BOUND = 1e-10
 # Some architectures ignore the flag, and some fail with labels and it, unpatched.
@@ -31,7 +31,7 @@ def batch(side: str) -> dict[str, Tensor]:
 
 
 def routes(model_type: str) -> bool:
-    config = tiny_model(model_type).config.get_text_config()
+    config = tiny_config(model_type).get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
     return any(getattr(config, name, None) for name in names)
 
