@@ -18,6 +18,7 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 # The oldest release of transformers that this library takes.
 EVERY = "5.0"
+INSTALLED = Version(metadata.version("transformers"))
 # Functions of modeling files whose states can be branched along a row's trees.
 CONVOLUTION = "convolution"
 DELTA_RULE = "delta rule"
@@ -245,10 +246,9 @@ def adapter_for(config: Any) -> Adapter:
 
 def too_old(adapter: Adapter) -> str | None:
     """Return why the installed transformers does not run an adapter's models exactly; ``None`` if it does."""
-    installed = metadata.version("transformers")
-    if Version(installed) >= Version(adapter.since):
+    if Version(adapter.since) <= INSTALLED:
         return None
-    return f"exact from transformers {adapter.since} on, and {installed} is installed: upgrade it"
+    return f"exact from transformers {adapter.since} on, and {INSTALLED} is installed: upgrade it"
 
 
 def unknown(model_type: str) -> UnsupportedModelError:

@@ -251,7 +251,8 @@ class RefusalTest(unittest.TestCase):
 
     def test_what_flash_attention_4_cannot_do(self) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(flexpatch.dispatch, "check_fa4", lambda: None)
+            for module in (flexpatch.dispatch, flexpatch.row_calls):
+                patch.setattr(module, "check_fa4", lambda: None)
             for model_type, why in (("llama", "have 16"), ("gemma2", "caps its attention scores")):
                 with pytest.raises(UnsupportedModelError, match=why):
                     flexpatch.apply(tiny_model(model_type), backend="fa4")

@@ -443,7 +443,7 @@ def test_checking_parity_leaves_folding_as_it_was(fold: bool | None) -> None:
     if options:
         flexpatch.apply(model, **options)
     assert flexpatch.check_parity(model).passed
-    assert patch.settings_of(model) == (options and options | {"shared_dropout": False})
+    assert patch.settings_of(model) == (options and options | {"mixers": "auto", "shared_dropout": False})
     assert len(model.base_model._forward_pre_hooks) == (fold is not None)
     assert len(model.base_model._forward_hooks) == 2 * (fold is not None)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.needs import needs_type
+from packaging.version import Version
 from parameterized import parameterized
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
 
@@ -232,6 +233,15 @@ def test_duplicates_are_refused(_name: str, entries: dict[str, Any], message: st
     with pytest.raises(FlexpatchError, match=message):
         flexpatch.register(Adapter(name="Mine", masks="single", **entries))
     assert registry._adapters == before
+
+
+def test_releases_that_are_too_old_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "INSTALLED", Version("5.0.0"))
+    with pytest.raises(
+        UnsupportedModelError, match=r"'mamba': exact from transformers 5\.\d+ on, and 5.0.0 is installed"
+    ):
+        adapter_for(config("mamba"))
+    assert "mamba" not in tiny_types() and "llama" in tiny_types()
 
 
 def test_support_table_names_every_type_once() -> None:
