@@ -111,7 +111,8 @@ class PackedDPOTrainer(_PackedTrainer, DPOTrainer):
 
     Micro-batches hold different numbers of pairs, and DPOTrainer averages over the pairs of each. So each micro-batch's
     loss is weighted by its share of the step's pairs, over all ranks. The gradient is then the mean over the step's
-    pairs, as of one batch. Metrics other than the loss stay means over micro-batches.
+    pairs, as of one batch. Metrics other than the loss stay means over micro-batches. A router's auxiliary loss
+    compares the tokens of a micro-batch, as in stock's gradient accumulation: it is that of the packed micro-batches.
 
     Args:
         token_budget: Most tokens of a row: prompt, chosen and rejected of all its pairs, each once.

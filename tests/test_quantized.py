@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.quantized import FOUR, KINDS, quantized, quiet
+from torch import nn
 
 import flexpatch
 from flexpatch import UnsupportedModelError, refusals
 from flexpatch.internals import dequantize
 from flexpatch.models import tiny_model
+from flexpatch.quantized_layers import layer_fault
 
 OUTLIERS = dict(load_in_8bit=True, llm_int8_threshold=6.0)
 
@@ -28,6 +30,23 @@ def test_parity(kind: str, tmp_path: Path) -> None:
     assert report.passed, str(report)
     packed = [p for p in model.parameters() if not p.is_floating_point()]
     assert len(packed) == 4 * 7 and not any(p.requires_grad for p in packed), "the layers are quantized"
+
+
+@pytest.mark.parametrize("mixers", ["branched", "unshared"])
+@pytest.mark.parametrize(("model_type", "projections"), [("qwen3_5_text", 5), ("bamba", 2)])
+def test_hybrids(model_type: str, projections: int, mixers: str, tmp_path: Path) -> None:
+    """Projections of mixers are packed too, and in both ways answers of LoRA on them are the unpatched model's."""
+    model = flexpatch.apply(quantized(FOUR, tmp_path, model_type=model_type, dtype=torch.float32), mixers=mixers)
+    report = flexpatch.check_parity(model)
+    assert report.passed, str(report)
+    convolutions = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv1d)]
+    places = [name.removesuffix("conv1d") for name in convolutions]
+    packed = [name for name, layer in model.named_modules() if type(layer).__name__ == "Linear4bit"]
+    for place in places:
+        inside = [name for name in packed if name.startswith(place) and name.endswith(".base_layer")]
+        assert len(inside) == projections, inside
+    assert len(places) == 3
+    assert [name for name, layer in model.named_modules() if layer_fault(layer)] == []
 
 
 def test_weights_in_numbers(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from helpers.trl_matrix import BOUND, CASES, CONTROL, HYBRIDS, KINDS, Row, compare, faults
+from helpers.trl_matrix import BOUND, CASES, CONTROL, KINDS, Row, compare, faults
 from packaging.version import Version
 
 from benchmarks.pages import table
@@ -27,19 +27,6 @@ def marked(cases: tuple[str, ...] | list[str], fast: tuple[str, ...]) -> list:
 @pytest.mark.parametrize("case", marked(list(CASES), FAST))
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_agrees(case: str, kind: str) -> None:
-    row = compare(case, kind)
-    print(row)
-    assert faults(row) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["DPO", "KTO", "Reward", "GRPO, dapo"])
-@pytest.mark.parametrize("kind", list(HYBRIDS))
-def test_hybrids(case: str, kind: str) -> None:
-    if case == "Reward" and kind in ("Nemotron-H", "DeepSeek V3.2"):
-        pytest.skip("transformers has no classifier of it")
-    if kind == "Qwen3.5" and case in ("DPO", "KTO"):
-        pytest.skip("float32 states: losses differ by 1e-5 from rounding, and stock's own error is not yet measured")
     row = compare(case, kind)
     print(row)
     assert faults(row) == []

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from flexpatch.models import TINY, tiny_model
 
 WIDE = dict(hidden_size=128, intermediate_size=256, head_dim=32)  # bitsandbytes packs blocks of 64
+SIZES = {"bamba": dict(intermediate_size=256)}  # its hidden states are as wide as its record's heads want
 FOUR = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": FOUR,
@@ -28,7 +29,7 @@ def quantized(
 ) -> nn.Module:
     """A tiny model, written and loaded with its layers quantized, under LoRA adapters that matter."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("flexpatch.models.TINY", TINY | WIDE)
+        patched.setattr("flexpatch.models.TINY", TINY | SIZES.get(model_type, WIDE))
         tiny_model(model_type, dtype=dtype).save_pretrained(folder)
     if "load_in_4bit" in settings:
         settings = dict(settings, bnb_4bit_compute_dtype=dtype)
