@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -86,9 +87,9 @@ class Recomputation:
     """Choose which of a model's checkpointed layers a call recomputes in backward: a stage of calls.
 
     With ``"auto"`` all are recomputed until the optimizer has made its first step: only then gradients and its state
-    exist. The first call measures the bytes that one layer would keep for a token, and every call those that a step
-    holds. From then on a call of T tokens keeps the activations of as many layers as fit between that and ``USABLE``
-    of the memory.
+    exist. The first calls measure the bytes that a layer would keep for a token, one kind of layer a call: layers of a
+    hybrid keep unlike much. Every call measures those that a step holds. From then on a call of T tokens keeps the
+    activations of as many layers as fit between that and ``USABLE`` of the memory.
 
     Args:
         setting: The number of layers to recompute, from the first, or ``"auto"``.
@@ -104,7 +105,8 @@ class Recomputation:
         self.setting = setting
         self.memory = memory
         self.kept: list[Any] = []  # layers whose checkpointing is off for the call that runs
-        self.layer_bytes = 0.0  # kept by a layer for one token, beyond its bytes when checkpointed
+        # By kind, kept by a layer for one token, beyond its bytes when checkpointed.
+        self.layer_bytes: dict[str, float] = {}
         self.tokens = 0  # of the longest row before the first step
         self.held = 0  # by steps that checkpoint all layers
         self.idle = 0  # allocated between steps
@@ -133,8 +135,8 @@ class Recomputation:
         layers = [layer for layer in layers if layer.gradient_checkpointing]
         if not layers:
             return call, None
-        count, measured = self.plan(layers, call["input_ids"], backbone)
-        self.kept = list(layers[count:])
+        kept, measured = self.plan(layers, call["input_ids"], backbone)
+        self.kept = list(kept)
         for layer in self.kept:
             layer.gradient_checkpointing = KEPT
 
@@ -154,8 +156,8 @@ class Recomputation:
 
     def plan(
         self, layers: Sequence[nn.Module], ids: Tensor, model: nn.Module
-    ) -> tuple[int, Callable[[bool], None] | None]:
-        """Choose how many layers of a call to recompute.
+    ) -> tuple[Sequence[nn.Module], Callable[[bool], None] | None]:
+        """Choose which layers of a call not to recompute.
 
         Args:
             layers: The checkpointed layers.
@@ -163,50 +165,74 @@ class Recomputation:
             model: The backbone.
 
         Returns:
-            The number, from the first layer, and a function to call after the forward with whether it ended; ``None``
-            if nothing is measured.
+            The layers, the last ones unless one is measured, and a function to call after the forward with whether it
+            ended; ``None`` if nothing is measured.
         """
         if isinstance(self.setting, int):
-            return self.setting, None
+            return layers[self.setting :], None
         if _gathers(layers):
             warnings.warn(GATHERS, FlexpatchWarning, 2)
-            return len(layers), None
+            return [], None
         device = next(model.parameters()).device
         memory, tokens = self.memory(device), ids.numel()
+        kinds = [kind_of(layer) for layer in layers]
         if not self.stepped:
-            self._watch(memory, model)
+            self._watch(memory, model, all(kind in self.layer_bytes for kind in kinds))
             if self.stepped:
-                log.info("flexpatch: a layer keeps %.1f kB a token", self.layer_bytes / 1e3)
+                sizes = ", ".join(f"{size / 1e3:.1f}" for size in self.layer_bytes.values())
+                log.info("flexpatch: layers of each kind keep %s kB a token", sizes)
         if self.stepped:
-            count = len(layers) - self._kept(memory, tokens, len(layers))
-            log.debug("flexpatch: of %d layers, %d are recomputed for %d tokens", len(layers), count, tokens)
-            return count, None
+            kept = layers[len(layers) - self._kept(memory, tokens, kinds) :]
+            log.debug("flexpatch: of %d layers, %d are kept for %d tokens", len(layers), len(kept), tokens)
+            return kept, None
         self.tokens = max(self.tokens, tokens)
-        if self.layer_bytes or len(layers) < 2:
-            return len(layers), None
-        return len(layers) - 1, partial(self._measured, _Meter(layers[-2:], self.memory, device), tokens)
+        unknown = [i for i, kind in enumerate(kinds) if kind not in self.layer_bytes]
+        if not unknown or len(layers) < 2:
+            return [], None
+        last = unknown[-1]
+        others = [i for i in range(len(layers)) if i != last]
+        # One of another kind, if there is none of its own: layers that are recomputed keep their inputs alone.
+        other = max(others, key=lambda i: (kinds[i] == kinds[last], i))
+        meter = _Meter([layers[other], layers[last]], self.memory, device)
+        return [layers[last]], partial(self._measured, meter, kinds[last], tokens)
 
-    def _watch(self, memory: Memory, model: nn.Module) -> None:
+    def _watch(self, memory: Memory, model: nn.Module, measured: bool) -> None:
         """Note whether an optimizer has changed the weights, and the memory held until then."""
         weights = _some_weights(model)
         # By value: fused optimizers do not count up the version of a tensor.
-        self.stepped = bool(self.layer_bytes) and self.weights is not None and not torch.equal(weights, self.weights)
+        self.stepped = measured and self.weights is not None and not torch.equal(weights, self.weights)
         self.weights = None if self.stepped else weights
         self.held = max(memory.allocated, memory.held)
         self.idle = memory.allocated
 
-    def _measured(self, meter: "_Meter", tokens: int, complete: bool) -> None:
+    def _measured(self, meter: "_Meter", kind: str, tokens: int, complete: bool) -> None:
         sizes = meter.read()
         if complete:
             checkpointed, kept = sizes
-            self.layer_bytes = max(kept - checkpointed, 1) / tokens
+            self.layer_bytes[kind] = max(kept - checkpointed, 1) / tokens
 
-    def _kept(self, memory: Memory, tokens: int, layers: int) -> int:
-        """Count the layers whose activations fit."""
+    def _kept(self, memory: Memory, tokens: int, kinds: Sequence[str]) -> int:
+        """Count the layers, from the last, whose activations fit."""
         longer = max(0, tokens - self.tokens) * (self.held - self.idle) / self.tokens
         pending = max(0, memory.allocated - self.idle)  # forwards whose backward is still to come
         room = USABLE * memory.limit - self.held - longer - pending
-        return min(layers, max(0, int(room / (self.layer_bytes * tokens))))
+        largest = max(self.layer_bytes.values())  # stands for kinds that came later, such as layers with new adapters
+        needs = accumulate(self.layer_bytes.get(kind, largest) * tokens for kind in reversed(kinds))
+        return sum(need <= room for need in needs)
+
+
+def kind_of(layer: nn.Module) -> str:
+    """Describe a layer by all that decides how much it keeps: layers of one kind keep equally much for a token.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        The classes of its modules, and the shapes of its weights, trained or frozen.
+    """
+    names = [type(module).__name__ for module in layer.modules()]
+    weights = [f"{'trained' * p.requires_grad}{tuple(p.shape)}" for p in layer.parameters()]
+    return " ".join(names + weights)
 
 
 def _gathers(layers: Sequence[nn.Module]) -> bool:
@@ -227,14 +253,18 @@ class _Meter:
 
     def __init__(self, layers: Sequence[nn.Module], memory: Callable[[torch.device], Memory], device: Any) -> None:
         self.now = lambda: memory(device).allocated
-        self.before: list[int] = []
-        self.after: list[int] = []
+        self.layers = layers
+        self.before: dict[nn.Module, int] = {}
+        self.after: dict[nn.Module, int] = {}
         self.handles: list[Any] = []
         for layer in layers:
-            self.handles.append(layer.register_forward_pre_hook(lambda *_: self.before.append(self.now())))
-            self.handles.append(layer.register_forward_hook(lambda *_: self.after.append(self.now())))
+            self.handles.append(layer.register_forward_pre_hook(lambda layer, _: self._note(self.before, layer)))
+            self.handles.append(layer.register_forward_hook(lambda layer, *_: self._note(self.after, layer)))
+
+    def _note(self, when: dict[nn.Module, int], layer: nn.Module) -> None:
+        when[layer] = self.now()
 
     def read(self) -> list[int]:
         for handle in self.handles:
             handle.remove()
-        return [after - before for before, after in zip(self.before, self.after, strict=False)]
+        return [self.after[layer] - self.before[layer] for layer in self.layers if layer in self.after]

@@ -59,7 +59,8 @@ class Unsharing:
         mixers = list(mixers_of(backbone, self.rules))
         for mixer in mixers:
             mixer.register_forward_pre_hook(self.enter, with_kwargs=True)
-            mixer.register_forward_hook(self.leave, with_kwargs=True)
+            # First of all: FSDP's own hook, if it is there already, takes the weights away again.
+            mixer.register_forward_hook(self.leave, prepend=True, with_kwargs=True)
         return mixers
 
     def plan_for(self, backbone: nn.Module, plan: Plan | None) -> Plan:

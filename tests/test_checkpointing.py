@@ -12,8 +12,9 @@ from parameterized import parameterized
 from torch import nn
 
 import flexpatch
-from flexpatch.checkpointing import Memory, Recomputation, cuda_memory
-from flexpatch.models import tiny_model
+from flexpatch.checkpointing import Memory, Recomputation, cuda_memory, kind_of
+from flexpatch.internals import layers_of
+from flexpatch.models import tiny_model, tiny_types
 
 LAYERS = 5
 
@@ -29,36 +30,45 @@ class Device:
 
 
 class Layer(nn.Module):
-    """Allocates ``size`` a token in forward."""
+    """Allocates ``size`` a token in forward: 2 when recomputed, else ``kept``."""
 
-    def __init__(self, device: Device, size: int) -> None:
+    def __init__(self, device: Device, kept: int = 10) -> None:
         super().__init__()
-        self.device, self.size = device, size
+        self.device, self.kept, self.size = device, kept, 0
 
     def forward(self, ids: torch.Tensor) -> None:
         self.device.allocated += self.size * ids.numel()
 
 
-def forward(policy: Recomputation, device: Device, model: nn.Module, tokens: int) -> int:
-    """One training forward and backward; how many layers it recomputes."""
+class State(Layer):
+    """A layer of another kind."""
+
+
+def which(policy: Recomputation, device: Device, model: nn.Module, tokens: int) -> list[int]:
+    """One training forward and backward; the layers that it recomputes."""
     ids = torch.zeros(1, tokens)
-    count, measured = policy.plan(list(model), ids, model)
+    kept, measured = policy.plan(list(model), ids, model)
     before = device.allocated
-    for i, layer in enumerate(model):
-        layer.size = 2 if i < count else 10
+    for layer in model:
+        layer.size = layer.kept if layer in kept else 2
         layer(ids)
     device.held = max(device.held, device.allocated)
     if measured is not None:
         measured(True)
     device.allocated = before
-    return count
+    return [i for i, layer in enumerate(model) if layer not in kept]
+
+
+def forward(policy: Recomputation, device: Device, model: nn.Module, tokens: int) -> int:
+    """How many layers a training forward and backward recomputes."""
+    return len(which(policy, device, model, tokens))
 
 
 def stepped_policy(limit: float) -> tuple[Recomputation, Device, nn.Module]:
     """After two forwards of 10 tokens and an optimizer step that allocates 50: held are 280, with
     one layer kept to measure it."""
     device = Device(limit)
-    model = nn.ModuleList([Layer(device, 0) for _ in range(LAYERS)])
+    model = nn.ModuleList([Layer(device) for _ in range(LAYERS)])
     model.weight = nn.Parameter(torch.zeros(1))
     policy = Recomputation("auto", device)
     assert forward(policy, device, model, 10) == LAYERS - 1, "one layer is measured"
@@ -75,7 +85,65 @@ def test_as_many_layers_are_kept_as_fit(usable: int, kept: int) -> None:
     policy, device, model = stepped_policy(limit=usable / 0.9 + 1)
     assert device.held == 280
     assert forward(policy, device, model, 10) == LAYERS - kept
-    assert policy.layer_bytes == 8
+    assert list(policy.layer_bytes.values()) == [8]
+
+
+def step(device: Device, model: nn.Module) -> None:
+    """An optimizer's."""
+    device.allocated, device.held = 150, 2000
+    model.weight.data += 1
+
+
+# A state keeps 40 a token more than when checkpointed, an attention 8: for 10 tokens 400 and 80.
+@parameterized.expand(
+    [
+        (395, "SASAS", 0), (405, "SASAS", 1), (475, "SASAS", 1), (485, "SASAS", 2), (885, "SASAS", 3),
+        (75, "SSSSA", 0), (475, "SSSSA", 1), (485, "SSSSA", 2), (1285, "SSSSA", 4),
+        (475, "SA", 1), (485, "SA", 2), (395, "AS", 0), (485, "AS", 2),
+    ]
+)  # fmt: skip
+def test_layers_of_several_kinds(room: int, pattern: str, kept: int) -> None:
+    """Each is counted by what its own kind keeps, wherever the layers of that kind are."""
+    device = Device((2000 + room) / 0.9 + 1)
+    model = nn.ModuleList([State(device, 42) if kind == "S" else Layer(device) for kind in pattern])
+    model.weight = nn.Parameter(torch.zeros(1))
+    policy = Recomputation("auto", device)
+    every = list(range(len(pattern)))
+    measured = []
+    for _ in range(2):  # a step each
+        (left,) = set(every) - set(which(policy, device, model, 10))
+        measured.append(left)
+        step(device, model)
+    assert sorted(measured) == sorted([pattern.rindex("S"), pattern.rindex("A")]), "the last layer of each kind"
+    assert which(policy, device, model, 10) == every[: len(every) - kept]
+    assert sorted(policy.layer_bytes.values()) == [8, 40]
+
+
+def test_kinds_that_come_later_count_as_the_largest() -> None:
+    policy, device, model = stepped_policy(limit=10_000)
+    assert forward(policy, device, model, 10) == 0
+    device.limit = (280 + 245) / 0.9 + 1
+    assert forward(policy, device, model, 10) == LAYERS - 3
+    model[-1] = State(device)
+    assert forward(policy, device, model, 10) == LAYERS - 3
+
+
+KINDS = dict(llama=1, gpt_oss=1, qwen3_5_text=2, bamba=2, nemotron_h=4, lfm2=2)
+
+
+@parameterized.expand([(kind, KINDS[kind]) for kind in KINDS if kind in tiny_types()])
+def test_kinds_of_layers(kind: str, kinds: int) -> None:
+    """Layers of a hybrid differ; layers with other masks alone do not."""
+    model = deep(kind, LAYERS) if kind == "llama" else tiny_model(kind)
+    layers = layers_of(model.model)
+    assert len(layers) > 1 and len({kind_of(layer) for layer in layers}) == kinds
+
+
+def test_kinds_of_trained_layers() -> None:
+    first, *_, last = layers_of(deep("llama", 2).model)
+    assert kind_of(first) == kind_of(last)
+    first.requires_grad_(False)
+    assert kind_of(first) != kind_of(last)
 
 
 def test_longer_rows_keep_less() -> None:

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,8 @@ from helpers.hybrids import (
 from helpers.oracle import see_siblings
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import flexpatch
@@ -515,6 +518,39 @@ def test_weights_that_are_gathered_within_mixers(kind: str) -> None:
         counts.clear()
         layer.weight.ds_id = 0
         assert apart(step(model, call), true) < BOUND and len(counts) == 1
+
+
+@pytest.fixture
+def _one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("applied", ["before", "after"])
+@pytest.mark.usefixtures("_one_rank")
+@kinds
+def test_sharded_mixers(kind: str, applied: str) -> None:
+    """FSDP2 around each mixer gives it another class, and its weights for one call; whichever came first."""
+    stock, model = twins(kind)
+    call = batch("right")
+    if applied == "after":
+        settings = settings_of(model)
+        flexpatch.remove(model)
+    found = mixers(model)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for module in (*found, model):
+        fully_shard(module, mesh=mesh)
+    if applied == "after":
+        flexpatch.apply(model, **settings)
+    assert all(isinstance(mixer, FSDPModule) for mixer in found)
+    with Float64():
+        true = step(stock, call)
+        loss, logits = loss_of(model, call)
+    loss.backward()
+    whole = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    ours = logits, torch.cat([gradient.flatten() for gradient in whole if gradient is not None])
+    assert apart(ours, true) < BOUND and flexpatch.savings(model).folded == 1
 
 
 def test_all_kinds() -> None:
