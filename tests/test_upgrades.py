@@ -36,16 +36,16 @@ def test_what_flexpatch_relies_on(entry: Probe) -> None:
     entry.check()
 
 
-OF_TYPES = [
-    pytest.param(
-        entry, model_type, id=f"{entry.name}, {model_type}", marks=[] if model_type in FIRST else pytest.mark.slow
-    )
-    for entry in PROBES
-    for model_type in entry.of
-]
-
-
-@pytest.mark.parametrize(("entry", "model_type"), OF_TYPES)
+@pytest.mark.parametrize(
+    ("entry", "model_type"),
+    [
+        pytest.param(
+            entry, model_type, id=f"{entry.name}, {model_type}", marks=[] if model_type in FIRST else pytest.mark.slow
+        )
+        for entry in PROBES
+        for model_type in entry.of
+    ],
+)
 def test_what_flexpatch_relies_on_in_every_architecture(entry: Probe, model_type: str) -> None:
     entry.check(model_type)
 
