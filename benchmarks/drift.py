@@ -595,8 +595,9 @@ def conditions(settings: dict[str, Any]) -> str:
     chosen, base = settings["settings"], settings["base"]
     model = Path(chosen.get("model", "")).name
     if base:
+        kind = SHAPES[chosen["shape"]].get("model_type", "llama")
         model = (
-            f"a Llama of {base['parameters'] / 1e6:,.1f}M weights, trained here from random ones ({base['steps']} "
+            f"a {kind} of {base['parameters'] / 1e6:,.1f}M weights, trained here from random ones ({base['steps']} "
             f"steps of {base['blocks'] * base['block']:,} tokens of the training pairs' prompts and chosen answers; "
             f"held-out chosen answers: {base['held_out_loss']:.2f} nats a token), not a public model"
         )

@@ -85,7 +85,7 @@ class Row(Kernel):
         self.fa4 = fa4
         self.plan = plan
         self.mixers = mixers
-        self.reached = not self.masks
+        self.reached = len(self.masks) == 0  # not "not": Dynamo cannot trace that of a tuple
         self.unshared = 0  # mixers that ran
         self.kinds: Counter[str] = Counter()  # calls that have to branch a state, of each kind of function
         self.branched: Counter[str] = Counter()  # calls that did

@@ -47,6 +47,7 @@ FIRST = list(
 WITHOUT_POSITIONS = [
     *(("mamba", 0), ("mamba2", 0), ("falcon_mamba", 0), ("rwkv", 0), ("xlstm", 0), ("jamba", 0), ("zamba", 0)),
     *(("zamba2", 1), ("nemotron_h", 0), ("granitemoehybrid", 0), ("kimi_linear", 0)),
+    *(("glm5_next", 0), ("glm5_next_text", 0), ("inkling_text", 0)),
 ]
 
 

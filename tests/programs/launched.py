@@ -48,7 +48,7 @@ if __name__ == "__main__":
     if not role:
         config = AutoConfig.from_pretrained(folder)
         AutoModelForCausalLM.from_config(copy.deepcopy(config))(BATCH, use_cache=False)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2))
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", n_layer=1, hidden_size=32, n_head=2))
         train(LlamaForCausalLM(config), LlamaForCausalLM(config))
         adapted = get_peft_model(
             AutoModelForCausalLM.from_pretrained(folder), LoraConfig(lora_dropout=0.5, task_type="CAUSAL_LM")
