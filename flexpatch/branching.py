@@ -147,10 +147,9 @@ def choose(backbone: nn.Module, adapter: Adapter, way: str) -> dict[str, tuple[s
     branched = {}
     for mixer in mixers_of(backbone, adapter.unshared) if way != "unshared" else ():
         name, module = own_class(mixer, adapter.unshared)
-        kinds = adapter.branched.get(name)
+        kinds = adapter.branched.get(name, ())
         reason = obstacle(sys.modules[module], kinds) if kinds else "its record does not say how"
-        if reason is None and not (way == "auto" and takes_sequences(sys.modules[module], kinds or ())):
-            assert kinds is not None, "there is a record"
+        if reason is None and not (way == "auto" and takes_sequences(sys.modules[module], kinds)):
             branched[name] = kinds
         elif way == "branched":
             raise UnsupportedModelError(f'{name} cannot be branched: {reason}. Apply with mixers="auto"')
@@ -168,12 +167,16 @@ def takes_sequences(module: ModuleType, kinds: Iterable[str]) -> bool:
         Whether one does.
     """
     scans = set(kinds) & {DELTA_RULE, STATE_SPACE}
-    names = [name for name, (kind, _) in HANDLERS.items() if kind in scans and hasattr(module, name)]
-    functions = (getattr(module, name) for name in names)
+    functions = (getattr(module, name) for kind in scans for name in _functions_of(module, kind))
     return any(takes(getattr(function, "original", function), "cu_seqlens") for function in functions)
 
 
-def obstacle(module: ModuleType, kinds: Iterable[str]) -> str | None:
+def _functions_of(module: ModuleType, kind: str) -> list[str]:
+    """List the names of a modeling file's functions of one kind."""
+    return [name for name, (each, _) in HANDLERS.items() if each == kind and hasattr(module, name)]
+
+
+def obstacle(module: ModuleType, kinds: tuple[str, ...]) -> str | None:
     """Find a reason why functions of a modeling file cannot be branched.
 
     Args:
@@ -183,12 +186,11 @@ def obstacle(module: ModuleType, kinds: Iterable[str]) -> str | None:
     Returns:
         The reason, as the end of a sentence; ``None``: they can.
     """
-    kinds = tuple(kinds)
     since = SINCE.get(kinds, SINCE_OTHERS)
     if Version(transformers.__version__) < Version(since):
         return f"its functions get no arguments of a call before transformers {since}"
     for kind in kinds:
-        found = [name for name, (each, _) in HANDLERS.items() if each == kind and hasattr(module, name)]
+        found = _functions_of(module, kind)
         if not found:
             return f"{module.__name__} has no function for its {kind}"
         if strange := [name for name in found if not _is_own(module, getattr(module, name))]:

@@ -135,31 +135,32 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     check_tuners(model)
     inner = only_pretrained(model)
     config = text_config(inner)
-    original = original_of(attention_name(inner))
-    check_original(original, adapter_for(config))
+    adapter, original = adapter_for(config), original_of(attention_name(inner))
+    check_original(original, adapter)
     check_quantization(model)
     if not options["shared_dropout"]:
         check_dropout(model, trains=trains)
     check_ranks(model, call=False)
     check_backend(inner, backend)  # the last: it may warn
-    layers = layers_of(backbone_of(inner))
+    backbone = backbone_of(inner)
+    layers = layers_of(backbone)
     if (compile or recompute_layers is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or recompute")
-    check_mixers(backbone_of(inner), config, adapter_for(config), compile=compile)
-    choose(backbone_of(inner), adapter_for(config), hook.way)  # before anything changes: it may raise
+    check_mixers(backbone, config, adapter, compile=compile)
+    choose(backbone, adapter, hook.way)  # before anything changes: it may raise
     if compile:
         check_forwards(layers)
     set_attention(inner, register_name(original))
     if attention_name(inner) == original:
         raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
-    hook.dense = dense_original(inner, adapter_for(config))
+    hook.dense = dense_original(inner, adapter)
     previous = hook_of(inner)
     if previous is not None:
         hook.folding.counts, hook.folding.of_trainer = previous.folding.counts, previous.folding.of_trainer
     remove_hooks(inner)
     if compile:
         compile_layers(layers)
-    register_hooks(inner, hook, adapter_for(config))
+    register_hooks(inner, hook, adapter)
     if previous is None or previous.backend != backend:
         log.info(
             "flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, backend_of(inner), device_of(inner)
