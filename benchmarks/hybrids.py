@@ -5,18 +5,21 @@
     python benchmarks/hybrids.py LENGTHS.json --device cpu --shape tiny --budget 2048 --dtype float32
 
 LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids are random. A step is that of DPO
-with LoRA on all linear layers: log-probs of the answers with the adapters off, then on, and the backward pass. *Shared*
+with LoRA on all linear layers: log-probs of the answers with the adapters off, then on, and the backward pass. With
+--full all weights get gradients, and the reference is a second model; no optimizer runs in either. *Shared*
 packs trees into one row of --budget tokens, *pairs* packs each answer with its own copy of the prompt into as many such
 rows. GRPO's shape is a prompt of 4,096 tokens with 16 answers of 256. Times are medians after two warm steps.
 *kept* is the speed-up over the token ratio: 1 if shared tokens cost nothing at all.
 """
 
 import argparse
+import copy
 import json
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,7 @@ def main() -> None:
     add("--budget", type=int, default=16384, help="tokens of a row (%(default)s)")
     add("--grpo", type=int, nargs="*", default=[4096, 16, 256], help="prompt, answers, tokens of each; none: skipped")
     add("--steps", type=int, default=5, help="that are timed (%(default)s)")
+    add("--full", action="store_true", help="train all weights instead of LoRA")
     add("--recompute", action="store_true", help="gradient checkpointing")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
@@ -67,12 +71,17 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     lengths = json.loads(options.lengths.read_text())
-    model = make_model(options)
+    model, reference = make_models(options)
+    training = (
+        "all weights, a second model as the reference"
+        if options.full
+        else "LoRA on all linear layers, reference by adapters off"
+    )
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     conditions = (
         f"{options.shape} shape, random weights, {options.dtype}, {device}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, peft {peft.__version__}; LoRA on all linear layers, reference by adapters off, "
-        f"rows of {options.budget:,} tokens, gradient checkpointing {'on' if options.recompute else 'off'}"
+        f"{transformers.__version__}, peft {peft.__version__}; {training}, rows of "
+        f"{options.budget:,} tokens, gradient checkpointing {'on' if options.recompute else 'off'}"
     )
     names = lengths if options.sets is None else options.sets
     batches = {name: draw(lengths[name], options) for name in names}
@@ -88,9 +97,10 @@ def main() -> None:
         record["tokens"] = sum(r.tokens for r in pairs) / sum(r.tokens for r in shared)
         for mixers in options.mixers:
             try:
-                flexpatch.apply(model, mixers=mixers)
+                for each in {id(model): model, id(reference): reference}.values():
+                    flexpatch.apply(each, mixers=mixers)
                 for kind, rows in (("pairs", pairs), ("shared", shared)):
-                    record[f"{mixers} {kind}"] = timed(step_of(model, rows), options)
+                    record[f"{mixers} {kind}"] = timed(step_of(model, reference, rows), options)
             except (flexpatch.FlexpatchError, torch.OutOfMemoryError) as error:
                 record[f"{mixers} failed"] = str(error)[:200]
         print(record, flush=True)
@@ -101,17 +111,29 @@ def main() -> None:
     print(table)
 
 
-def make_model(options: argparse.Namespace) -> Any:
+def make_models(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Make the model that trains and the reference, the same one with adapters that can be switched off."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(**SHAPES[options.shape])
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
     model.config.use_cache = False
-    model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    reference = copy.deepcopy(model).requires_grad_(False) if options.full else None
+    if not options.full:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules=targets_of(model)))
     if options.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return model.train()
+    model.train()
+    return model, model if reference is None else reference
+
+
+def targets_of(model: Any) -> str | list[str]:
+    """Name the layers that get adapters: all linear ones but those that peft refuses in Mamba models."""
+    if "nemotron_h" not in model.config.model_type:
+        return "all-linear"
+    linears = {name.rsplit(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return sorted(linears - {"out_proj", "lm_head"})
 
 
 def tree_of(rng: random.Random, options: argparse.Namespace, prompt: int, answers: Sequence[int]) -> Tree:
@@ -142,16 +164,17 @@ def bins(trees: Sequence[Tree], budget: int) -> list[Rows]:
     return [build_rows([[trees[i] for i in each]]) for each in packed]
 
 
-def step_of(model: Any, rows: Sequence[Rows]) -> Callable[[], None]:
-    """Make the step of DPO: log-probs without and with adapters, and gradients."""
+def step_of(model: Any, reference: Any, rows: Sequence[Rows]) -> Callable[[], None]:
+    """Make the step of DPO: log-probs of the reference and of the model, and gradients."""
+    without = model.disable_adapter if reference is model else nullcontext
     here = [each.to(model.device) for each in rows]
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         for each in here:
-            with torch.no_grad(), model.disable_adapter():
-                reference = flexpatch.answer_logprobs(model, each).answers
-            rewards = flexpatch.answer_logprobs(model, each).answers - reference
+            with torch.no_grad(), without():
+                before = flexpatch.answer_logprobs(reference, each).answers
+            rewards = flexpatch.answer_logprobs(model, each).answers - before
             (-torch.nn.functional.logsigmoid(rewards)).sum().backward()
 
     return step

@@ -39,6 +39,7 @@ import peft
 import torch
 import transformers
 import trl
+from hybrids import SHAPES as HYBRIDS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -73,6 +74,7 @@ SHAPES = {
         hidden_size=64, num_hidden_layers=2, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2,
         head_dim=16, vocab_size=512, tie_word_embeddings=True,
     ),
+    **{name: shape for name, shape in HYBRIDS.items() if name != "tiny"},
 }  # fmt: skip
 MODES = ("stock", "one line", "packed")
 OPTIONS: dict[str, dict[str, Any]] = {"one line": {}, "packed": dict(compile=True, recompute_layers="auto")}
@@ -93,11 +95,14 @@ def main() -> None:
     add("--bins", type=int, default=6, help="packed batches an epoch, approximately (%(default)s)")
     add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
     add("--lora", choices=("all-linear", "attention"), default="all-linear", help="layers that get adapters")
+    add("--eager", action="store_true", help="packed: without compiled layers, as hybrids need it")
     add("--full", action="store_true", help="train all weights instead of LoRA, with a second model as the reference")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/trainers"))
     options = parser.parse_args()
+    if options.eager:
+        OPTIONS["packed"]["compile"] = False
     options.output.mkdir(parents=True, exist_ok=True)
     lengths = json.loads(options.lengths.read_text())
     names = options.sets or list(lengths)

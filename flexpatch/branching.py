@@ -22,15 +22,14 @@ from flexpatch.arrival import CALL, Row
 from flexpatch.errors import UnsupportedModelError
 from flexpatch.mixers import mixers_of
 from flexpatch.registry import CONVOLUTION, DELTA_RULE, STATE_SPACE, Adapter
-from flexpatch.states import convolve, delta_rule, kept_by, state_space, takes
+from flexpatch.states import convolve, delta_rule, kept_by, state_space
 from flexpatch.unshare import Unsharing
 
 # The release of transformers from which mixers hand their keyword arguments on to these functions.
 SINCE: dict[tuple[str, ...], str] = {(CONVOLUTION,): "5.23"}
 SINCE_OTHERS = "5.16"
-# How mixers that no mask can cut may run. "auto": branched where that was found exact, and unshared elsewhere. Models
-# were checked with transformers' own functions, on CPUs and on a GPU, but not with kernels that take sequences behind
-# each other, which are flash-linear-attention's.
+# How mixers that no mask can cut may run. "auto": branched where that was found exact, with transformers' own functions
+# and with flash-linear-attention's kernels, and unshared elsewhere.
 WAYS = ("auto", "branched", "unshared")
 
 
@@ -149,26 +148,11 @@ def choose(backbone: nn.Module, adapter: Adapter, way: str) -> dict[str, tuple[s
         name, module = own_class(mixer, adapter.unshared)
         kinds = adapter.branched.get(name, ())
         reason = obstacle(sys.modules[module], kinds) if kinds else "its record does not say how"
-        if reason is None and not (way == "auto" and takes_sequences(sys.modules[module], kinds)):
+        if reason is None:
             branched[name] = kinds
         elif way == "branched":
             raise UnsupportedModelError(f'{name} cannot be branched: {reason}. Apply with mixers="auto"')
     return branched
-
-
-def takes_sequences(module: ModuleType, kinds: Iterable[str]) -> bool:
-    """Tell whether scans of a modeling file run on kernels that take sequences behind each other.
-
-    Args:
-        module: The modeling file.
-        kinds: What its mixer calls.
-
-    Returns:
-        Whether one does.
-    """
-    scans = set(kinds) & {DELTA_RULE, STATE_SPACE}
-    functions = (getattr(module, name) for kind in scans for name in _functions_of(module, kind))
-    return any(takes(getattr(function, "original", function), "cu_seqlens") for function in functions)
 
 
 def _functions_of(module: ModuleType, kind: str) -> list[str]:

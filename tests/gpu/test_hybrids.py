@@ -10,11 +10,20 @@ from flexpatch.registry import adapters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 TYPES = [t for t in tiny_types() if adapters()[t].unshared]
-# In 16 bits a tiny delta rule is all noise: the unpatched model's own gradients are off by half.
-NARROW = ["rwkv", "deepseek_v4", "llama4_text", "glm_moe_dsa", "bamba", "minimax", "jamba", "falcon_h1"]
+# In 16 bits tiny models are noisy: the unpatched model's own gradients may be off by half, which hides some of the
+# controls. These are caught in float32, so only the other checks are asked there.
+# The unpatched xLSTM fails in 16 bits: it multiplies float32 states by bfloat16 values.
+NARROW = [t for t in TYPES if t != "xlstm"]
 
 
-@parameterized.expand([(t, torch.float32) for t in TYPES] + [(t, torch.bfloat16) for t in NARROW])
-def test_parity(model_type: str, dtype: torch.dtype) -> None:
-    report = check_parity(tiny_model(model_type, 0, dtype=dtype).to("cuda"))
+@parameterized.expand([(t,) for t in TYPES])
+def test_parity(model_type: str) -> None:
+    report = check_parity(tiny_model(model_type, 0, dtype=torch.float32).to("cuda"))
     assert report.passed, str(report)
+
+
+@parameterized.expand([(t,) for t in NARROW])
+def test_parity_in_16_bits(model_type: str) -> None:
+    report = check_parity(tiny_model(model_type, 0, dtype=torch.bfloat16).to("cuda"))
+    wrong = [check for check in report.checks if check.margin is None and not check.passed]
+    assert not wrong, str(report)
