@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flexpatch.layouts import Media, Stacked, register_media, runs
+from flexpatch.pictures import draw_square
 from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, register, sliding_windows
 
 SHORT = dict(sliding_window=8, query_pre_attn_scalar=16)
@@ -48,9 +50,20 @@ register(
                 dict(SHORT, sliding_window_pattern=2),
                 dict(SHORT, sliding_window_pattern=3, final_logit_softcapping=30.0),
             ],
-            "gemma3": [dict(text_config=dict(SHORT, sliding_window_pattern=2), vision_config=VISION, **IMAGES)],
         },
-        limits="multimodal class: calls with images run as they are given",
+    )
+)
+
+register_media(
+    Media(
+        name="Gemma 3",
+        images=Stacked(),
+        draw=draw_square(lambda config: config.mm_tokens_per_image),
+        types="token_type_ids",
+        # Each run of image tokens sees itself, also one of several images.
+        blocks=lambda config, types: runs(types == 1),
+        block_layers=(FULL, SLIDING),
+        tiny={"gemma3": [dict(text_config=dict(SHORT, sliding_window_pattern=2), vision_config=VISION, **IMAGES)]},
     )
 )
 

@@ -16,7 +16,8 @@ from flexpatch.internals import dequantize, eager_experts
 SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax)
 # Attention scores have four dimensions: batch, heads, queries, keys. Scores of a router have two.
 SCORES = 4
-PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+# Functions of two tensors that must be of one dtype, the second of which may be float32.
+PAIRS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, F.grid_sample)
 
 
 class Float64(TorchFunctionMode):
@@ -45,7 +46,7 @@ class Float64(TorchFunctionMode):
         if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (lifts and func is Tensor.to):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
-        if lifts and func in PRODUCTS:  # ropes multiply by float32 positions
+        if lifts and func in PAIRS:  # ropes multiply by float32 positions, and towers sample at them
             args = (args[0], args[1].to(torch.float64), *args[2:])
         return func(*args, **kwargs)
 

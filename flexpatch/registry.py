@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from packaging.version import Version
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.layouts import media_of
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -197,7 +198,7 @@ def decoder_config(config: Any) -> Any:
             message says what can be done with its text model, or why nothing can.
     """
     model_type = config.model_type
-    if model_type in adapters():
+    if model_type in adapters() or media_of(config) is not None:
         return config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
