@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from flexpatch.layouts import Layout, Media, Unit
 from flexpatch.registry import INSTALLED
@@ -55,7 +54,15 @@ class Held:
 
 
 def held_by(record: Media, call: Mapping[str, Any]) -> list[Held]:
-    """Find the images and videos of a call."""
+    """Find the images and videos of a call.
+
+    Args:
+        record: Of the multimodal class.
+        call: The call's arguments by name.
+
+    Returns:
+        Those that there are.
+    """
     held = [Held(layout, layout.entries(call)) for layout in record.layouts()]
     return [each for each in held if each.layout.names[0] in each.entries]
 
@@ -131,7 +138,7 @@ def select(held: Sequence[Held], units: Sequence[Sequence[Unit]]) -> dict[str, A
 
 
 def rope_positions(
-    backbone: PreTrainedModel,
+    backbone: Any,
     call: Mapping[str, Any],
     ids: np.ndarray,
     mask: np.ndarray | None,
@@ -151,7 +158,7 @@ def rope_positions(
     Returns:
         (axes, N, S) int64 on the host; ``None`` where the model counts columns.
     """
-    method: Any = backbone.compute_3d_position_ids
+    method = backbone.compute_3d_position_ids
     known: dict[str, Any] = {name: torch.from_numpy(numbers) for name, numbers in sizes.items()}
     known["input_ids"] = torch.from_numpy(ids)
     known["attention_mask"] = None if mask is None else torch.from_numpy(mask.astype(np.int64))
@@ -162,7 +169,7 @@ def rope_positions(
     positions: Tensor | None = method(**{name: known.get(name) for name in signature(method).parameters})
     deltas = getattr(backbone, "rope_deltas", None)
     if isinstance(deltas, Tensor):
-        backbone.rope_deltas = deltas.to(call["input_ids"].device)  # type: ignore[assignment]
+        backbone.rope_deltas = deltas.to(call["input_ids"].device)
     return positions
 
 

@@ -5,6 +5,7 @@ A **unit** is an image, a tile of one or a video: what fills a run of placeholde
 type of the multimodal class. They know nothing of its text model, which has an adapter of its own.
 """
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -99,9 +100,11 @@ class Nested(Layout):
     skips_zeros: bool = True
 
     def entries(self, call: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the tensors of a call, images of all sequences behind each other."""
         return {name: tensor.flatten(0, 1) for name, tensor in super().entries(call).items()}
 
     def join(self, entries: dict[str, Tensor]) -> dict[str, Any]:
+        """Return tensors of chosen entries as those of one sequence."""
         return {name: tensor[None] for name, tensor in entries.items()}
 
 
@@ -125,6 +128,14 @@ class Grid(Layout):
         skipped: np.ndarray | None,
         placeholders: int,
     ) -> list[Unit] | None:
+        """List the images of a call by their grids.
+
+        Args:
+            config, counts, sizes, skipped, placeholders: As in :meth:`Layout.units`.
+
+        Returns:
+            The images in order; ``None`` if there are more or fewer patches than the grids tell.
+        """
         pixels, grid = self.names[:2]
         if grid not in sizes:
             return None
@@ -221,6 +232,7 @@ def media_of(config: Any) -> Media | None:
 
 def multimodal_types() -> dict[str, Media]:
     """Return all types of multimodal classes with a record, in order of registration."""
+    importlib.import_module("flexpatch.adapters")  # here, because those files import this one
     return dict(_media)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from flexpatch.fold import Folded, predicting_padding
 from flexpatch.images import Held, identities, rope_positions, select
@@ -75,7 +74,15 @@ def images_in(config: Any, held: Sequence[Held], numbers: Iterator[np.ndarray], 
 
 
 def placeholders_out(config: Any, ids: np.ndarray) -> np.ndarray:
-    """Return token ids with 0 for placeholders, whose ids may lie outside the vocabulary."""
+    """Put 0 in place of placeholders, whose ids may lie outside the vocabulary.
+
+    Args:
+        config: The configuration of the backbone.
+        ids: (N, S) int64.
+
+    Returns:
+        (N, S) int64.
+    """
     record = media_of(config)
     tokens = [] if record is None else [getattr(config, layout.token, None) for layout in record.layouts()]
     return np.where(np.isin(ids, [token for token in tokens if token is not None]), 0, ids) if tokens else ids
@@ -261,7 +268,7 @@ def place(images: Images, folded: Folded, mask: np.ndarray | None) -> tuple[Fold
 
 
 def row_arguments(
-    backbone: PreTrainedModel, call: Mapping[str, Any], record: Media, held: Sequence[Held], batch: Any, row: RowImages
+    backbone: Any, call: Mapping[str, Any], record: Media, held: Sequence[Held], batch: Any, row: RowImages
 ) -> dict[str, Any] | str:
     """Make the arguments that a row's call has beside its tokens: its images, and rope positions of several axes.
 
