@@ -121,7 +121,7 @@ def gradients(model: nn.Module, each: Sequence[Tensor], seed: int = 0) -> tuple[
 
 def apart(ours: Sequence[Tensor], true: Sequence[Tensor]) -> float:
     """The largest difference of log-probs."""
-    return max(float((a - b).abs().max()) for a, b in zip(ours, true, strict=True))
+    return max(float((a - b).detach().abs().max()) for a, b in zip(ours, true, strict=True))
 
 
 def with_holes(rng: np.random.Generator, call: dict[str, Any], types: str | None) -> dict[str, Any]:
