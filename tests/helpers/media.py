@@ -124,13 +124,11 @@ def apart(ours: Sequence[Tensor], true: Sequence[Tensor]) -> float:
     return max(float((a - b).detach().abs().max()) for a, b in zip(ours, true, strict=True))
 
 
-def with_holes(rng: np.random.Generator, call: dict[str, Any], types: str | None) -> dict[str, Any]:
+def with_holes(rng: np.random.Generator, call: dict[str, Any]) -> dict[str, Any]:
     """Take tokens of text out by the mask alone. Where a hole predicts a token its output is read too."""
-    mask = call["attention_mask"].clone()
-    kinds = call[types] if types is not None else torch.zeros_like(mask)
-    able = (mask.bool() & (kinds == 0)).numpy() & (rng.random(mask.shape) < 0.1)
-    mask[torch.from_numpy(able)] = 0
-    return call | dict(attention_mask=mask)
+    mask, ids = call["attention_mask"].numpy().copy(), call["input_ids"].numpy()
+    mask[(ids > 6) & (ids < 140) & (rng.random(mask.shape) < 0.1)] = 0
+    return call | dict(attention_mask=torch.from_numpy(mask))
 
 
 def readable(mask: Tensor) -> Tensor:
