@@ -1,9 +1,11 @@
-"""LLaVA, SmolVLM, Idefics 3 and Mistral 3: a tower and a projector before a text model of another family."""
+"""LLaVA and others that put a tower and a projector before a text model of another family."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from flexpatch.layouts import Media, Nested, Stacked, register_media
-from flexpatch.pictures import draw_sized, draw_square
+from flexpatch.pictures import draw_sized, draw_square, draw_tiled
 
 SIGLIP = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -21,6 +23,65 @@ def mistral_tokens(config: Any, size: Any) -> int:
     """Count the tokens of an image of Mistral 3, of (height, width) pixels."""
     height, width = (int(side) // mistral_side(config) for side in size)
     return height * width
+
+
+def best_resolution(config: Any, height: int, width: int) -> tuple[int, int]:
+    """Choose the resolution at which LLaVA-Next cuts an image of some size into tiles: the most used, least wasted."""
+    fits = []
+    for tall, wide in config.image_grid_pinpoints:
+        scale = min(wide / width, tall / height)
+        used = min(int(width * scale) * int(height * scale), width * height)
+        fits.append((used, used - tall * wide, -len(fits), (tall, wide)))
+    return max(fits)[-1]
+
+
+def unpadded(config: Any, size: Any) -> tuple[int, int]:
+    """Return the patches (down, across) of a tiled image that are no padding of LLaVA-Next."""
+    height, width = (int(side) for side in size)
+    side = config.vision_config.image_size
+    patches = side // config.vision_config.patch_size
+    down, across = (pixels // side * patches for pixels in best_resolution(config, height, width))
+    if width / height > across / down:
+        down -= 2 * ((down - int(round(height * (across / width), 7))) // 2)
+    else:
+        across -= 2 * ((across - int(round(width * (down / height), 7))) // 2)
+    return down, across
+
+
+def tile_tokens(config: Any) -> int:
+    """Count the patches of one tile."""
+    return int(config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def next_tokens(config: Any, size: Any) -> int:
+    """Count the tokens of an image of LLaVA-Next: the whole, and its tiles with a token at the end of each line."""
+    down, across = unpadded(config, size)
+    return tile_tokens(config) + down * (across + 1)
+
+
+def onevision_tokens(config: Any, size: Any) -> int:
+    """Count the tokens of an image of LLaVA-OneVision, which shrinks what would be too many."""
+    down, across = unpadded(config, size)
+    most = int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * tile_tokens(config)
+    ratio = math.sqrt(down * across / most)
+    if ratio > 1.1:
+        down, across = int(down // ratio), int(across // ratio)
+    return tile_tokens(config) + down * (across + 1)
+
+
+def several(call: Mapping[str, Any]) -> str | None:
+    """Refuse prompts of several LLaVA-OneVision images: how they are tiled depends on the others of their prompt."""
+    counts = call.get("batch_num_images")
+    if counts is not None and any(count > 1 for count in counts.tolist()):
+        return "several images in a prompt, which this model does not cut into tiles"
+    return None
+
+
+def tiles(config: Any, size: Any) -> int:
+    """Count the tiles of an image of LLaVA-Next, and the whole image."""
+    side = config.vision_config.image_size
+    tall, wide = best_resolution(config, *size)
+    return 1 + (tall // side) * (wide // side)
 
 
 register_media(
@@ -71,6 +132,88 @@ register_media(
                     spatial_merge_size=2,
                 )
             ]
+        },
+    )
+)
+
+CLIP = dict(SIGLIP, model_type="clip_vision_model")
+PINPOINTS = [[28, 56], [56, 28], [56, 56]]
+
+register_media(
+    Media(
+        name="LLaVA-Next",
+        images=Stacked(names=("pixel_values", "image_sizes"), sizes=("image_sizes",), tokens=next_tokens),
+        draw=draw_tiled(tiles, next_tokens),
+        tiny={
+            "llava_next": [
+                dict(text_config=LLAMA, vision_config=CLIP, image_token_index=149, image_grid_pinpoints=PINPOINTS)
+            ]
+        },
+    )
+)
+
+register_media(
+    Media(
+        name="LLaVA-OneVision",
+        images=Stacked(names=("pixel_values", "image_sizes"), sizes=("image_sizes",), tokens=onevision_tokens),
+        draw=draw_tiled(tiles, onevision_tokens),
+        passed=frozenset({"batch_num_images"}),
+        reject=several,
+        tiny={
+            "llava_onevision": [
+                dict(
+                    text_config=dict(model_type="qwen2"),
+                    vision_config=dict(SIGLIP, model_type="siglip_vision_model"),
+                    image_token_index=149,
+                    video_token_index=146,
+                    image_grid_pinpoints=PINPOINTS,
+                    vision_aspect_ratio=ratio,
+                )
+                for ratio in ("anyres_max_9", "anyres_max_2")
+            ]
+        },
+    )
+)
+
+
+def shuffled(config: Any) -> int:
+    """Count the tokens of a tile of Aya Vision and Cohere 2 Vision."""
+    vision = config.vision_config
+    return int(vision.image_size // vision.patch_size // config.downsample_factor) ** 2
+
+
+COHERE = dict(
+    text_config=dict(model_type="cohere2", sliding_window=8, sliding_window_pattern=2),
+    vision_config=dict(SIGLIP, patch_size=7, model_type="siglip_vision_model"),
+)
+
+register_media(
+    Media(
+        name="InternVL",
+        images=Stacked(),
+        draw=draw_square(lambda config: config.image_seq_length, tiles=(1, 2, 3)),
+        tiny={
+            "internvl": [
+                dict(
+                    text_config=dict(model_type="qwen2"),
+                    vision_config=dict(SIGLIP, image_size=[28, 28], patch_size=[7, 7]),
+                    image_token_id=149,
+                    image_seq_length=4,
+                    downsample_ratio=0.5,
+                )
+            ]
+        },
+    )
+)
+
+register_media(
+    Media(
+        name="Aya Vision, Cohere 2 Vision",
+        images=Stacked(),
+        draw=draw_square(shuffled, tiles=(1, 2, 3)),
+        tiny={
+            "aya_vision": [dict(COHERE, image_token_index=149)],
+            "cohere2_vision": [dict(COHERE, image_token_id=149, alignment_intermediate_size=64)],
         },
     )
 )

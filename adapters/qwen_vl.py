@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flexpatch.layouts import VIDEOS, Grid, Media, register_media
+from flexpatch.layouts import Grid, Media, register_media, videos_like
 from flexpatch.pictures import draw_grid
 from flexpatch.registry import FULL, SLIDING, Adapter, register
 
@@ -57,8 +57,8 @@ register_media(
     Media(
         name="Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V",
         images=Grid(),
-        videos=VIDEOS,
-        draw=draw_grid,
+        videos=videos_like(Grid()),
+        draw=draw_grid(),
         types="mm_token_type_ids",
         three_axes=True,
         passed=frozenset({"second_per_grid_ts"}),

@@ -225,6 +225,8 @@ def fold_obstacle(batch: Batch, folded: Folded, config: Any, adapter: Adapter) -
     if window is not None and longest_hole(mask) and is_flash(batch.original):
         # FlashAttention leaves padding out, and counts windows in tokens.
         return "with padding inside a sequence, across which FlashAttention counts windows otherwise"
+    if window is not None and batch.images is not None and batch.images.beyond > window:
+        return f"with two-way blocks longer than a window of {window}, in which this model's see all of themselves"
     reach = columns if positions is None else int(positions.max()) + 1
     if (limit := longrope_limit(config)) is not None and (folded.rows.depth <= limit) != (reach <= limit):
         return "with padding or position_ids beyond the length at which longrope switches its frequencies"

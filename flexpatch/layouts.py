@@ -7,7 +7,7 @@ type of the multimodal class. They know nothing of its text model, which has an 
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -114,11 +114,13 @@ class Grid(Layout):
 
     Attributes:
         merged: ``config`` -> how many patches of a grid make one token.
+        pooled: Whether all frames of a video make one.
     """
 
     names: tuple[str, ...] = ("pixel_values", "image_grid_thw")
     sizes: tuple[str, ...] = ("image_grid_thw",)
     merged: Callable[[Any], int] = lambda config: config.vision_config.spatial_merge_size**2
+    pooled: bool = False
 
     def units(
         self,
@@ -144,15 +146,17 @@ class Grid(Layout):
         if bounds[-1] != counts[pixels]:
             return None
         merged = self.merged(config)
+        tokens = sizes[grid][:, 1:].prod(-1) // merged if self.pooled else patches // merged
         return [
-            Unit(n // merged, {pixels: (start, start + n), grid: (k, k + 1)})
+            Unit(int(tokens[k]), {pixels: (start, start + n), grid: (k, k + 1)})
             for k, (n, start) in enumerate(zip(patches.tolist(), bounds, strict=False))
         ]
 
 
-VIDEOS = Grid(
-    names=("pixel_values_videos", "video_grid_thw"), sizes=("video_grid_thw",), token="video_token_id"
-)  # fmt: skip
+def videos_like(images: Grid) -> Grid:
+    """Return the layout of videos that are held as images are, with one axis more in use."""
+    names = ("pixel_values_videos", "video_grid_thw")
+    return replace(images, names=names, sizes=names[1:], token="video_token_id")
 
 
 class Drawn(NamedTuple):
@@ -182,8 +186,11 @@ class Media:
             Tokens of a block see each other, those behind them too. ``None``: every token sees the past alone.
         text_blocks: Whether calls without images have such blocks too.
         block_layers: Layer types whose layers have these blocks.
+        beyond_windows: Whether a block's tokens see all of it whatever a layer's window. Batches with a block that is
+            longer than a window run as given then.
         three_axes: Whether the backbone's ``compute_3d_position_ids`` gives rope positions, several for each token.
         passed: Arguments beside these tensors that reach the model as they are, whatever the row.
+        reject: A call's arguments -> why it cannot be folded, as the end of a sentence, or ``None``.
         since: The release of transformers from which on folding images was found exact. Older ones run as given.
     """
 
@@ -196,8 +203,10 @@ class Media:
     blocks: Callable[[Any, np.ndarray], np.ndarray] | None = None
     text_blocks: bool = False
     block_layers: tuple[str, ...] = ()
+    beyond_windows: bool = False
     three_axes: bool = False
     passed: frozenset[str] = field(default_factory=frozenset)
+    reject: Callable[[Mapping[str, Any]], str | None] = lambda call: None
     since: str = "5.17"
 
     def layouts(self) -> list[Layout]:

@@ -35,6 +35,7 @@ class Images:
         last: (N, S) int64, column of the last token of each token's two-way block, -1 outside; ``None``: no blocks.
         types: (N, S) int64 kinds of tokens; ``None``: not given.
         sizes: Sizes of each layout, for rope positions.
+        beyond: Tokens of the longest two-way block that a window must not cut; 0: there is none.
         reason: Why the batch has to run as it was given.
     """
 
@@ -46,6 +47,7 @@ class Images:
     last: np.ndarray | None
     types: np.ndarray | None
     sizes: Mapping[str, np.ndarray]
+    beyond: int = 0
     reason: str | None = None
 
     def key(self) -> Any:
@@ -150,7 +152,10 @@ def images_of(
         if split and reason is None:
             reason = "with two-way blocks that padding or other tokens interrupt"
     originals = np.array(names.originals, np.int64)
-    return Images(units, np.array(kinds, np.int64), unit_of, keys, originals, last, types, sizes, reason)
+    beyond = 0
+    if last is not None and record.beyond_windows:
+        beyond = int((np.where(last >= 0, last - np.arange(last.shape[1]), -1)).max()) + 1
+    return Images(units, np.array(kinds, np.int64), unit_of, keys, originals, last, types, sizes, beyond, reason)
 
 
 class _Names:

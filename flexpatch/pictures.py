@@ -26,34 +26,49 @@ def _around(config: Any, tokens: list[int]) -> list[int]:
     return tokens
 
 
-def draw_grid(config: Any, number: int, generator: torch.Generator) -> Drawn:
-    """Draw patches in a grid of one of three shapes.
+def qwen_patch(config: Any) -> tuple[int, ...]:
+    """Return the shape of a patch of Qwen-VL's towers: all its numbers in a line."""
+    vision = config.vision_config
+    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
+    return (channels * vision.temporal_patch_size * vision.patch_size**2,)
+
+
+def qwen_merge(config: Any) -> int:
+    """Return how many patches along each side make a token of Qwen-VL."""
+    return int(config.vision_config.spatial_merge_size)
+
+
+def draw_grid(
+    patch: Callable[[Any], tuple[int, ...]] = qwen_patch, merge: Callable[[Any], int] = qwen_merge
+) -> Callable[[Any, int, torch.Generator], Drawn]:
+    """Make the function that draws patches in a grid of one of three shapes.
 
     Args:
-        config: The configuration of the multimodal class.
-        number: Tells the shape.
-        generator: Of the pixels.
+        patch: ``config`` -> shape of a patch.
+        merge: ``config`` -> patches along each side of what one placeholder stands for.
 
     Returns:
-        The image.
+        A function as in :class:`flexpatch.layouts.Media`.
     """
-    vision = config.vision_config
-    merge = vision.spatial_merge_size
-    h, w = ((2, 3), (3, 2), (2, 2))[number % 3]
-    grid = torch.tensor([[1, h * merge, w * merge]])
-    channels = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
-    patch = channels * vision.temporal_patch_size * vision.patch_size**2
-    pixels = _noise(int(grid.prod()), patch, generator=generator)
-    return Drawn(
-        dict(pixel_values=pixels, image_grid_thw=grid), _around(config, [config.image_token_id] * (h * w))
-    )  # fmt: skip
+
+    def draw(config: Any, number: int, generator: torch.Generator) -> Drawn:
+        h, w = ((2, 3), (3, 2), (2, 2))[number % 3]
+        grid = torch.tensor([[1, h * merge(config), w * merge(config)]])
+        pixels = _noise(int(grid.prod()), *patch(config), generator=generator)
+        tokens = _around(config, [config.image_token_id] * (h * w))
+        return Drawn(dict(pixel_values=pixels, image_grid_thw=grid), tokens)
+
+    return draw
 
 
-def draw_square(tokens: Callable[[Any], int]) -> Callable[[Any, int, torch.Generator], Drawn]:
+def draw_square(
+    tokens: Callable[[Any], int], tiles: Sequence[int] = (1,)
+) -> Callable[[Any, int, torch.Generator], Drawn]:
     """Make the function that draws images of the one size that a tower takes.
 
     Args:
-        tokens: ``config`` -> placeholders of an image.
+        tokens: ``config`` -> placeholders of an image, or of a tile.
+        tiles: How many make an image, by turns.
 
     Returns:
         A function as in :class:`flexpatch.layouts.Media`.
@@ -62,8 +77,9 @@ def draw_square(tokens: Callable[[Any], int]) -> Callable[[Any, int, torch.Gener
     def draw(config: Any, number: int, generator: torch.Generator) -> Drawn:
         side = config.vision_config.image_size
         height, width = side if isinstance(side, (list, tuple)) else (side, side)
-        pixels = _noise(1, 3, height, width, generator=generator)
-        return Drawn(dict(pixel_values=pixels), _around(config, [config.image_token_id] * tokens(config)))
+        count = tiles[number % len(tiles)]
+        pixels = _noise(count, 3, height, width, generator=generator)
+        return Drawn(dict(pixel_values=pixels), _around(config, [config.image_token_id] * count * tokens(config)))
 
     return draw
 
@@ -84,6 +100,54 @@ def draw_sized(unit: Callable[[Any], int]) -> Callable[[Any, int, torch.Generato
         pixels = _noise(1, 3, *size[0].tolist(), generator=generator)
         line = [config.image_token_id] * w
         return Drawn(dict(pixel_values=pixels, image_sizes=size), [*line, *([5, *line] * (h - 1)), 6])
+
+    return draw
+
+
+def draw_positioned(pool: Callable[[Any], int]) -> Callable[[Any, int, torch.Generator], Drawn]:
+    """Make the function that draws patches with their positions, filled up to one number with padding.
+
+    Args:
+        pool: ``config`` -> patches along each side of what one placeholder stands for.
+
+    Returns:
+        A function as in :class:`flexpatch.layouts.Media`.
+    """
+
+    def draw(config: Any, number: int, generator: torch.Generator) -> Drawn:
+        h, w = ((2, 2), (1, 3), (3, 1))[number % 3]
+        side, vision = pool(config), config.vision_config
+        across = torch.cartesian_prod(torch.arange(h * side), torch.arange(w * side)).flip(-1)
+        positions = torch.full((1, 4 * side**2, 2), -1)
+        positions[0, : len(across)] = across
+        width = 3 * (vision.patch_size * (vision.pooling_kernel_size if side == 1 else 1)) ** 2
+        pixels = _noise(1, positions.shape[1], width, generator=generator)
+        pixels[:, len(across) :] = 0
+        ids = _around(config, [config.image_token_id] * (h * w))
+        return Drawn(dict(pixel_values=pixels, image_position_ids=positions), ids)
+
+    return draw
+
+
+def draw_tiled(
+    tiles: Callable[[Any, Any], int], tokens: Callable[[Any, Any], int]
+) -> Callable[[Any, int, torch.Generator], Drawn]:
+    """Make the function that draws images of three sizes, cut into tiles of one size behind the whole image.
+
+    Args:
+        tiles: ``config``, (height, width) -> tiles of an image, the whole among them.
+        tokens: ``config``, (height, width) -> placeholders of an image.
+
+    Returns:
+        A function as in :class:`flexpatch.layouts.Media`.
+    """
+
+    def draw(config: Any, number: int, generator: torch.Generator) -> Drawn:
+        side = config.vision_config.image_size
+        size = ((side, 2 * side), (2 * side, side), (2 * side - 7, side + 5))[number % 3]
+        pixels = _noise(1, tiles(config, size), 3, side, side, generator=generator)
+        ids = [config.image_token_id] * tokens(config, size)
+        return Drawn(dict(pixel_values=pixels, image_sizes=torch.tensor([size])), ids)
 
     return draw
 
