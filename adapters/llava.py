@@ -6,6 +6,7 @@ from typing import Any
 
 from flexpatch.layouts import Media, Nested, Stacked, register_media
 from flexpatch.pictures import draw_sized, draw_square, draw_tiled
+from flexpatch.registry import FULL, SLIDING
 
 SIGLIP = dict(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -130,6 +131,46 @@ register_media(
                     vision_config=dict(SIGLIP, model_type="pixtral", image_size=64, patch_size=4, head_dim=16),
                     image_token_index=149,
                     spatial_merge_size=2,
+                )
+            ]
+        },
+    )
+)
+
+
+def one_mask(config: Any) -> str | None:
+    """Refuse PaliGemma 2, which makes a mask for each layer type itself, whatever it is given."""
+    if config.get_text_config().model_type == "gemma":
+        return None
+    return "PaliGemma 2 takes no masks by layer type. Train it unpatched"
+
+
+def prompt_types(call: Mapping[str, Any]) -> str | None:
+    """Refuse calls of PaliGemma that do not tell prompts from answers."""
+    return "no token_type_ids, which tell prompts from answers" if call.get("token_type_ids") is None else None
+
+
+register_media(
+    Media(
+        name="PaliGemma",
+        images=Stacked(),
+        draw=draw_square(tile_tokens),
+        types="token_type_ids",
+        # A prompt is one block, and padding of its type sees it.
+        blocks=lambda config, types: (types == 0) - 1,
+        text_blocks=True,
+        block_layers=(FULL, SLIDING),
+        beyond_windows=True,
+        reject=prompt_types,
+        unfit=one_mask,
+        limits="padding in front of a prompt sees nothing, unpatched all of the prompt: no answer is read there",
+        tiny={
+            "paligemma": [
+                dict(
+                    text_config=dict(model_type="gemma"),
+                    vision_config=dict(SIGLIP, projection_dim=64),
+                    projection_dim=64,
+                    image_token_index=149,
                 )
             ]
         },

@@ -104,10 +104,12 @@ def media_reason(record: Media | None, backbone: PreTrainedModel, call: dict[str
         The reason as the end of a sentence; ``None`` if there is none.
     """
     given = [name for name in MEDIA if call.get(name) is not None]
+    if record is None:
+        return IMAGES if given else None
+    if reason := record.reject(call):
+        return reason
     if not given:
         return None
-    if record is None:
-        return IMAGES
     if unknown := [MEDIA[name] for name in given if name not in record.known()]:
         return unknown[0]
     return media_obstacle(record, backbone, call)

@@ -46,7 +46,9 @@ class Float64(TorchFunctionMode):
             return func(*args, **kwargs)
         if lifts and (func is Tensor.float or (func is Tensor.type and torch.float32 in args[1:])):
             return args[0]
-        if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (lifts and func is Tensor.to):
+        if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (
+            lifts and func in (Tensor.to, Tensor.new_zeros)
+        ):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
         return func(*args, **kwargs)

@@ -143,7 +143,7 @@ class Folding:
         if latest.folded is None:
             return call, None
         rows = latest.folded.rows
-        inputs = row_inputs(backbone, rows, adapter_for(config), self.backend)
+        inputs = row_inputs(backbone, rows, adapter_for(backbone.config), self.backend)
         if any(isinstance(mask, Tensor) for mask in rows.masks.values()):
             rows.masks.clear()  # dense masks (L x L) are too large to keep
         # Copies: a hook of others may change them in place, and the next call gets this fold again.
@@ -177,7 +177,7 @@ class Folding:
         rest = iter(arrays)
         _, mask, positions, *kinds = (next(rest) if there else None for there in present)
         mask = None if mask is None else mask != 0
-        seen = adapter_for(config).restarts and not mixes
+        seen = adapter_for(backbone.config).restarts and not mixes
         batch = Batch(arrays[0], mask, positions, kinds, sequences, original, cached, seen, self.padding_skipped)
         batch = replace(batch, images=images_in(backbone.config, held, numbers, batch))
         key = (
@@ -225,7 +225,7 @@ def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any],
 
 def _folded(backbone: PreTrainedModel, config: Any, batch: Batch, dtype: Any, device: torch.device) -> _Latest:
     """Fold a batch to a row on ``device``, if that is exact and gains. ``dtype``: as of :func:`mask_dtype`."""
-    ids, mask, adapter = batch.ids, batch.mask, adapter_for(config)
+    ids, mask, adapter = batch.ids, batch.mask, adapter_for(backbone.config)
     check_ids(placeholders_out(backbone.config, ids), mask, config.vocab_size)
     ids = ids if batch.images is None else batch.images.keys
 

@@ -186,8 +186,6 @@ def media_obstacle(record: Media, backbone: nn.Module, call: Mapping[str, Any]) 
     """
     if Version(record.since) > INSTALLED:
         return f"images, in transformers before {record.since} (upgrade it)"
-    if reason := record.reject(call):
-        return reason
     for name in {name for layout in record.layouts() for name in layout.names}:
         value = call.get(name)
         if value is not None and not isinstance(value, Tensor):

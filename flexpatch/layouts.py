@@ -184,12 +184,15 @@ class Media:
         types: The argument that tells the kinds of tokens; ``None``: there is none.
         blocks: ``config``, types (N, S) -> (N, S) int, number of the two-way block that each token is in, -1 for none.
             Tokens of a block see each other, those behind them too. ``None``: every token sees the past alone.
-        text_blocks: Whether calls without images have such blocks too.
+        text_blocks: Whether types mark prompts (0) and answers (1), and prompts are such blocks, without images too.
+            What the text model's adapter refuses about prompts that see both ways is let pass then.
         block_layers: Layer types whose layers have these blocks.
         beyond_windows: Whether a block's tokens see all of it whatever a layer's window. Batches with a block that is
             longer than a window run as given then.
         three_axes: Whether the backbone's ``compute_3d_position_ids`` gives rope positions, several for each token.
         passed: Arguments beside these tensors that reach the model as they are, whatever the row.
+        unfit: ``config`` -> why this configuration cannot be exact and what to do instead, or ``None``.
+        limits: One line for the support table; empty if there are none.
         reject: A call's arguments -> why it cannot be folded, as the end of a sentence, or ``None``.
         since: The release of transformers from which on folding images was found exact. Older ones run as given.
     """
@@ -204,6 +207,8 @@ class Media:
     text_blocks: bool = False
     block_layers: tuple[str, ...] = ()
     beyond_windows: bool = False
+    unfit: Callable[[Any], str | None] = lambda config: None
+    limits: str = ""
     three_axes: bool = False
     passed: frozenset[str] = field(default_factory=frozenset)
     reject: Callable[[Mapping[str, Any]], str | None] = lambda call: None

@@ -190,6 +190,7 @@ def call_with_images(
     config: Any,
     sequences: Sequence[Sequence[int]],
     images: Sequence[Sequence[Drawn]],
+    answers: Sequence[int],
     *,
     left: bool = False,
     dtype: torch.dtype = torch.float64,
@@ -200,6 +201,7 @@ def call_with_images(
         record, config: Of the multimodal class.
         sequences: Token ids of each, with the tokens of its images.
         images: Of each sequence, in order.
+        answers: Tokens of each sequence's answer, at its end.
         left: Pad on the left.
         dtype: Of pixels.
 
@@ -218,6 +220,11 @@ def call_with_images(
         tensors = together(layout, images)
         call |= {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
         types[ids == getattr(config, layout.token, -1)] = kind
+    if record.text_blocks:  # types tell answers from prompts
+        types[:] = 0
+        for row, sequence, answer in zip(types, sequences, answers, strict=True):
+            stop = S if left else len(sequence)
+            row[stop - answer : stop] = 1
     if record.types is not None:
         call[record.types] = types
     return call

@@ -20,11 +20,13 @@ def support_table() -> str:
         mixers = ", ".join(sorted(ways)) or "–"
         lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {mixers} | {limits} |")
     lines += ["", "Multimodal classes whose calls with images fold, around any text model above:", ""]
-    lines += ["| family | `model_type` | two-way blocks | videos |", "|---|---|---|---|"]
+    lines += ["| family | `model_type` | two-way blocks | videos | limits |", "|---|---|---|---|---|"]
     for record in dict.fromkeys(multimodal_types().values()):
         types = ", ".join(f"`{model_type}`" for model_type in record.tiny)
         videos = "as given" if record.videos is None else "fold"
-        lines.append(f"| {record.name} | {types} | {'exact' if record.blocks else '–'} | {videos} |")
+        lines.append(
+            f"| {record.name} | {types} | {'exact' if record.blocks else '–'} | {videos} | {record.limits or '–'} |"
+        )
     by_reason: dict[str, list[str]] = {}
     for model_type, reason in refused_types().items():
         by_reason.setdefault(reason, []).append(f"`{model_type}`")

@@ -1,5 +1,6 @@
 """Batches with images, folded: log-probs and gradients of the unpatched model, which sees each sequence alone."""
 
+import importlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,12 +29,14 @@ from helpers.media import (
 )
 from parameterized import parameterized
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 import flexpatch
-from flexpatch import FlexpatchWarning, images, layouts, media
+from flexpatch import FlexpatchWarning, UnsupportedModelError, images, layouts, media
 from flexpatch.float64 import Float64
 from flexpatch.layouts import Drawn, Grid, Media, Stacked, Unit, multimodal_types
-from flexpatch.models import tiny_model
+from flexpatch.models import TINY, tiny_config, tiny_model, variants
+from flexpatch.registry import FULL, SLIDING, adapter_for
 
 BOUND = 1e-10
 # What a control must be off, in nats.
@@ -56,9 +59,9 @@ def with_record(monkeypatch: pytest.MonkeyPatch, kind: str, **changes: Any) -> N
     monkeypatch.setitem(layouts._media, kind, replace(multimodal_types()[kind], **changes))
 
 
-def off(kind: str, pictured: Pictured | None = None) -> float:
+def off(kind: str, pictured: Pictured | None = None, variant: int = 0) -> float:
     """How far a patched model's folded batch is off."""
-    model, true = tiny_model(kind), tiny_model(kind)
+    model, true = tiny_model(kind, variant), tiny_model(kind, variant)
     pictured = awkward(kind, model.config) if pictured is None else pictured
     call = call_of(kind, model.config, pictured)
     flexpatch.apply(model)
@@ -68,10 +71,8 @@ def off(kind: str, pictured: Pictured | None = None) -> float:
     return found
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in FAST else pytest.mark.slow) for k in KINDS])
-@pytest.mark.parametrize("left", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_log_probs_and_gradients(kind: str, left: bool) -> None:
-    model, true = tiny_model(kind), tiny_model(kind)
+def check_parity(kind: str, variant: int = 0, left: bool = False) -> flexpatch.counts.Savings:
+    model, true = tiny_model(kind, variant), tiny_model(kind, variant)
     pictured = awkward(kind, model.config)
     call = call_of(kind, model.config, pictured, left=left)
     flexpatch.apply(model)
@@ -80,10 +81,23 @@ def test_log_probs_and_gradients(kind: str, left: bool) -> None:
     assert apart(ours, theirs) < BOUND
     for mine, own in zip(gradients(model, ours), gradients(true, theirs), strict=True):
         assert own.norm() > 0 and (mine - own).norm() / own.norm() < BOUND
-    saved = flexpatch.savings(model)
+    return flexpatch.savings(model)
+
+
+@parameterized.expand([(kind,) for kind in FAST])
+def test_log_probs_and_gradients(kind: str) -> None:
+    saved = check_parity(kind)
     # The first image has four places, two of which are one: before it they begin alike.
     assert (saved.folded, saved.images, saved.images_run) == (1, 14, 6)
     assert "6 of 14 images run" in str(saved)
+
+
+@parameterized.expand([(kind, variant) for kind in KINDS for variant in range(len(variants(kind)))])
+@pytest.mark.slow
+def test_log_probs_and_gradients_of_all(kind: str, variant: int) -> None:
+    for left in (False, True):
+        saved = check_parity(kind, variant, left)
+        assert saved.folded == 1 and saved.images_run < saved.images / 2
 
 
 @parameterized.expand([(kind,) for kind in FAST])
@@ -92,7 +106,7 @@ def test_calls_of_text(kind: str) -> None:
     model = tiny_model(kind)
     pictured = awkward(kind, model.config)
     begin = text(np.random.default_rng(0), 9)
-    plain = Pictured([begin + each[-4:] for each in pictured.sequences], [[] for _ in pictured.sequences])
+    plain = Pictured([begin + each[-4:] for each in pictured.sequences], [[] for _ in pictured.sequences], [4] * 12)
     call = call_of(kind, model.config, plain)
     before = read_of(call, logps(model, call))
     flexpatch.apply(model)
@@ -105,9 +119,11 @@ def test_calls_of_text(kind: str) -> None:
 @pytest.mark.slow
 def test_random_batches(kind: str) -> None:
     """A thousand over all classes."""
-    model, true = tiny_model(kind), tiny_model(kind)
-    flexpatch.apply(model)
+    models = [(tiny_model(kind, v), tiny_model(kind, v)) for v in range(len(variants(kind)))]
+    for model, _ in models:
+        flexpatch.apply(model)
     for seed in range(-(-1000 // len(KINDS))):
+        model, true = models[seed % len(models)]
         rng = np.random.default_rng(seed)
         pictured = random_pictured(kind, model.config, rng)
         call = call_of(kind, model.config, pictured, left=bool(rng.random() < 0.5))
@@ -131,14 +147,26 @@ def test_images_taken_as_equal(kind: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert off(kind) > WRONG
 
 
-def test_blocks_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_record(monkeypatch, "gemma3", blocks=None)
-    assert off("gemma3") > WRONG
+@pytest.mark.parametrize(("kind", "variant"), [("gemma3", 0), ("gemma4", 1), ("gemma4_unified", 1), ("paligemma", 0)])
+def test_blocks_dropped(kind: str, variant: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_record(monkeypatch, kind, block_layers=())
+    assert off(kind, variant=variant) > WRONG
 
 
-def test_blocks_in_some_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_record(monkeypatch, "gemma3", block_layers=("sliding_attention",))
-    assert off("gemma3") > WRONG
+@pytest.mark.parametrize(
+    ("kind", "variant", "layers"),
+    [
+        ("gemma3", 0, (SLIDING,)),
+        ("gemma3", 0, (FULL,)),
+        ("gemma4", 1, (FULL, SLIDING)),
+        ("gemma4_unified", 1, (SLIDING,)),
+    ],
+)
+def test_blocks_in_other_layers(
+    kind: str, variant: int, layers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_record(monkeypatch, kind, block_layers=layers)
+    assert off(kind, variant=variant) > WRONG
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
@@ -188,7 +216,7 @@ class TestIdentity:
         wide = drawn("qwen2_5_vl", model.config, [0])[0]
         tall = copied(wide)
         tall.tensors["image_grid_thw"][0, 1:] = wide.tensors["image_grid_thw"][0, 1:].flip(0)
-        pictured = Pictured([[*wide.tokens, 9, 8, end] for end in (7, 6, 7, 6)], [[wide], [tall]] * 2)
+        pictured = Pictured([[*wide.tokens, 9, 8, end] for end in (7, 6, 7, 6)], [[wide], [tall]] * 2, [2] * 4)
         assert off("qwen2_5_vl", pictured) < BOUND
 
     def test_of_a_view_that_begins_anywhere(self) -> None:
@@ -285,7 +313,7 @@ class TestCalls:
         for each in (model, plain):
             logps(each, call)
         assert torch.equal(model.model.rope_deltas, plain.model.rope_deltas)
-        prompt = call_of("qwen2_5_vl", model.config, Pictured(pictured.sequences[:1], pictured.images[:1]))
+        prompt = call_of("qwen2_5_vl", model.config, pictured.only(0))
         del prompt["use_cache"]
         ours, theirs = (m.generate(**prompt, max_new_tokens=5, do_sample=False) for m in (model, plain))
         assert torch.equal(ours, theirs)
@@ -305,7 +333,7 @@ class TestCalls:
         odd = Drawn(image.tensors, [8 if token == 5 else token for token in image.tokens])
         ends = [[9, 8, 7], [9, 8, 6]]
         pictured = Pictured(
-            [each.tokens + end for each in (image, odd) for end in ends], [[image], [image], [odd], [odd]]
+            [each.tokens + end for each in (image, odd) for end in ends], [[image], [image], [odd], [odd]], [3] * 4
         )
         assert off("mistral3", pictured) < BOUND
 
@@ -336,6 +364,71 @@ class TestCalls:
         assert apart(ours, theirs) < BOUND
         saved = flexpatch.savings(model)
         assert (saved.folded, saved.images, saved.images_run) == (1, 6, 3)
+
+
+@parameterized.expand([("llava_next",), ("llava_onevision",)])
+def test_tokens_of_tiled_images(kind: str) -> None:
+    """They are counted as the model counts them: from sizes alone, for any size."""
+    model = tiny_model(kind, len(variants(kind)) - 1)
+    source = importlib.import_module(type(model).__module__)
+    config, side = model.config, model.config.vision_config.image_size
+    count = multimodal_types()[kind].images.tokens
+    assert count is not None
+    rng = np.random.default_rng(0)
+    for size in rng.integers(3, 200, (300, 2)):
+        tiles = source.image_size_to_num_patches(size, config.image_grid_pinpoints, side)
+        features = torch.zeros(tiles, (side // config.vision_config.patch_size) ** 2, 64)
+        options: dict[str, Any] = dict(image_newline=torch.zeros(64))
+        if kind == "llava_next":
+            options["vision_feature_select_strategy"] = "default"
+        else:
+            options["vision_aspect_ratio"] = config.vision_aspect_ratio
+        _, lengths = model.model.pack_image_features([features], torch.from_numpy(size)[None], **options)
+        assert count(config, size) == lengths.item(), size
+
+
+def test_paligemma_without_types_runs_as_given() -> None:
+    model = flexpatch.apply(tiny_model("paligemma"))
+    call = call_of("paligemma", model.config, awkward("paligemma", model.config))
+    del call["token_type_ids"]
+    with pytest.warns(FlexpatchWarning, match="with no token_type_ids, which tell prompts from answers run as they"):
+        assert torch.equal(logps(model, call), logps(tiny_model("paligemma"), call))
+
+
+def test_paligemma_2_is_refused() -> None:
+    settings = dict(tiny_config("paligemma").to_dict(), text_config=dict(TINY, model_type="gemma2"))
+    with pytest.raises(UnsupportedModelError, match="PaliGemma 2 takes no masks by layer type"):
+        adapter_for(AutoConfig.for_model(**settings))
+    text = tiny_config("paligemma").get_text_config()
+    with pytest.raises(UnsupportedModelError, match="use_bidirectional_attention=True lets a prompt see its answer"):
+        adapter_for(text)
+
+
+def test_blocks_longer_than_a_window_run_as_given() -> None:
+    """Where windows do not cut them, a row's rule would."""
+    model = tiny_model("gemma4_unified", 1)
+    image = drawn("gemma4_unified", model.config, [0])[0]
+    row = [148, *[149] * 12, 147]
+    pictured = Pictured([[3, *row, 4, end] for end in (5, 6)], [[image] * 3] * 2, [1, 1])
+    flexpatch.apply(model)
+    call = call_of("gemma4_unified", model.config, pictured)
+    with pytest.warns(FlexpatchWarning, match="with two-way blocks longer than a window of 8"):
+        assert torch.equal(logps(model, call), logps(tiny_model("gemma4_unified", 1), call))
+
+
+def test_several_images_of_onevision_run_as_given() -> None:
+    model, plain = flexpatch.apply(tiny_model("llava_onevision")), tiny_model("llava_onevision")
+    pictured = awkward("llava_onevision", model.config).only(0, 1, 6, 7)
+    call = call_of("llava_onevision", model.config, pictured) | dict(batch_num_images=torch.ones(4, dtype=torch.long))
+    with torch.no_grad(), Float64():
+        assert apart(*(read_of(call, logps(each, call)) for each in (model, plain))) < BOUND
+    assert flexpatch.savings(model).folded == 1
+    call["batch_num_images"] = torch.tensor([1, 1, 2, 2])
+    with (
+        pytest.warns(FlexpatchWarning, match="with several images in a prompt"),
+        pytest.raises(ValueError, match="Image features and image tokens do not match"),
+    ):
+        logps(model, call)
 
 
 def test_records_name_each_type_once() -> None:

@@ -20,10 +20,14 @@ FAST = [kind for kind in ("qwen2_5_vl", "qwen3_vl", "gemma3", "llava", "smolvlm"
 
 @dataclass(frozen=True)
 class Pictured:
-    """Sequences, and the images of each in order."""
+    """Sequences, the images of each in order, and the tokens of its answer, at its end."""
 
     sequences: list[list[int]]
     images: list[list[Drawn]]
+    answers: list[int]
+
+    def only(self, *which: int) -> "Pictured":
+        return Pictured(*([each[n] for n in which] for each in (self.sequences, self.images, self.answers)))
 
 
 def text(rng: np.random.Generator, length: int) -> list[int]:
@@ -55,13 +59,15 @@ def awkward(kind: str, config: Any) -> Pictured:
     ]
     sequences: list[list[int]] = []
     images: list[list[Drawn]] = []
+    answers: list[int] = []
     for prompt in prompts:
         ids = [token for part in prompt for token in (part.tokens if isinstance(part, Drawn) else part)]
         for answer in (alike + text(rng, 3), alike + text(rng, 5)):
             sequences.append(ids + answer)
+            answers.append(len(answer))
             images.append([copied(part) for part in prompt if isinstance(part, Drawn)])
     order = [*range(0, len(sequences), 2), *range(1, len(sequences), 2)]  # all chosen answers, then all rejected
-    return Pictured([sequences[i] for i in order], [images[i] for i in order])
+    return Pictured(sequences, images, answers).only(*order)
 
 
 def random_pictured(kind: str, config: Any, rng: np.random.Generator) -> Pictured:
@@ -70,6 +76,7 @@ def random_pictured(kind: str, config: Any, rng: np.random.Generator) -> Picture
     words = [text(rng, int(rng.integers(1, 6))) for _ in range(3)]
     sequences: list[list[int]] = []
     images: list[list[Drawn]] = []
+    answers: list[int] = []
     for _ in range(rng.integers(1, 4)):
         parts: list[Any] = [words[rng.integers(3)]]
         for _ in range(rng.choice([0, 1, 1, 2, 3])):
@@ -81,13 +88,15 @@ def random_pictured(kind: str, config: Any, rng: np.random.Generator) -> Picture
         for _ in range(rng.integers(1, 4)):
             answer = words[rng.integers(3)] * int(rng.random() < 0.5) + text(rng, int(rng.integers(0, 6)))
             sequences.append(ids + answer)
+            answers.append(len(answer))
             images.append([copied(image) for image in own])
     order = rng.permutation(len(sequences))
-    return Pictured([sequences[i] for i in order], [images[i] for i in order])
+    return Pictured(sequences, images, answers).only(*order)
 
 
 def call_of(kind: str, config: Any, pictured: Pictured, **options: Any) -> dict[str, Any]:
-    return call_with_images(multimodal_types()[kind], config, pictured.sequences, pictured.images, **options)
+    each = pictured.sequences, pictured.images, pictured.answers
+    return call_with_images(multimodal_types()[kind], config, *each, **options)
 
 
 def logps(model: nn.Module, call: dict[str, Any]) -> Tensor:
@@ -97,8 +106,8 @@ def logps(model: nn.Module, call: dict[str, Any]) -> Tensor:
 def separately(kind: str, model: nn.Module, pictured: Pictured) -> list[Tensor]:
     """Log-probs of the unpatched model, which sees each sequence alone and without padding."""
     found = []
-    for ids, images in zip(pictured.sequences, pictured.images, strict=True):
-        found.append(logps(model, call_of(kind, model.config, Pictured([ids], [images])))[0])
+    for n in range(len(pictured.sequences)):
+        found.append(logps(model, call_of(kind, model.config, pictured.only(n)))[0])
     return found
 
 
