@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flexpatch.layouts import Media, Stacked, register_media, runs
+from flexpatch.pictures import draw_positioned, draw_square
 from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, register, sliding_windows
 
 SHORT = dict(sliding_window=8, query_pre_attn_scalar=16)
@@ -48,9 +50,20 @@ register(
                 dict(SHORT, sliding_window_pattern=2),
                 dict(SHORT, sliding_window_pattern=3, final_logit_softcapping=30.0),
             ],
-            "gemma3": [dict(text_config=dict(SHORT, sliding_window_pattern=2), vision_config=VISION, **IMAGES)],
         },
-        limits="multimodal class: calls with images run as they are given",
+    )
+)
+
+register_media(
+    Media(
+        name="Gemma 3",
+        images=Stacked(),
+        draw=draw_square(lambda config: config.mm_tokens_per_image),
+        types="token_type_ids",
+        # Each run of image tokens sees itself, also one of several images.
+        blocks=lambda config, types: runs(types == 1),
+        block_layers=(FULL, SLIDING),
+        tiny={"gemma3": [dict(text_config=dict(SHORT, sliding_window_pattern=2), vision_config=VISION, **IMAGES)]},
     )
 )
 
@@ -77,13 +90,62 @@ register(
         tiny={
             "gemma3n_text": [dict(SPARSE, num_kv_shared_layers=2), dict(SPARSE, num_kv_shared_layers=0)],
             "gemma4_text": [SHARED, dict(LARGE, **EXPERTS)],
+            "gemma4_unified_text": [SHARED, SAME],
+        },
+        limits="checkpointing: use_reentrant=False alone",
+    )
+)
+
+
+def vision_blocks(config: Any, types: Any) -> Any:
+    """Number the runs of image and video tokens, which see themselves in the larger models alone."""
+    seen = config.get_text_config().use_bidirectional_attention == "vision"
+    return runs(((types == 1) | (types == 2)) & seen)
+
+
+def pooled_tokens(config: Any, positions: Any) -> int:
+    """Count the tokens of an image: its patches, which are pooled in squares, without padding."""
+    return int((positions != -1).all(-1).sum()) // config.vision_config.pooling_kernel_size**2
+
+
+def patches(config: Any, positions: Any) -> int:
+    """Count the patches of an image without padding."""
+    return int((positions != -1).all(-1).sum())
+
+
+POSITIONS = dict(names=("pixel_values", "image_position_ids"), sizes=("image_position_ids",))
+
+register_media(
+    Media(
+        name="Gemma 4",
+        images=Stacked(**POSITIONS, tokens=pooled_tokens),
+        draw=draw_positioned(lambda config: config.vision_config.pooling_kernel_size),
+        types="mm_token_type_ids",
+        blocks=vision_blocks,
+        block_layers=(SLIDING,),
+        tiny={
             "gemma4": [
                 dict(text_config=SHARED, vision_config=TOWER, audio_config=None, **MEDIA),
                 dict(text_config=dict(LARGE, use_bidirectional_attention="vision"), vision_config=TOWER, **MEDIA),
-            ],
-            "gemma4_unified_text": [SHARED, SAME],
-            "gemma4_unified": [dict(text_config=SHARED, vision_config=PATCHES, audio_config=None, **MEDIA)],
+            ]
         },
-        limits="checkpointing: use_reentrant=False alone; multimodal classes: calls with images run as they are given",
+    )
+)
+
+register_media(
+    Media(
+        name="Gemma 4, of one model for all",
+        images=Stacked(**POSITIONS, tokens=patches),
+        draw=draw_positioned(lambda config: 1),
+        types="mm_token_type_ids",
+        blocks=vision_blocks,
+        block_layers=(FULL, SLIDING),
+        beyond_windows=True,
+        tiny={
+            "gemma4_unified": [
+                dict(text_config=SHARED, vision_config=PATCHES, audio_config=None, **MEDIA),
+                dict(text_config=dict(SAME, use_bidirectional_attention="vision"), vision_config=PATCHES, **MEDIA),
+            ]
+        },
     )
 )

@@ -1,5 +1,7 @@
 """Qwen3-Next, Qwen3.5 and Qwen4-Exp, dense and mixture of experts: gated delta rule and full attention by turns."""
 
+from flexpatch.layouts import Grid, Media, register_media, videos_like
+from flexpatch.pictures import draw_grid
 from flexpatch.registry import CONVOLUTION, DELTA_RULE, FULL, Adapter, causal, no_mask, register
 
 LINEAR = dict(
@@ -37,10 +39,22 @@ register(
             "qwen3_next": [MOE],
             "qwen3_5_text": [LINEAR],
             "qwen3_5_moe_text": [MOE],
+        },
+    )
+)
+
+register_media(
+    Media(
+        name="Qwen3.5",
+        images=Grid(),
+        videos=videos_like(Grid()),
+        draw=draw_grid(),
+        types="mm_token_type_ids",
+        three_axes=True,
+        tiny={
             "qwen3_5": [dict(text_config=LINEAR, **MEDIA)],
             "qwen3_5_moe": [dict(text_config=MOE, **MEDIA)],
         },
-        limits="multimodal classes: calls with images run as they are given",
     )
 )
 

@@ -16,17 +16,20 @@ from transformers import PreTrainedModel
 from flexpatch.counts import WORTH, Counts
 from flexpatch.dispatch import is_flash
 from flexpatch.fold import Folded, follow_columns, longest_hole, moved
+from flexpatch.images import media_obstacle
 from flexpatch.internals import SCALES_BY_INDEX
+from flexpatch.layouts import TYPES, Media, media_of
+from flexpatch.media import Images
 from flexpatch.padding_free import VARLEN, boundaries, find_starts
 from flexpatch.refusals import longrope_limit, scaling_limit
 from flexpatch.registry import Adapter
 
-# Names of the arguments of multimodal backbones that say which tokens are images.
-TYPES = ("token_type_ids", "mm_token_type_ids")
 # Where there are no images these arguments change nothing.
 IGNORED = {*TYPES, "labels"}
 # Names of the arguments of multimodal backbones that hold images, sound or video.
-MEDIA = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs")
+MEDIA = dict(
+    pixel_values="images", pixel_values_videos="video", input_features="sound", mm_encoder_outputs="encoded images"
+)  # fmt: skip
 IMAGES = "images, sound or video"
 # Names of a call's cache: the second from transformers 5.24 on, the others in models without attention.
 CACHES = ("past_key_values", "cache", "cache_params", "state")
@@ -77,13 +80,39 @@ def obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> st
     if asked("return_dict") is False:
         return "return_dict=False"
     multimodal = config is not backbone.config
-    if multimodal and any(call.get(name) is not None for name in MEDIA):
-        return IMAGES
+    record = media_of(backbone.config) if multimodal else None
+    known = {"input_ids", "attention_mask", "position_ids", *VARLEN}
+    known |= IGNORED if multimodal else set()
+    if multimodal and (reason := media_reason(record, backbone, call)):
+        return reason
+    known |= set() if record is None else record.known()
     for name, value in call.items():
-        known = name in ("input_ids", "attention_mask", "position_ids", *VARLEN) or (multimodal and name in IGNORED)
-        if isinstance(value, Tensor) and not known and value.ndim and len(value) == len(ids):
+        if isinstance(value, Tensor) and name not in known and value.ndim and len(value) == len(ids):
             return f"the argument {name}"
     return None
+
+
+def media_reason(record: Media | None, backbone: PreTrainedModel, call: dict[str, Any]) -> str | None:
+    """Find what in a multimodal call keeps it from being folded.
+
+    Args:
+        record: Of the multimodal class; ``None``: it has none, and no call with images folds.
+        backbone: The backbone that is called.
+        call: The call's arguments by name.
+
+    Returns:
+        The reason as the end of a sentence; ``None`` if there is none.
+    """
+    given = [name for name in MEDIA if call.get(name) is not None]
+    if record is None:
+        return IMAGES if given else None
+    if reason := record.reject(call):
+        return reason
+    if not given:
+        return None
+    if unknown := [MEDIA[name] for name in given if name not in record.known()]:
+        return unknown[0]
+    return media_obstacle(record, backbone, call)
 
 
 @dataclass(frozen=True)
@@ -98,6 +127,7 @@ class Batch:
         sequences: (R + 1,) int64, the boundaries of sequences that FlashAttention was given; ``None``: none.
         original: The model's own attention implementation.
         cached: Whether the unpatched model would make a cache.
+        images: Its images; ``None``: there are none, and no two-way blocks.
         restarts_seen: As in the architecture's :class:`Adapter`; never where mixers run on separate sequences.
         padding_skipped: As in :class:`flexpatch.folding.Folding`.
     """
@@ -111,6 +141,7 @@ class Batch:
     cached: bool
     restarts_seen: bool
     padding_skipped: bool | None = None
+    images: Images | None = None
 
     def restarts(self) -> bool:
         """Tell whether positions are those of padding-free rows."""
@@ -126,7 +157,10 @@ def batch_obstacle(batch: Batch) -> str | None:
     Returns:
         The reason as the end of a sentence; ``None`` if there is none.
     """
-    if any(each is not None and each.any() for each in batch.types):
+    if batch.images is not None and (batch.images.reason is not None or batch.restarts()):
+        return batch.images.reason or f"with {IMAGES} in padding-free rows"
+    own = None if batch.images is None else batch.images.types
+    if any(each is not None and each is not own and each.any() for each in batch.types):
         return f"with {IMAGES}"
     if batch.padding_skipped is not None and (reason := mixer_obstacle(batch)):
         return reason
@@ -193,6 +227,8 @@ def fold_obstacle(batch: Batch, folded: Folded, config: Any, adapter: Adapter) -
     if window is not None and longest_hole(mask) and is_flash(batch.original):
         # FlashAttention leaves padding out, and counts windows in tokens.
         return "with padding inside a sequence, across which FlashAttention counts windows otherwise"
+    if window is not None and batch.images is not None and batch.images.beyond > window:
+        return f"with two-way blocks longer than a window of {window}, in which this model's see all of themselves"
     reach = columns if positions is None else int(positions.max()) + 1
     if (limit := longrope_limit(config)) is not None and (folded.rows.depth <= limit) != (reach <= limit):
         return "with padding or position_ids beyond the length at which longrope switches its frequencies"

@@ -19,12 +19,16 @@ class Counts:
         real: Tokens with an output that may be read.
         computed: Tokens that the model computed.
         reason: Why the batch ran as it was given, as the end of a sentence; ``None`` where it was folded.
+        images: Images of the batch; in batches that were folded alone.
+        images_run: Images that the model looked at.
     """
 
     padded: int
     real: int
     computed: int
     reason: str | None = None
+    images: int = 0
+    images_run: int = 0
 
     def padding(self) -> int:
         """Return the padding tokens that folding left out. One of them stays, for all padding to point to."""
@@ -47,6 +51,8 @@ class Savings:
         padding: Tokens saved as padding.
         shared: Tokens saved because sequences share them.
         reasons: Why batches ran as they were given, the most frequent reason first -> how many did.
+        images: Images in batches that were folded.
+        images_run: How many of them the model looked at.
     """
 
     batches: int
@@ -56,6 +62,8 @@ class Savings:
     padding: int
     shared: int
     reasons: Mapping[str, int] = field(default_factory=dict, compare=False)
+    images: int = 0
+    images_run: int = 0
 
     @classmethod
     def of(cls, counts: Iterable[Counts]) -> Savings:
@@ -65,7 +73,8 @@ class Savings:
         padding, shared = (sum(getattr(c, kind)() for c in folded) for kind in ("padding", "shared"))
         padded, computed = (sum(getattr(c, kind) for c in every) for kind in ("padded", "computed"))
         reasons = dict(Counter(c.reason for c in every if c.reason is not None).most_common())
-        return cls(len(every), len(folded), padded, computed, padding, shared, reasons)
+        images, images_run = (sum(getattr(c, kind) for c in folded) for kind in ("images", "images_run"))
+        return cls(len(every), len(folded), padded, computed, padding, shared, reasons, images, images_run)
 
     @property
     def factor(self) -> float:
@@ -81,5 +90,6 @@ class Savings:
         return (
             f"{head}{self.computed:,} tokens computed instead of {self.padded:,}, {self.factor:.2f} times fewer; "
             f"{self.padding / whole:.0%} were padding, {self.shared / whole:.0%} shared prefixes"
+            + (f"; {self.images_run:,} of {self.images:,} images run" if self.images else "")
             + (f"; as given: {given}" if given else "")
         )

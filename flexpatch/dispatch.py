@@ -26,7 +26,7 @@ from flexpatch.attention import check_fa4, check_fa4_model, flex
 from flexpatch.devices import Choice, choose, heads_of, tell
 from flexpatch.errors import FlexpatchWarning, UnsupportedModelError
 from flexpatch.internals import attention_dtype, attention_name, decoder_of, device_of, text_config
-from flexpatch.registry import Adapter, adapter_for
+from flexpatch.registry import Adapter, adapter_for, marks
 
 # transformers prepares masks for FlashAttention where a name holds "flash", as a FlashAttention original's does.
 PREFIX = "flexpatch_"
@@ -96,7 +96,7 @@ def check_backend(inner: PreTrainedModel, asked: str) -> None:
     config = text_config(inner)
     if asked == "fa4":
         check_fa4()
-        if adapter_for(config).masks == "none":
+        if adapter_for(inner.config).masks == "none":
             raise UnsupportedModelError(f"{type(inner).__name__} has no attention: pass backend='auto'")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         check_fa4_model(head_dim, getattr(config, "attn_logit_softcapping", None))
@@ -155,7 +155,7 @@ def mask_dtype(inner: PreTrainedModel, device: torch.device, asked: str) -> torc
     """
     if backend_at(inner, device, asked) != "dense":
         return None
-    return torch.bool if dense_original(inner, adapter_for(text_config(inner))) == "sdpa" else inner.dtype
+    return torch.bool if dense_original(inner, adapter_for(inner.config)) == "sdpa" else inner.dtype
 
 
 def _attention(
@@ -170,7 +170,7 @@ def _attention(
     if isinstance(attention_mask, BlockMask):
         return flex(q, k, v, attention_mask, fa4=isinstance(call, Row) and call.fa4, **kwargs), None
     alone = call is None and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling()
-    if alone and adapter_for(module.config).marks:
+    if alone and marks(module.config):
         warn_as_given(
             "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
         )

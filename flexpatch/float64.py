@@ -16,7 +16,8 @@ from flexpatch.internals import dequantize, eager_experts
 SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax)
 # Attention scores have four dimensions: batch, heads, queries, keys. Scores of a router have two.
 SCORES = 4
-PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+# Functions of two tensors that must be of one dtype.
+PAIRS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, F.grid_sample)
 
 
 class Float64(TorchFunctionMode):
@@ -37,16 +38,19 @@ class Float64(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        lifts = not self.attention_only
+        if lifts and func in PAIRS and any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args[:2]):
+            # Ropes multiply by float32 positions, and towers sample and pool at them.
+            args = (*(x.to(torch.float64) for x in args[:2]), *args[2:])
         if not (args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64):
             return func(*args, **kwargs)
-        lifts = not self.attention_only
         if lifts and (func is Tensor.float or (func is Tensor.type and torch.float32 in args[1:])):
             return args[0]
-        if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (lifts and func is Tensor.to):
+        if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (
+            lifts and func in (Tensor.to, Tensor.new_zeros)
+        ):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
-        if lifts and func in PRODUCTS:  # ropes multiply by float32 positions
-            args = (args[0], args[1].to(torch.float64), *args[2:])
         return func(*args, **kwargs)
 
 

@@ -6,7 +6,7 @@ result depends on either.
 
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,6 @@ from flexpatch.calls import (
     IGNORED,
     LITTLE,
     RESTARTS_WITH_CACHE,
-    TYPES,
     Batch,
     batch_obstacle,
     fold_obstacle,
@@ -32,7 +31,10 @@ from flexpatch.counts import Counts
 from flexpatch.dispatch import check_ranks, is_flash, mask_dtype, original_of, warn_as_given
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
 from flexpatch.fold import Folded, check_ids, fold_batch, predicting_padding, see_themselves, unfold
+from flexpatch.images import Held, held_by
 from flexpatch.internals import attention_name, change_tokens, device_of, layers_of, text_config
+from flexpatch.layouts import TYPES, media_of
+from flexpatch.media import RowImages, images_in, place, placeholders_out, row_arguments
 from flexpatch.padding_free import VARLEN, find_starts, fold_sequences
 from flexpatch.refusals import check_mode, longrope_limit, scaling_limit
 from flexpatch.registry import adapter_for
@@ -47,6 +49,7 @@ class _Latest:
 
     counts: Counts
     folded: Folded | None = None
+    images: RowImages | None = None
     key: Any = None
     arrays: Any = None
 
@@ -116,7 +119,9 @@ class Folding:
             raise FlexpatchError(f"attention_mask has shape {tuple(given.shape)}, but input_ids has {tuple(ids.shape)}")
         if ids.dtype not in (torch.int64, torch.int32):  # rounded to integers they would give some model's numbers
             raise FlexpatchError(f"input_ids are {ids.dtype}; token ids are torch.int64 or torch.int32")
-        latest = self._fold(backbone, config, call, cached)
+        record = media_of(backbone.config)
+        held = [] if record is None else held_by(record, call)
+        latest, batch = self._fold(backbone, config, call, cached, held)
         reason = None if latest.folded is None else check_mode(backbone, shared_dropout=self.shared_dropout)
         if reason is not None:
             self.given(call, reason)
@@ -126,19 +131,29 @@ class Folding:
             if (latest.counts.reason or "").startswith(RESTARTS_WITH_CACHE):
                 call["attention_mask"] = torch.ones_like(ids)  # without a cache they would not be ignored
             return call, None
+        shown: dict[str, Any] = {}
+        if latest.folded is not None and latest.images is not None and record is not None:
+            assert batch.images is not None
+            found = row_arguments(backbone, call, record, held, batch, latest.images)
+            if isinstance(found, str):
+                self.given(call, found)
+                return call, None
+            shown = found
         self.counts.append(latest.counts)
         if latest.folded is None:
             return call, None
         rows = latest.folded.rows
-        inputs = row_inputs(backbone, rows, adapter_for(config), self.backend)
+        inputs = row_inputs(backbone, rows, adapter_for(backbone.config), self.backend)
         if any(isinstance(mask, Tensor) for mask in rows.masks.values()):
             rows.masks.clear()  # dense masks (L x L) are too large to keep
         # Copies: a hook of others may change them in place, and the next call gets this fold again.
         inputs |= {name: inputs[name].clone() for name in ("input_ids", "position_ids") if name in inputs}
         leave = partial(_unfold, latest.folded.index, latest.folded.padding)
-        return call | dict.fromkeys({*IGNORED, *VARLEN} & call.keys()) | inputs, leave
+        return call | dict.fromkeys({*IGNORED, *VARLEN} & call.keys()) | inputs | shown, leave
 
-    def _fold(self, backbone: PreTrainedModel, config: Any, call: dict[str, Any], cached: bool) -> _Latest:
+    def _fold(
+        self, backbone: PreTrainedModel, config: Any, call: dict[str, Any], cached: bool, held: list[Held]
+    ) -> tuple[_Latest, Batch]:
         """Fold a call's batch, or find it to be the latest one again. ``cached``: whether stock would make a cache.
 
         Trainers run a batch through the policy and then the reference: it is folded once. Not under a mode that
@@ -149,7 +164,7 @@ class Folding:
         tensors = [ids, None if given is None else given != 0, call.get("position_ids"), *types]
         # One copy for all: on a GPU each would wait for everything launched before.
         each = [x.expand_as(ids).to(ids.device, torch.int64) for x in tensors if x is not None]
-        arrays = torch.stack(each).numpy(force=True)
+        arrays, numbers = _on_host(torch.stack(each), [x for media in held for x in media.numbers()])
         # A dispatched model moves its inputs by itself: ids on the CPU do not mean that it computes there.
         home = device_of(backbone)
         device = ids.device if ids.device.type != "cpu" or home.type == "meta" else home
@@ -159,20 +174,22 @@ class Folding:
         original = original_of(attention_name(backbone))
         mixes = self.padding_skipped is not None
         sequences = _sequences(call) if is_flash(original) or mixes else None
+        rest = iter(arrays)
+        _, mask, positions, *kinds = (next(rest) if there else None for there in present)
+        mask = None if mask is None else mask != 0
+        seen = adapter_for(backbone.config).restarts and not mixes
+        batch = Batch(arrays[0], mask, positions, kinds, sequences, original, cached, seen, self.padding_skipped)
+        batch = replace(batch, images=images_in(backbone.config, held, numbers, batch))
         key = (
-            present, dtype, device, config.vocab_size, longrope_limit(config), scaling_limit(config), cached,
-            original, None if sequences is None else sequences.tolist(), torch.is_inference_mode_enabled(), watched,
+            present, dtype, device, config.vocab_size, longrope_limit(config), scaling_limit(config), cached, original,
+            None if batch.images is None else batch.images.key(), None if sequences is None else sequences.tolist(),
+            torch.is_inference_mode_enabled(), watched,
         )  # fmt: skip
         latest = self.latest
         if watched or latest is None or latest.key != key or not np.array_equal(latest.arrays, arrays):
-            rest = iter(arrays)
-            _, mask, positions, *kinds = (next(rest) if there else None for there in present)
-            mask = None if mask is None else mask != 0
-            seen = adapter_for(config).restarts and not mixes
-            batch = Batch(arrays[0], mask, positions, kinds, sequences, original, cached, seen, self.padding_skipped)
             latest = _folded(backbone, config, batch, dtype, device)
             self.latest = latest = replace(latest, key=key, arrays=arrays)
-        return latest
+        return latest, batch
 
 
 def _sequences(call: dict[str, Any]) -> np.ndarray | None:
@@ -208,8 +225,9 @@ def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any],
 
 def _folded(backbone: PreTrainedModel, config: Any, batch: Batch, dtype: Any, device: torch.device) -> _Latest:
     """Fold a batch to a row on ``device``, if that is exact and gains. ``dtype``: as of :func:`mask_dtype`."""
-    ids, mask, adapter = batch.ids, batch.mask, adapter_for(config)
-    check_ids(ids, mask, config.vocab_size)
+    ids, mask, adapter = batch.ids, batch.mask, adapter_for(backbone.config)
+    check_ids(placeholders_out(backbone.config, ids), mask, config.vocab_size)
+    ids = ids if batch.images is None else batch.images.keys
 
     def worth(counts: Counts) -> bool:
         return gains(config, counts, ids.shape[1], dtype)
@@ -225,13 +243,37 @@ def _folded(backbone: PreTrainedModel, config: Any, batch: Batch, dtype: Any, de
         return _Latest(Counts(ids.size, ids.size, ids.size, reason or LITTLE))
     if batch.original == "eager" and adapter.masks != "none":
         see_themselves(folded)
+    placed = None
+    if batch.images is not None:
+        outcome = place(batch.images, folded, mask)
+        if isinstance(outcome, str):
+            return _Latest(Counts(ids.size, ids.size, ids.size, outcome))
+        folded, placed = outcome
     reason = fold_obstacle(batch, folded, config, adapter)
     eager_rows = dtype is not None and dtype.is_floating_point
     if is_flash(batch.original) and eager_rows and mask is not None and predicting_padding(mask).any():
         reason = "with padding, to which FlashAttention gives zeros, and eager attention of rows does not"
     if reason is not None:
         return _Latest(Counts(ids.size, ids.size, ids.size, reason))
-    return _Latest(folded.counts, replace(folded, rows=folded.rows.to(device), index=folded.index.to(device)))
+    folded = replace(folded, rows=folded.rows.to(device), index=folded.index.to(device))
+    return _Latest(folded.counts, folded, placed)
+
+
+def _on_host(arrays: Tensor, others: list[Tensor]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """Copy a batch's arrays and other integers to the host at once: on a GPU each copy would wait for all before it.
+
+    Args:
+        arrays: (A, N, S) int64.
+        others: Each (n,) int64.
+
+    Returns:
+        The arrays; the others, one after another.
+    """
+    if not others:
+        return arrays.numpy(force=True), iter(())
+    every = torch.cat([arrays.flatten(), *(x.to(arrays.device) for x in others)]).numpy(force=True)
+    bounds = np.cumsum([arrays.numel(), *map(len, others)])
+    return every[: bounds[0]].reshape(arrays.shape), iter(np.split(every, bounds[:-1])[1:])
 
 
 def _unfold(index: Tensor, padding: int | None, output: Any) -> None:

@@ -150,7 +150,7 @@ def set_attention(inner: PreTrainedModel, name: str) -> None:
     """
     decoder = decoder_of(inner)
     before = attention_name(decoder)
-    if "flash" in name or adapter_for(decoder.config).masks == "none":
+    if "flash" in name or adapter_for(inner.config).masks == "none":
         # The method would look for kernels of this name, and leaves models without attention as they are.
         decoder.config._attn_implementation = name
     else:
@@ -170,7 +170,7 @@ def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
     """
     inner = pretrained(model)
     config = text_config(inner)
-    head, transform = inner.get_output_embeddings(), adapter_for(config).logit_transform(config)
+    head, transform = inner.get_output_embeddings(), adapter_for(inner.config).logit_transform(config)
     if head is None:
         raise FlexpatchError(f"{type(inner).__name__} makes no logits; load it with AutoModelForCausalLM")
     for name in LOGIT_SETTINGS:
@@ -249,9 +249,9 @@ def eager_experts(model: AnyModel) -> AnyModel:
     Returns:
         ``model``.
     """
-    inner = pretrained(model)
-    if inner._can_set_experts_implementation():
-        inner.set_experts_implementation("eager")
+    for inner in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        if inner._can_set_experts_implementation():  # a multimodal class may not know, where its text model does
+            inner.set_experts_implementation("eager")
     return model
 
 

@@ -1,7 +1,8 @@
 """Attention masks of packed rows: one rule, as a block mask in O(L) or as a dense mask.
 
-    q may see kv  <=>  kv <= q < end[kv]   and, on windowed layers,   position[q] - position[kv] < window
+    q may see kv  <=>  kv <= last[q]  and  q < end[kv]   and, on windowed layers,   position[q] - position[kv] < window
 
+``last[q]`` is the last token of q's two-way block, such as an image of Gemma 3, and q itself wherever there is none.
 Windows count positions, not row indices: in a row a rejected answer lies behind its chosen sibling, so the index
 distance to the prompt is too large (errors of 0.6 to 17 nats on windowed models).
 
@@ -30,7 +31,7 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
+def mask_mod(ends: Tensor, positions: Tensor, window: int | None, last: Tensor | None = None) -> MaskMod:
     """Write the rule as a FlexAttention ``mask_mod``.
 
     All closures come from here and capture tensors alone: a captured int would recompile the kernel for each value.
@@ -40,6 +41,7 @@ def mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
         ends: (B, L) int32.
         positions: (B, L) int32.
         window: In tokens, or ``None`` for unlimited.
+        last: (B, L) int32; ``None`` without two-way blocks, which are a graph of their own.
 
     Returns:
         A function of batch, head, query and key indices: whether the query sees the key.
@@ -47,8 +49,16 @@ def mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
     length = ends.shape[1]
     ends, positions = ends.flatten(), positions.flatten()  # 1-D loads: cheaper in every backend
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (kv <= q) & (q < ends[b * length + kv])
+    if last is None:
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return (kv <= q) & (q < ends[b * length + kv])
+
+    else:
+        lasts = last.flatten()
+
+        def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return (kv <= lasts[b * length + q]) & (q < ends[b * length + kv])
 
     if window is None:
         return visible
@@ -56,22 +66,23 @@ def mask_mod(ends: Tensor, positions: Tensor, window: int | None) -> MaskMod:
 
     def visible_in_window(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         near = positions[b * length + q] - positions[b * length + kv] < limit
-        return (kv <= q) & (q < ends[b * length + kv]) & near
+        return visible(b, h, q, kv) & near
 
     return visible_in_window
 
 
-def block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask:
+def block_mask(ends: Tensor, positions: Tensor, window: int | None, last: Tensor | None = None) -> BlockMask:
     """The block-sparse mask of packed rows, from per-block minima and maxima: O(L + N^2) work, no L x L tensor.
 
-    A block is **full** when every pair in it is visible and is **skipped** when none is. Without a window both are
-    exact; with one, "none" is decided from extremes, so a block that turns out empty may be kept (its ``mask_mod``
-    then hides every pair).
+    A block is **full** when every pair in it is visible and is **skipped** when none is. Without a window and two-way
+    blocks both are exact; with one, "none" is decided from extremes, so a block that turns out empty may be kept (its
+    ``mask_mod`` then hides every pair).
 
     Args:
         ends: (B, L) integers, exclusive subtree ends.
         positions: (B, L) integers, rope positions.
         window: In tokens, or ``None``.
+        last: (B, L) integers; ``None`` without two-way blocks.
 
     Returns:
         A mask for length ``bucket(L)``; the attention function pads to it. Tokens past L see only themselves.
@@ -87,8 +98,13 @@ def block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask
     low = torch.arange(blocks, device=ends.device) * BLOCK
     q_low, kv_low = low[:, None], low[None, :]
     end_min, end_max = (e[:, None, :] for e in torch.aminmax(ends_BL.view(B, blocks, BLOCK), dim=-1))
-    some = (q_low >= kv_low) & (q_low < end_max)
-    full = (q_low >= kv_low + BLOCK - 1) & (q_low + BLOCK - 1 < end_min)
+    last_BL, last_min, last_max = None, q_low, q_low
+    if last is not None:
+        last_BL = torch.arange(padded, dtype=torch.int32, device=ends.device).repeat(B, 1)
+        last_BL[:, :L] = last
+        last_min, last_max = (e[:, :, None] for e in torch.aminmax(last_BL.view(B, blocks, BLOCK), dim=-1))
+    some = (last_max >= kv_low) & (q_low < end_max)
+    full = (last_min >= kv_low + BLOCK - 1) & (q_low + BLOCK - 1 < end_min)
     if window is not None:
         near, far = torch.aminmax(positions_BL.view(B, blocks, BLOCK), dim=-1)
         some &= near[:, :, None] - far[:, None, :] < window
@@ -103,17 +119,18 @@ def block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask
     tables: dict[str, Any] = {}
     for name, count, index in zip(("kv", "full_kv", "q", "full_q"), counts, indices, strict=True):
         tables |= {f"{name}_num_blocks": count.clone(), f"{name}_indices": index.clone()}
-    rule = mask_mod(ends_BL, positions_BL, window)
+    rule = mask_mod(ends_BL, positions_BL, window, last_BL)
     return BlockMask(seq_lengths=(padded, padded), **tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule)
 
 
-def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
+def dense_mask(ends: Tensor, positions: Tensor, window: int | None, last: Tensor | None = None) -> Tensor:
     """Write the rule as a tensor, for the dense backend.
 
     Args:
         ends: (B, L) integers, exclusive subtree ends.
         positions: (B, L) integers, rope positions.
         window: In tokens, or ``None``.
+        last: (B, L) integers; ``None`` without two-way blocks.
 
     Returns:
         (B, 1, L, L) bool, True where attention is allowed.
@@ -121,29 +138,32 @@ def dense_mask(ends: Tensor, positions: Tensor, window: int | None) -> Tensor:
     B, L = ends.shape
     index = torch.arange(L, device=ends.device)
     batch = torch.arange(B, device=ends.device)
-    rule = mask_mod(ends.to(torch.int32), positions.to(torch.int32), window)
+    last = None if last is None else last.to(torch.int32)
+    rule = mask_mod(ends.to(torch.int32), positions.to(torch.int32), window, last)
     return rule(batch[:, None, None, None], batch[:1], index[:, None], index[None, :])
 
 
-def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None) -> BlockMask | Tensor:
+def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None, two_way: bool = False) -> BlockMask | Tensor:
     """Return the mask of ``rows`` for one window, built at its first use and then shared.
 
     Args:
         rows: Packed rows.
         window: In tokens, or ``None``. One that no sequence reaches is dropped: the plain kernel is faster.
         dtype: ``None`` for a block mask; ``torch.bool`` for a dense mask; a floating dtype for an additive one.
+        two_way: Whether tokens of two-way blocks see each other in these layers.
 
     Returns:
         The mask, for ``bucket(L)`` tokens as a block mask, and for L as a dense one.
     """
     window = None if window is None or window >= rows.depth else window
     # A tensor that was written to since has another version, and needs another mask.
-    key = window, dtype, version(rows.ends), version(rows.position_ids)
+    last = rows.last if two_way else None
+    key = window, dtype, version(rows.ends), version(rows.position_ids), None if last is None else version(last)
     if key not in rows.masks:
         if dtype is None:
-            rows.masks[key] = block_mask(rows.ends, rows.position_ids, window)
+            rows.masks[key] = block_mask(rows.ends, rows.position_ids, window, last)
         else:
-            allowed = dense_mask(rows.ends, rows.position_ids, window)
+            allowed = dense_mask(rows.ends, rows.position_ids, window, last)
             if dtype.is_floating_point:
                 allowed = torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
             rows.masks[key] = allowed

@@ -1,7 +1,7 @@
 """Loads models to verify: from a hub, a directory or a GGUF file, or tiny random models of an architecture."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError, first_line
 from flexpatch.internals import eager_experts
+from flexpatch.layouts import multimodal_types
 from flexpatch.registry import adapter_for, adapters, refused_types, too_old, unknown
 
 SAFE = "model.safetensors"
@@ -208,20 +209,27 @@ def check_architecture(name: str) -> None:
         except Exception:  # some architectures have no default configuration
             raise unknown(name) from None
         adapter_for(config)
-    elif name in adapters():
+    elif name in adapters() or name in multimodal_types():
         raise FlexpatchError(f"transformers {transformers.__version__} has no model type '{name}' yet: upgrade it")
 
 
 def similar_architecture(name: str) -> str | None:
     """Find the architecture whose name is most like ``name``; ``None`` if no name is like it."""
     plain = name.lower().replace("-", "_")
-    known = [*adapters(), *refused_types(), *CONFIG_MAPPING]
+    known = [*adapters(), *multimodal_types(), *refused_types(), *CONFIG_MAPPING]
     return next(iter(get_close_matches(plain, known, 1, cutoff=0.8)), None)
 
 
 def tiny_types() -> list[str]:
-    """List the model types that adapters serve with the installed transformers."""
-    return [t for t, adapter in adapters().items() if t in CONFIG_MAPPING and too_old(adapter) is None]
+    """List the types that the installed transformers has: of text models, and of multimodal classes around them."""
+    text = [t for t, adapter in adapters().items() if t in CONFIG_MAPPING and too_old(adapter) is None]
+    return [*text, *(t for t in multimodal_types() if t in CONFIG_MAPPING)]
+
+
+def variants(model_type: str) -> Sequence[Mapping[str, Any]]:
+    """Return the settings of the tiny models of one of :func:`tiny_types`."""
+    table: Mapping[str, Any] = adapters()
+    return (table[model_type] if model_type in table else multimodal_types()[model_type]).tiny[model_type]
 
 
 def tiny_config(model_type: str, variant: int = 0) -> Any:
@@ -233,7 +241,7 @@ def tiny_config(model_type: str, variant: int = 0) -> Any:
     Returns:
         A configuration, as transformers has it.
     """
-    settings = dict(adapters()[model_type].tiny[model_type][variant])
+    settings = dict(variants(model_type)[variant])
     model_type = settings.pop("model_type", model_type)  # of a text model without a class of its own
     if "text_config" in settings:
         settings["text_config"] = TINY | settings["text_config"]
@@ -252,17 +260,17 @@ def tiny_model(
 
     Args:
         model_type: One of :func:`tiny_types`.
-        variant: Index of one of the adapter's ``tiny`` configurations.
+        variant: Index of one of the record's ``tiny`` configurations.
         dtype: Dtype of the weights.
         seed: Seed of the weights.
 
     Returns:
         The model, not yet patched, with the attention that its adapter prefers.
     """
-    adapter = adapters()[model_type]
     # For a multimodal type the one for causal models may load the text model alone.
-    auto = AutoModelForImageTextToText if "text_config" in adapter.tiny[model_type][variant] else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if "text_config" in variants(model_type)[variant] else AutoModelForCausalLM
     config = tiny_config(model_type, variant)
+    adapter = adapter_for(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # some vectors (gpt-oss's sinks) are drawn by the model itself
         model = auto.from_config(config, attn_implementation=adapter.implementations[0])

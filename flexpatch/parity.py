@@ -33,7 +33,7 @@ from torch import nn
 from flexpatch.attention import flex
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.float64 import checkpoints
-from flexpatch.internals import head_of, text_config
+from flexpatch.internals import head_of, pretrained
 from flexpatch.masks import block_mask
 from flexpatch.patch import apply, backend_of, remove, settings_of
 from flexpatch.registry import adapter_for
@@ -98,7 +98,7 @@ def _check_model(model: Any) -> None:
             f"check_parity expects a loaded causal language model, and got {given}. By its name or folder a model is "
             "verified with: python -m flexpatch.verify NAME"
         )
-    adapter_for(text_config(model))
+    adapter_for(pretrained(model).config)
     try:
         head_of(model)
     except UnsupportedModelError:

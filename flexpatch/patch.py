@@ -135,7 +135,7 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     check_tuners(model)
     inner = only_pretrained(model)
     config = text_config(inner)
-    adapter, original = adapter_for(config), original_of(attention_name(inner))
+    adapter, original = adapter_for(inner.config), original_of(attention_name(inner))
     check_original(original, adapter)
     check_quantization(model)
     if not options["shared_dropout"]:
@@ -270,7 +270,7 @@ def model_inputs(model: nn.Module, rows: Rows) -> dict[str, Any]:
     if (reason := check_mode(model, shared_dropout=hook.folding.shared_dropout)) is not None:
         raise FlexpatchError(f"rows cannot run {reason}")
     check_rows(config, rows)
-    return row_inputs(inner, rows, adapter_for(config), hook.backend)
+    return row_inputs(inner, rows, adapter_for(inner.config), hook.backend)
 
 
 def savings(model: nn.Module, last: int | None = None) -> Savings:

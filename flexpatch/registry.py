@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from packaging.version import Version
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.layouts import media_of
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -197,7 +198,7 @@ def decoder_config(config: Any) -> Any:
             message says what can be done with its text model, or why nothing can.
     """
     model_type = config.model_type
-    if model_type in adapters():
+    if model_type in adapters() or media_of(config) is not None:
         return config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
@@ -233,15 +234,25 @@ def adapter_for(config: Any) -> Adapter:
     Raises:
         UnsupportedModelError: If no adapter serves ``config.model_type``, or its adapter refuses this configuration.
     """
+    record = media_of(config)
+    if record is not None and (reason := record.unfit(config)) is not None:
+        raise UnsupportedModelError(f"model type '{config.model_type}': {reason}")
     config = decoder_config(config)
     model_type = config.model_type
     adapter = _adapters.get(model_type)
     if adapter is None:
         raise unknown(model_type)
-    reason = adapter.refused.get(model_type) or too_old(adapter) or adapter.reject(config) or _reject(config, adapter)
+    reject = never if record is not None and record.text_blocks else adapter.reject
+    reason = adapter.refused.get(model_type) or too_old(adapter) or reject(config) or _reject(config, adapter)
     if reason is not None:
         raise UnsupportedModelError(f"model type '{model_type}': {reason}")
     return adapter
+
+
+def marks(config: Any) -> bool:
+    """Tell whether layers of a text model hand arguments that they do not know to attention."""
+    adapter = _adapters.get(config.model_type)
+    return adapter is not None and adapter.marks
 
 
 def too_old(adapter: Adapter) -> str | None:

@@ -13,6 +13,7 @@ from flexpatch.calls import without_cache
 from flexpatch.dispatch import backend_at, mask_dtype
 from flexpatch.errors import UnsupportedModelError
 from flexpatch.internals import SCALES_BY_INDEX, attention_dtype, text_config
+from flexpatch.layouts import media_of
 from flexpatch.masks import mask_of
 from flexpatch.plan import Plan, plan_of
 from flexpatch.refusals import scaling_limit
@@ -58,7 +59,9 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
         check_fa4()  # a pickled model may come from another machine
         check_fa4_call(device, attention_dtype(inner, device), [windows[layer] for layer in layer_types], rows.depth)
     dtype = mask_dtype(inner, device, asked)
-    masks = {layer: mask_of(rows, windows[layer], dtype) for layer in layer_types}
+    record = media_of(inner.config)
+    two_way = () if record is None or rows.last is None else record.block_layers
+    masks = {layer: mask_of(rows, windows[layer], dtype, layer in two_way) for layer in layer_types}
     for each in masks.values():
         if isinstance(each, Tensor):
             setattr(each, OWN, True)

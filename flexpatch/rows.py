@@ -25,6 +25,8 @@ class Rows:
         input_ids: (B, L) int64.
         position_ids: (B, L) int64, rope positions.
         ends: (B, L) int32, row index at which each token's subtree ends (exclusive). A padding token is a tree alone.
+        last: (B, L) int32, row index of the last token of each token's two-way block, for a token outside its own;
+            ``None``: there are no blocks.
         predictors: (T,) int64, predictor index: the token, of all B * L, that predicts each scored token.
         targets: (T,) int64, ids of the scored tokens, answer by answer.
         answer_tokens: (A, longest answer) int64, indices of each answer's scored tokens in 0 to T - 1; T is padding.
@@ -52,6 +54,7 @@ class Rows:
     largest_ids: list[int]
     samples: list[int | str]
     pad_id: int = 0
+    last: Tensor | None = None
     # Keeps masks that were built from these rows, so that policy and reference share them.
     masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -1,5 +1,6 @@
 """The table of supported architectures, made from the records."""
 
+from flexpatch.layouts import multimodal_types
 from flexpatch.registry import EVERY, Adapter, adapters, refused_types
 
 
@@ -18,6 +19,14 @@ def support_table() -> str:
         ways = {"branched" if name in adapter.branched else "unshared" for name in adapter.unshared}
         mixers = ", ".join(sorted(ways)) or "–"
         lines.append(f"| {adapter.name} | {types} | {masks} | {windows} | {mixers} | {limits} |")
+    lines += ["", "Multimodal classes whose calls with images fold, around any text model above:", ""]
+    lines += ["| family | `model_type` | two-way blocks | videos | limits |", "|---|---|---|---|---|"]
+    for record in dict.fromkeys(multimodal_types().values()):
+        types = ", ".join(f"`{model_type}`" for model_type in record.tiny)
+        videos = "as given" if record.videos is None else "fold"
+        lines.append(
+            f"| {record.name} | {types} | {'exact' if record.blocks else '–'} | {videos} | {record.limits or '–'} |"
+        )
     by_reason: dict[str, list[str]] = {}
     for model_type, reason in refused_types().items():
         by_reason.setdefault(reason, []).append(f"`{model_type}`")

@@ -59,7 +59,7 @@ class Verification:
         self.report = report
         self.options = options
         self.config = text_config(model)
-        self.adapter = adapter_for(self.config)
+        self.adapter = adapter_for(pretrained(model).config)
         self.files = modeling_files(model, self.adapter)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype

@@ -17,7 +17,7 @@ from torch import nn
 
 from flexpatch.branching import WAYS
 from flexpatch.errors import FlexpatchError, UnsupportedModelError, first_line
-from flexpatch.models import check_architecture, load_model, similar_architecture, tiny_model, tiny_types
+from flexpatch.models import check_architecture, load_model, similar_architecture, tiny_model, tiny_types, variants
 from flexpatch.parity import Report, check_parity
 from flexpatch.registry import adapters
 
@@ -100,7 +100,7 @@ def _models(options: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:
         yield options.model, _loaded(options, dtype).to(device)
         return
     for model_type in types:
-        count = len(adapters()[model_type].tiny[model_type])
+        count = len(variants(model_type))
         for variant in range(count):
             model = tiny_model(model_type, variant, dtype=dtype, seed=options.seed).to(device)
             yield f"{model_type} (tiny random model {variant + 1} of {count})", model

@@ -1,6 +1,7 @@
 """Masks against their definition: a token sees its ancestors and itself, on windowed layers the nearest ones alone."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -92,6 +93,60 @@ def test_kernels_see_the_definition(window: int | None) -> None:
         full_blocks += int(full.sum())
     # All keys of a full block are ancestors of one query, so the first is at least 128 positions away.
     assert (full_blocks > 0) == (window is None or window > 128)
+
+
+def with_blocks(rows: Rows, seed: int) -> Rows:
+    """Two-way blocks in some runs, beside each other too."""
+    rng = np.random.default_rng(seed)
+    last = torch.arange(rows.input_ids.shape[1], dtype=torch.int32).repeat(len(rows.input_ids), 1)
+    for row, ends, positions in zip(last, rows.ends, rows.position_ids, strict=True):
+        start = 0
+        while start < len(row):
+            stop = start + 1
+            while stop < len(row) and ends[stop] == ends[start] and positions[stop] == positions[stop - 1] + 1:
+                stop += 1
+            while start < stop:
+                size = int(rng.integers(1, stop - start + 1))
+                if rng.random() < 0.5:
+                    row[start : start + size] = start + size - 1
+                start += size
+    return replace(rows, last=last)
+
+
+def two_way_by_definition(rows: Rows, window: int | None) -> Tensor:
+    """What the past shows, and all of a block to each of its tokens; windows hide the past alone."""
+    assert rows.last is not None
+    same = rows.last[:, None, :, None] == rows.last[:, None, None, :]
+    behind = rows.position_ids[:, None, :, None] < rows.position_ids[:, None, None, :]
+    return by_definition(rows, window) | (same & behind)
+
+
+@parameterized.expand([(window,) for window in WINDOWS])
+def test_two_way_blocks(window: int | None) -> None:
+    for seed in range(60):
+        rows = with_blocks(random_rows(seed), seed)
+        true = two_way_by_definition(rows, window)
+        assert torch.equal(dense_mask(rows.ends, rows.position_ids, window, rows.last), true)
+    alone = torch.arange(rows.ends.shape[1]).expand_as(rows.ends)
+    true = by_definition(rows, window)
+    assert torch.equal(dense_mask(rows.ends, rows.position_ids, window, alone), true)
+
+
+@parameterized.expand([(window,) for window in (None, 7, 255)])
+def test_kernels_see_two_way_blocks(window: int | None) -> None:
+    differ = 0
+    for seed, plain in enumerate(long_rows()):
+        rows = with_blocks(plain, seed)
+        mask = block_mask(rows.ends, rows.position_ids, window, rows.last)
+        L = rows.input_ids.shape[1]
+        seen = what_kernels_see(mask)[..., :L, :L]
+        assert torch.equal(seen, two_way_by_definition(rows, window))
+        partial, full = partial_and_full(mask)
+        assert not (blocks_with(torch.any, rule_of(mask)) & ~(partial | full)).any()
+        assert not (full & ~blocks_with(torch.all, rule_of(mask))).any()
+        past = what_kernels_see(block_mask(rows.ends, rows.position_ids, window))[..., :L, :L]
+        differ += not torch.equal(past, seen)
+    assert differ > 5, "blocks change nothing here"
 
 
 def test_windows_skip_blocks() -> None:

@@ -16,10 +16,11 @@ import torch
 from helpers.needs import needs_type
 from packaging.version import Version
 from parameterized import parameterized
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, LlavaForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, VipLlavaForConditionalGeneration
 
 import flexpatch
 from flexpatch import Adapter, FlexpatchError, UnsupportedModelError, registry
+from flexpatch.layouts import multimodal_types
 from flexpatch.models import TINY, tiny_model, tiny_types
 from flexpatch.registry import FULL, SLIDING, adapter_for, adapters, refused_types
 
@@ -39,12 +40,13 @@ def test_all_families_are_found() -> None:
     for file in FILES:
         source = file.read_text(encoding="utf-8")
         names = re.findall(r"^ *(?:register\()?Adapter\(\s*name=\"(.+?)\"", source, re.MULTILINE)
-        assert len(names) == source.count("Adapter(") > 0, file.name
+        assert len(names) == source.count("Adapter(") and names + re.findall(r"\bMedia\(", source), file.name
         assert set(names) <= known, file.name
     for model_type, adapter in adapters().items():
         assert adapter.tiny[model_type], "nothing to verify it with"
     for model_type in tiny_types():
-        assert adapter_for(tiny_model(model_type).config) is adapters()[model_type]
+        text = tiny_model(model_type).config.get_text_config().model_type
+        assert adapter_for(tiny_model(model_type).config) is adapters()[text]
 
 
 @parameterized.expand(
@@ -137,7 +139,7 @@ def test_every_type_of_transformers_is_served_or_told_why_not() -> None:
 def expected(made: Any) -> tuple[str, str]:
     """What must become of a configuration, and words of the refusal."""
     model_type = made.model_type
-    if model_type in adapters():
+    if model_type in adapters() or model_type in multimodal_types():
         # Some are refused for a setting that they have by default, such as dropout.
         return "served", rf"^model type '{made.get_text_config().model_type}': .*(Set config|so nothing can be shared)"
     if model_type in refused_types():
@@ -165,10 +167,10 @@ def test_the_text_model_of_a_multimodal_checkpoint_as_advised(tmp_path: Path) ->
     """Loaded as its class, it would have random weights."""
     vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     text = dict(TINY, model_type="llama")
-    made = CONFIG_MAPPING["llava"](
+    made = CONFIG_MAPPING["vipllava"](
         text_config=text, vision_config=dict(vision, patch_size=14, model_type="clip_vision_model")
     )
-    model = LlavaForConditionalGeneration(made).eval()
+    model = VipLlavaForConditionalGeneration(made).eval()
     with pytest.raises(UnsupportedModelError, match="its text model is served: make text = AutoModelForCausalLM"):
         flexpatch.apply(model)
     advised = AutoModelForCausalLM.from_config(model.config.get_text_config()).eval()

@@ -17,7 +17,7 @@ from flexpatch import Adapter, Rows, Tree
 from flexpatch.float64 import Float64
 from flexpatch.internals import pretrained
 from flexpatch.logprobs import AnswerLogprobs, score_rows
-from flexpatch.models import tiny_model, tiny_types
+from flexpatch.models import tiny_model, tiny_types, variants
 from flexpatch.patch import settings_of
 from flexpatch.registry import adapters
 from flexpatch.row_calls import row_inputs
@@ -30,11 +30,7 @@ BOUNDS = (LOGPROB_BOUND, GRADIENT_BOUND)
 CONTROL = 1000
 
 # Every (model_type, variant) that an adapter serves and the installed transformers has. Their windows are 8 tokens.
-MODELS = [
-    (model_type, variant)
-    for model_type in tiny_types()
-    for variant in range(len(adapters()[model_type].tiny[model_type]))
-]
+MODELS = [(model_type, variant) for model_type in tiny_types() for variant in range(len(variants(model_type)))]
 
 # The first type of each record: fast tests take these, slow ones all.
 FIRST = list(
