@@ -4,6 +4,7 @@ Sizes are in bytes.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,8 @@ from transformers import PreTrainedModel
 
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
 from flexpatch.internals import layers_of
+from flexpatch.row_calls import plan_in
+from flexpatch.segments import NO_LOAD, Load
 
 # Of the memory that the process could have: allocators lose some to fragments, kernels take workspaces.
 USABLE = 0.9
@@ -88,8 +91,9 @@ class Recomputation:
 
     With ``"auto"`` all are recomputed until the optimizer has made its first step: only then gradients and its state
     exist. The first calls measure the bytes that a layer would keep for a token, one kind of layer a call: layers of a
-    hybrid keep unlike much. Every call measures those that a step holds. From then on a call of T tokens keeps the
-    activations of as many layers as fit between that and ``USABLE`` of the memory.
+    hybrid keep unlike much. A row of a hybrid with more states or separate sequences a token than these is taken to
+    keep more in proportion, which is the most it can. Every call measures those that a step holds. From then on a call
+    of T tokens keeps the activations of as many layers as fit between that and ``USABLE`` of the memory.
 
     Args:
         setting: The number of layers to recompute, from the first, or ``"auto"``.
@@ -107,6 +111,7 @@ class Recomputation:
         self.kept: list[Any] = []  # layers whose checkpointing is off for the call that runs
         # By kind, kept by a layer for one token, beyond its bytes when checkpointed.
         self.layer_bytes: dict[str, float] = {}
+        self.load = NO_LOAD  # the lightest of the rows that were measured
         self.tokens = 0  # of the longest row before the first step
         self.held = 0  # by steps that checkpoint all layers
         self.idle = 0  # allocated between steps
@@ -135,7 +140,9 @@ class Recomputation:
         layers = [layer for layer in layers if layer.gradient_checkpointing]
         if not layers:
             return call, None
-        kept, measured = self.plan(layers, call["input_ids"], backbone)
+        plan = plan_in(call)
+        load = NO_LOAD if plan is None else plan.segments.load
+        kept, measured = self.plan(layers, call["input_ids"], backbone, load)
         self.kept = list(kept)
         for layer in self.kept:
             layer.gradient_checkpointing = KEPT
@@ -155,7 +162,7 @@ class Recomputation:
                 layer.gradient_checkpointing = True
 
     def plan(
-        self, layers: Sequence[nn.Module], ids: Tensor, model: nn.Module
+        self, layers: Sequence[nn.Module], ids: Tensor, model: nn.Module, load: Load = NO_LOAD
     ) -> tuple[Sequence[nn.Module], Callable[[bool], None] | None]:
         """Choose which layers of a call not to recompute.
 
@@ -163,6 +170,7 @@ class Recomputation:
             layers: The checkpointed layers.
             ids: (B, L) token ids.
             model: The backbone.
+            load: Of the row.
 
         Returns:
             The layers, the last ones unless one is measured, and a function to call after the forward with whether it
@@ -182,7 +190,7 @@ class Recomputation:
                 sizes = ", ".join(f"{size / 1e3:.1f}" for size in self.layer_bytes.values())
                 log.info("flexpatch: layers of each kind keep %s kB a token", sizes)
         if self.stepped:
-            kept = layers[len(layers) - self._kept(memory, tokens, kinds) :]
+            kept = layers[len(layers) - self._kept(memory, tokens, load, kinds) :]
             log.debug("flexpatch: of %d layers, %d are kept for %d tokens", len(layers), len(kept), tokens)
             return kept, None
         self.tokens = max(self.tokens, tokens)
@@ -194,7 +202,7 @@ class Recomputation:
         # One of another kind, if there is none of its own: layers that are recomputed keep their inputs alone.
         other = max(others, key=lambda i: (kinds[i] == kinds[last], i))
         meter = _Meter([layers[other], layers[last]], self.memory, device)
-        return [layers[last]], partial(self._measured, meter, kinds[last], tokens)
+        return [layers[last]], partial(self._measured, meter, kinds[last], tokens, load)
 
     def _watch(self, memory: Memory, model: nn.Module, measured: bool) -> None:
         """Note whether an optimizer has changed the weights, and the memory held until then."""
@@ -205,19 +213,22 @@ class Recomputation:
         self.held = max(memory.allocated, memory.held)
         self.idle = memory.allocated
 
-    def _measured(self, meter: "_Meter", kind: str, tokens: int, complete: bool) -> None:
+    def _measured(self, meter: "_Meter", kind: str, tokens: int, load: Load, complete: bool) -> None:
         sizes = meter.read()
         if complete:
             checkpointed, kept = sizes
+            self.load = Load(*map(min, self.load, load)) if self.layer_bytes else load
             self.layer_bytes[kind] = max(kept - checkpointed, 1) / tokens
 
-    def _kept(self, memory: Memory, tokens: int, kinds: Sequence[str]) -> int:
+    def _kept(self, memory: Memory, tokens: int, load: Load, kinds: Sequence[str]) -> int:
         """Count the layers, from the last, whose activations fit."""
         longer = max(0, tokens - self.tokens) * (self.held - self.idle) / self.tokens
         pending = max(0, memory.allocated - self.idle)  # forwards whose backward is still to come
         room = USABLE * memory.limit - self.held - longer - pending
+        more = (now / then if then else math.inf for now, then in zip(load, self.load, strict=True) if now > then)
+        weight = tokens * max([1.0, *more])
         largest = max(self.layer_bytes.values())  # stands for kinds that came later, such as layers with new adapters
-        needs = accumulate(self.layer_bytes.get(kind, largest) * tokens for kind in reversed(kinds))
+        needs = accumulate(self.layer_bytes.get(kind, largest) * weight for kind in reversed(kinds))
         return sum(need <= room for need in needs)
 
 

@@ -8,6 +8,7 @@ Shapes: B rows, L tokens a row, G segments of a group, S tokens of the longest o
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,21 @@ from flexpatch.fold import lookup
 # 64 tokens or more: shorter segments always fit together.
 WASTE = 1.25
 SHORT = 64
+
+
+class Load(NamedTuple):
+    """What mixers that no mask can cut may keep for a row.
+
+    Attributes:
+        separate: Tokens of its separate sequences, for each of its tokens.
+        states: States that segments branch from, for each of its tokens.
+    """
+
+    separate: float
+    states: float
+
+
+NO_LOAD = Load(1.0, 0.0)
 
 
 class Index:
@@ -96,6 +112,19 @@ class Segments:
         self.previous[self.starts] = np.where(child, self.starts[self.parents] + self.lengths[self.parents] - 1, -1)
         self.offsets = index - np.repeat(self.starts, self.lengths)
         self._windows: dict[int, tuple[Index, Index]] = {}
+
+    @cached_property
+    def load(self) -> Load:
+        """Return what mixers may keep for the rows."""
+        parents = self.parents.tolist()
+        leaves = np.ones(len(parents), np.int64)
+        leaves[self.parents[self.parents >= 0]] = 0
+        for segment in range(len(parents) - 1, -1, -1):  # children stand behind their parents
+            if parents[segment] >= 0:
+                leaves[parents[segment]] += leaves[segment]
+        tokens = self.lengths.sum()
+        states = len(np.unique(self.parents[self.parents >= 0]))
+        return Load(float((leaves * self.lengths).sum() / tokens), float(states / tokens))
 
     @cached_property
     def varlen(self) -> Schedule:

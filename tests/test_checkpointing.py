@@ -12,9 +12,10 @@ from parameterized import parameterized
 from torch import nn
 
 import flexpatch
-from flexpatch.checkpointing import Memory, Recomputation, cuda_memory, kind_of
+from flexpatch.checkpointing import USABLE, Memory, Recomputation, cuda_memory, kind_of
 from flexpatch.internals import layers_of
 from flexpatch.models import tiny_model, tiny_types
+from flexpatch.segments import NO_LOAD, Load
 
 LAYERS = 5
 
@@ -44,10 +45,10 @@ class State(Layer):
     """A layer of another kind."""
 
 
-def which(policy: Recomputation, device: Device, model: nn.Module, tokens: int) -> list[int]:
+def which(policy: Recomputation, device: Device, model: nn.Module, tokens: int, load: Load = NO_LOAD) -> list[int]:
     """One training forward and backward; the layers that it recomputes."""
     ids = torch.zeros(1, tokens)
-    kept, measured = policy.plan(list(model), ids, model)
+    kept, measured = policy.plan(list(model), ids, model, load)
     before = device.allocated
     for layer in model:
         layer.size = layer.kept if layer in kept else 2
@@ -57,6 +58,26 @@ def which(policy: Recomputation, device: Device, model: nn.Module, tokens: int) 
         measured(True)
     device.allocated = before
     return [i for i, layer in enumerate(model) if layer not in kept]
+
+
+def test_rows_with_more_states_keep_fewer_layers() -> None:
+    """The most that a layer can keep for a row is in proportion to its states, or separate tokens, a token."""
+
+    def kept(load: Load) -> int:
+        device = Device(1e4)
+        model = nn.ModuleList([Layer(device) for _ in range(LAYERS)])
+        model.weight = nn.Parameter(torch.zeros(1))
+        policy = Recomputation("auto", device)
+        for _ in range(2):
+            which(policy, device, model, 10, Load(1.5, 0.1))
+        device.limit = (device.held + LAYERS * 80 + 10) / USABLE
+        with torch.no_grad():
+            model.weight += 1
+        return LAYERS - len(which(policy, device, model, 10, load))
+
+    assert kept(Load(1.5, 0.1)) == kept(NO_LOAD) == LAYERS
+    assert kept(Load(3.0, 0.1)) == kept(Load(1.0, 0.2)) == LAYERS // 2
+    assert kept(Load(1.0, 1e9)) == 0
 
 
 def forward(policy: Recomputation, device: Device, model: nn.Module, tokens: int) -> int:
