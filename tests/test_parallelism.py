@@ -167,7 +167,7 @@ def test_ordinary_calls_are_not_looked_at() -> None:
 
 def test_a_copy_of_a_mask_in_another_dtype_is_the_rows() -> None:
     mask = torch.zeros(1, 1, 8, 8).masked_fill(torch.ones(8, 8).triu(1).bool(), -1e4)
-    row, q = Row(8, {"full_attention": mask}), torch.zeros(1, 2, 8, 4)
+    row, q = Row(8, {"full_attention": mask}, dense="sdpa"), torch.zeros(1, 2, 8, 4)
     row.check_attention(nn.Identity(), q, q, mask.bfloat16())
     with pytest.raises(flexpatch.UnsupportedModelError, match="got another mask"):
         row.check_attention(nn.Identity(), q, q, mask.bfloat16() * 0)

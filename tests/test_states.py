@@ -34,7 +34,7 @@ BRANCHED = [each for each in tiny_types() if adapters()[each].branched]
 
 
 def row_of(rows: Rows, kind: str) -> Row:
-    row = Row(rows.ends.shape[1], None, plan=plan_of(rows))
+    row = Row(rows.ends.shape[1], None, dense="sdpa", plan=plan_of(rows))
     row.kinds[kind] += 1
     return row
 
@@ -172,7 +172,7 @@ class TestWrapping(unittest.TestCase):
             return "its result"
 
         wrapped = Branching(original, CONVOLUTION, lambda *_: pytest.fail("it has no row"))
-        for call in ({}, {CALL: GIVEN}, {CALL: None}, {CALL: Row(3, None)}):
+        for call in ({}, {CALL: GIVEN}, {CALL: None}, {CALL: Row(3, None, dense="sdpa")}):
             assert wrapped(1, weight=2, **call) == "its result"
         assert seen == [((1,), {"weight": 2})] * 4
 
