@@ -309,19 +309,6 @@ class StateTest(unittest.TestCase):
         flexpatch.remove(model)
         assert snapshot() == before
 
-    def test_the_registries_gain_only_our_names(self) -> None:
-        code = """
-            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
-            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
-            before = [{name: table[name] for name in table.keys()} for table in (functions, masks)]
-            import flexpatch.patch
-            for table, old in zip((functions, masks), before):
-                added = set(table.keys()) - set(old)
-                assert added and all(name.startswith("flexpatch_") for name in added), added
-                assert all(table[name] is function for name, function in old.items())
-        """
-        run(code)
-
     def test_copies_are_independent(self) -> None:
         model = flexpatch.apply(tiny_model("qwen3", 1), backend="dense")
         before = self.tokens(model)
@@ -345,6 +332,7 @@ class StateTest(unittest.TestCase):
             assert torch.equal(self.tokens(twin), self.tokens(model))
 
     def test_unpickling_needs_no_more_than_the_import(self) -> None:
+        """And the registries of transformers gain only our names."""
         model = flexpatch.apply(tiny_model("gemma2"), backend="dense")
         ids = torch.tensor(random_ids(9))
         with torch.no_grad():
@@ -354,11 +342,19 @@ class StateTest(unittest.TestCase):
         run(
             """
             import sys, torch, flexpatch
+            from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+            from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions
+            assert "flexpatch.patch" not in sys.modules
+            before = [{name: table[name] for name in table.keys()} for table in (functions, masks)]
             model, rows, tokens, ids, expected = torch.load(sys.argv[1], weights_only=False)
             with torch.no_grad():
                 assert torch.equal(flexpatch.answer_logprobs(model, rows).tokens, tokens)
                 assert torch.equal(model(input_ids=ids).logits, expected)
             assert flexpatch.remove(model).config._attn_implementation == "eager"
+            for table, old in zip((functions, masks), before):
+                added = set(table.keys()) - set(old)
+                assert added and all(name.startswith("flexpatch_") for name in added), added
+                assert all(table[name] is function for name, function in old.items())
             """,
             file,
         )

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, VipLl
 import flexpatch
 from flexpatch import Adapter, FlexpatchError, UnsupportedModelError, registry
 from flexpatch.layouts import multimodal_types
-from flexpatch.models import TINY, tiny_model, tiny_types
+from flexpatch.models import TINY, tiny_config, tiny_model, tiny_types
 from flexpatch.registry import FULL, SLIDING, adapter_for, adapters, refused_types
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -45,8 +45,8 @@ def test_all_families_are_found() -> None:
     for model_type, adapter in adapters().items():
         assert adapter.tiny[model_type], "nothing to verify it with"
     for model_type in tiny_types():
-        text = tiny_model(model_type).config.get_text_config().model_type
-        assert adapter_for(tiny_model(model_type).config) is adapters()[text]
+        made = tiny_config(model_type)
+        assert adapter_for(made) is adapters()[made.get_text_config().model_type]
 
 
 @parameterized.expand(
@@ -254,7 +254,7 @@ ARCEE = '''"""Arcee: one mask for all layers, no windows."""
 
 from flexpatch.registry import Adapter, register
 
-register(Adapter(name="Arcee", masks="single", tiny={"arcee": [{}]}))
+register(Adapter(name="Arcee, in a file of its own", masks="single", tiny={"arcee": [{}]}))
 '''
 
 
@@ -264,18 +264,21 @@ def test_a_new_family_is_one_new_file(tmp_path: Path) -> None:
             REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "arcee.py")
         )
 
-    def verified() -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "flexpatch.verify", "arcee"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    assert verified().returncode == 2
     (tmp_path / "adapters" / "arcee.py").write_text(ARCEE)
-    with_file = verified()
-    assert with_file.returncode == 0, with_file.stdout + with_file.stderr
-    assert "arcee" in with_file.stdout
+    code = """
+import sys
+from flexpatch.registry import adapters
+from flexpatch.verify import main
+assert adapters()["arcee"].name == "Arcee, in a file of its own"
+sys.exit(main(["arcee"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "arcee" in done.stdout
