@@ -146,7 +146,8 @@ def test_the_documentation_shows_the_support_table() -> None:
 def test_adapters_are_data() -> None:
     for name, source in ADAPTERS.items():
         others = {module for module in imports(source) if module.split(".")[0] not in sys.stdlib_module_names}
-        assert others and others <= {f"flexpatch.{module}" for module in ("registry", "layouts", "pictures")}, name
+        allowed = {f"flexpatch.{module}" for module in ("registry", "layouts", "pictures", "tiny")}
+        assert others and others <= allowed, name
 
 
 TESTS = sorted((REPOSITORY / "tests").rglob("test_*.py"))
