@@ -138,8 +138,7 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     adapter, original = adapter_for(inner.config), original_of(attention_name(inner))
     check_original(original, adapter)
     check_quantization(model)
-    if not options["shared_dropout"]:
-        check_dropout(model, trains=trains)
+    check_dropout(model, trains=trains, shared_dropout=options["shared_dropout"])
     check_ranks(model, call=False)
     check_backend(inner, backend)  # the last: it may warn
     backbone = backbone_of(inner)

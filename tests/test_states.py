@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.forests import random_rows
+from helpers.needs import needs_hybrids
 from helpers.oracle import trees
 from parameterized import parameterized
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from flexpatch.models import tiny_model, tiny_types
 from flexpatch.plan import plan_of
 from flexpatch.registry import CONVOLUTION, DELTA_RULE, STATE_SPACE, adapters, no_mask
 from flexpatch.states import by_level, kept_by, takes
+
+needs_hybrids()
 
 FORESTS = 250  # for each of the four functions, of which fast tests take the first
 FEW = 30

@@ -24,6 +24,7 @@ from helpers.hybrids import (
     unsharing_of,
     with_hole,
 )
+from helpers.needs import needs_hybrids
 from helpers.oracle import see_siblings
 from helpers.processes import start_python
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ from flexpatch.internals import layers_of
 from flexpatch.models import tiny_model
 from flexpatch.patch import settings_of
 from flexpatch.plan import Plan
+
+needs_hybrids()
 
 BOUND = 1e-10
 # Recomputed layers, and states in float32, cannot be kept in float64.
