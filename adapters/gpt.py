@@ -5,7 +5,7 @@ from flexpatch.registry import Adapter, register
 ABSOLUTE = "batches padded on the left fold if they have position_ids"
 ROTARY = dict(rotary_dim=8)
 
-register(Adapter(name="GPT-J, CodeGen", masks="single", tiny={"gptj": [ROTARY], "codegen": [ROTARY]}))
+register(Adapter(name="GPT-J, CodeGen", masks="single", since="5.24", tiny={"gptj": [ROTARY], "codegen": [ROTARY]}))
 
 register(
     Adapter(

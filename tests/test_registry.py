@@ -140,8 +140,9 @@ def expected(made: Any) -> tuple[str, str]:
     """What must become of a configuration, and words of the refusal."""
     model_type = made.model_type
     if model_type in adapters() or model_type in multimodal_types():
-        # Some are refused for a setting that they have by default, such as dropout.
-        return "served", rf"^model type '{made.get_text_config().model_type}': .*(Set config|so nothing can be shared)"
+        # Some are refused for a setting that they have by default, such as dropout, or in an old release.
+        reasons = "(Set config|so nothing can be shared|is installed: upgrade it$)"
+        return "served", rf"^model type '{made.get_text_config().model_type}': .*{reasons}"
     if model_type in refused_types():
         return "refused", rf"^model type '{model_type}': {re.escape(refused_types()[model_type])}$"
     if getattr(made, "is_encoder_decoder", False):

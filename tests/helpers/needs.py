@@ -7,7 +7,7 @@ from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from flexpatch.models import tiny_types
-from flexpatch.registry import adapters
+from flexpatch.registry import adapters, too_old
 
 
 def needs(package: str, since: str, why: str) -> pytest.MarkDecorator:
@@ -20,6 +20,8 @@ def needs_type(model_type: str) -> None:
     """Skip a test whose architecture the installed transformers does not have."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"needs a transformers that knows {model_type}")
+    if model_type in adapters() and (reason := too_old(adapters()[model_type])) is not None:
+        pytest.skip(f"{model_type} is {reason}")
 
 
 def needs_hybrids() -> None:
