@@ -4,18 +4,9 @@ Later models, whose layers choose keys: adapters/indexed.py.
 """
 
 from flexpatch.registry import Adapter, register
+from flexpatch.tiny import EXPERTS, LATENT
 
-TINY = dict(
-    num_key_value_heads=4,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_rope_head_dim=8,
-    qk_nope_head_dim=8,
-    v_head_dim=16,
-    head_dim=8,
-)
-TINY |= dict(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1)
-TINY |= dict(moe_intermediate_size=32, first_k_dense_replace=1)
+TINY = dict(LATENT, **EXPERTS, qk_nope_head_dim=8, head_dim=8, first_k_dense_replace=1)
 
 register(
     Adapter(

@@ -4,8 +4,9 @@ from flexpatch.registry import Adapter, register
 
 ABSOLUTE = "batches padded on the left fold if they have position_ids"
 ROTARY = dict(rotary_dim=8)
+CERTAIN = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
-register(Adapter(name="GPT-J, CodeGen", masks="single", tiny={"gptj": [ROTARY], "codegen": [ROTARY]}))
+register(Adapter(name="GPT-J, CodeGen", masks="single", since="5.24", tiny={"gptj": [ROTARY], "codegen": [ROTARY]}))
 
 register(
     Adapter(
@@ -13,7 +14,7 @@ register(
         masks="single",
         begins="position",
         since="5.24",
-        tiny={"gpt2": [{}], "gpt_bigcode": [{}], "ctrl": [dict(dff=96)]},
+        tiny={"gpt2": [CERTAIN], "gpt_bigcode": [CERTAIN], "ctrl": [dict(CERTAIN, dff=96)]},
         limits=ABSOLUTE,
     )
 )
@@ -25,7 +26,7 @@ register(
         restarts=False,
         begins="position",
         tiny={
-            "biogpt": [{}],
+            "biogpt": [dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)],
             "opt": [dict(ffn_dim=96, word_embed_proj_dim=32, attention_dropout=0.0, dropout=0.0)],
         },
         limits=ABSOLUTE,

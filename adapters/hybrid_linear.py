@@ -11,6 +11,7 @@ from flexpatch.registry import (
     register,
     sliding_windows,
 )
+from flexpatch.tiny import LATENT
 
 LINEAR = "linear_attention"
 LAYERS = [LINEAR, LINEAR, FULL, LINEAR]
@@ -24,13 +25,9 @@ DELTA = dict(
 )
 MIXERS = "OlmoHybridGatedDeltaNet", "KimiLinearDeltaAttention", "BailingHybridDeltaAttention"
 MOE = dict(num_experts_per_tok=2, moe_intermediate_size=32)
-LATENT = dict(
-    num_key_value_heads=4,
-    q_lora_rank=16,
-    kv_lora_rank=16,
+KIMI = dict(
+    LATENT,
     qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=16,
     n_group=1,
     topk_group=1,
     n_shared_experts=1,
@@ -51,8 +48,8 @@ register(
         since="5.16",
         tiny={
             "olmo_hybrid": [DELTA],
-            "kimi_linear": [dict(LATENT, **MOE, linear_head_dim=16, linear_num_heads=4)],
-            "bailing_hybrid": [dict(LATENT, **MOE, num_mtp_layers=0)],
+            "kimi_linear": [dict(KIMI, **MOE, linear_head_dim=16, linear_num_heads=4)],
+            "bailing_hybrid": [dict(KIMI, **MOE, num_mtp_layers=0)],
         },
     )
 )

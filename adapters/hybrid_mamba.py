@@ -114,6 +114,8 @@ register(
                     STATE,
                     mamba_d_ssm=128,
                     lm_head_multiplier=0.5,
+                    ssm_in_multiplier=2.0,  # scans that outweigh the attention beside them: their states show
+                    ssm_out_multiplier=3.0,
                     embedding_multiplier=2.0,
                     key_multiplier=0.7,
                     ssm_multipliers=[0.9, 0.8, 1.1, 0.7, 1.2],

@@ -3,24 +3,14 @@
 from typing import Any
 
 from flexpatch.registry import CONVOLUTION, DELTA_RULE, Adapter, Visible, causal, no_mask, register
+from flexpatch.tiny import EXPERTS, LATENT
 
 INDEXED = "indexed_attention"
 LINEAR = "linear_attention"
 DENSE_THEN_SPARSE = ["dense", "sparse", "sparse", "sparse"]
-LATENT = dict(
-    num_key_value_heads=4,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=8,
-    v_head_dim=16,
-)
-EXPERTS = dict(
-    n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, n_group=1, topk_group=1, moe_intermediate_size=32
-)
 # Few keys are chosen, so that the choice shows. With few heads their scores often tie.
 INDEXER = dict(index_topk=6, index_n_heads=16, index_head_dim=16)
-TINY = LATENT | EXPERTS | INDEXER | dict(mlp_layer_types=DENSE_THEN_SPARSE)
+TINY = LATENT | EXPERTS | INDEXER | dict(qk_nope_head_dim=16, mlp_layer_types=DENSE_THEN_SPARSE)
 SHARED = dict(TINY, indexer_types=["full", "shared", "full", "shared"])
 
 register(

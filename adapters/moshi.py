@@ -2,4 +2,4 @@
 
 from flexpatch.registry import Adapter, register
 
-register(Adapter(name="Moshi (text)", masks="single", tiny={"moshi": [dict(ffn_dim=96)]}))
+register(Adapter(name="Moshi (text)", masks="single", since="5.2", tiny={"moshi": [dict(ffn_dim=96)]}))

@@ -2,4 +2,6 @@
 
 from flexpatch.registry import Adapter, register
 
-register(Adapter(name="Nemotron", masks="single", marks=False, tiny={"nemotron": [{}]}, limits="compile=False"))
+register(
+    Adapter(name="Nemotron", masks="single", since="5.2", marks=False, tiny={"nemotron": [{}]}, limits="compile=False")
+)

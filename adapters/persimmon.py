@@ -2,4 +2,4 @@
 
 from flexpatch.registry import Adapter, register
 
-register(Adapter(name="Persimmon", masks="single", tiny={"persimmon": [{}]}))
+register(Adapter(name="Persimmon", masks="single", since="5.2", tiny={"persimmon": [{}]}))

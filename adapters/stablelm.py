@@ -4,4 +4,13 @@ from flexpatch.registry import Adapter, register
 
 NORMS = dict(qk_layernorm=True, use_parallel_residual=True)
 
-register(Adapter(name="StableLM", masks="single", marks=False, tiny={"stablelm": [{}, NORMS]}, limits="compile=False"))
+register(
+    Adapter(
+        name="StableLM",
+        masks="single",
+        since="5.2",
+        marks=False,
+        tiny={"stablelm": [{}, NORMS]},
+        limits="compile=False",
+    )
+)

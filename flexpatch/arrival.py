@@ -6,7 +6,7 @@ an attention of their own in place of the registered one. Each of these is an er
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,6 +40,21 @@ def row_of(mask: Any) -> Any:
     return None if refer is None else refer()
 
 
+def tensors_in(given: Any) -> Iterator[Tensor]:
+    """Walk over all tensors of arguments.
+
+    Args:
+        given: A tensor, a container of such, or anything else.
+
+    Returns:
+        An iterator of them.
+    """
+    if isinstance(given, Tensor):
+        yield given
+    for each in given.values() if isinstance(given, dict) else given if isinstance(given, (tuple, list)) else ():
+        yield from tensors_in(each)
+
+
 class Kernel:
     """Tells attention which function takes the dense masks of a call.
 
@@ -62,7 +77,7 @@ class Row(Kernel):
         length: int,
         masks: Any,
         *,
-        dense: str = "sdpa",
+        dense: str,
         pending: bool = False,
         fa4: bool = False,
         plan: Any = None,
@@ -122,6 +137,24 @@ class Row(Kernel):
                 f"attention ({type(module).__name__}) {wrong}: something between the model and its attention changed "
                 f"them{hooks_of(module)}, as context and sequence parallelism do. Take it off, or run the model "
                 "without flexpatch: flexpatch.remove(model)"
+            )
+
+    def check_mixer(self, module: nn.Module, given: Any) -> None:
+        """Refuse a call of a mixer that is not the row's.
+
+        Args:
+            module: The mixer.
+            given: All its arguments.
+
+        Raises:
+            UnsupportedModelError: If none of them holds the row's tokens.
+        """
+        if not any(tensor.shape[:2] == self.plan.shape for tensor in tensors_in(given)):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} got other tokens than the row's {self.length}: something between the model "
+                "and its mixers splits rows. Take it off, or run the model without flexpatch: flexpatch.remove(model). "
+                "(xLSTM does so itself in eval mode, beyond config.max_inference_chunksize: raise that, or make "
+                "shorter rows)"
             )
 
     def check_reached(self) -> None:

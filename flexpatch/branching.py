@@ -92,12 +92,7 @@ class Branches:
         row = kwargs.get(CALL, self.unsharing.now.row)
         if not isinstance(row, Row):
             return None
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if not any(x.shape[:2] == row.plan.shape for x in given):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} got other tokens than the row's {row.length}: something between the model "
-                "and its mixers splits rows. Take it off, or run the model without flexpatch: flexpatch.remove(model)"
-            )
+        row.check_mixer(module, (args, kwargs))
         if CALL not in kwargs:
             self.unsharing.now.check_recomputation(module)
         if (seen := row.plan.seen) is not None:

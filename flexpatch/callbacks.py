@@ -72,8 +72,7 @@ class Flexpatch(SavingsCallback):
         self.models: dict[str, Any] = {}
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if not self.options.get("shared_dropout"):
-            check_dropout(model, trains=True)
+        check_dropout(model, trains=True, shared_dropout=self.options.get("shared_dropout", False))
         apply(model, **self.options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:

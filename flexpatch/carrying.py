@@ -31,6 +31,24 @@ class Now(threading.local):
         self.inside: list[tuple[nn.Module, Any]] = []  # mixers that run, and their separate sequences
         self.grad = torch.is_grad_enabled()
         self.carried = False  # whether recomputation finds the row
+        self.functions: list[tuple[nn.Module, str]] = []  # layers' checkpointing functions that take the row along
+
+    def carry(self, functions: list[tuple[nn.Module, str]]) -> None:
+        """Let recomputation of layers find the row of their forward.
+
+        Args:
+            functions: Layers, and the names of their checkpointing functions.
+        """
+        assert self.row is not None, "a forward runs"
+        self.functions = functions
+        for module, name in functions:
+            setattr(module, name, Carrying(self, self.row, getattr(module, name)))
+
+    def release(self) -> None:
+        """Undo :meth:`carry`."""
+        for module, name in self.functions:
+            if isinstance(carrying := getattr(module, name), Carrying):
+                setattr(module, name, carrying.function)
 
     def check_recomputation(self, mixer: nn.Module) -> None:
         """Refuse a mixer in a layer that is recomputed without its row.
@@ -67,28 +85,3 @@ class Carrying:
             return layer(*args, **kwargs)
         finally:
             vars(now).update(before)
-
-
-def carry(backbone: nn.Module, now: Now, row: Row) -> None:
-    """Let recomputation of a backbone's layers find the row of their forward.
-
-    Args:
-        backbone: The backbone.
-        now: Where its mixers look.
-        row: The row.
-    """
-    for module in backbone.modules():
-        for name in CHECKPOINTING & vars(module).keys():
-            setattr(module, name, Carrying(now, row, getattr(module, name)))
-
-
-def release(backbone: nn.Module) -> None:
-    """Undo :func:`carry`.
-
-    Args:
-        backbone: The backbone.
-    """
-    for module in backbone.modules():
-        for name in CHECKPOINTING & vars(module).keys():
-            if isinstance(carrying := getattr(module, name), Carrying):
-                setattr(module, name, carrying.function)

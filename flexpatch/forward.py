@@ -10,7 +10,6 @@ Exits travel on the call's ``input_ids`` and nowhere else: other arguments reach
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flexpatch.arrival import CALL, GIVEN, PENDING, Row
-from flexpatch.branching import WAYS, Branches, choose, unwrap, wrap
+from flexpatch.branching import WAYS, Branches, unwrap, wrap
 from flexpatch.calls import is_exporting, without_cache
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import pad_row, restore_forward
@@ -71,7 +70,6 @@ class BackboneHook:
         for name, value, known in (("backend", backend, BACKENDS), ("mixers", mixers, WAYS)):
             if value not in known:
                 raise FlexpatchError(f"{name}={value!r}; expected one of {', '.join(known)}")
-        self.backend = backend
         self.fold = fold
         self.compile = compile
         self.way = mixers
@@ -92,7 +90,7 @@ class BackboneHook:
         """Return the options, as :func:`flexpatch.apply` takes them."""
         recompute_layers = None if self.recomputation is None else self.recomputation.setting
         return dict(
-            backend=self.backend,
+            backend=self.folding.backend,
             fold=self.fold,
             compile=self.compile,
             mixers=self.way,
@@ -103,7 +101,7 @@ class BackboneHook:
     def __call__(self, backbone: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> Any:
         """Change the arguments of a backbone's call. Torch calls this before the backbone's forward."""
         if self.unsharing is not None:
-            self.unsharing.end(backbone)  # an interrupted call may have left some
+            self.unsharing.end()  # an interrupted call may have left some
         if not is_ours(attention_name(backbone)):
             changed = "of a model whose attention implementation was changed after flexpatch.apply (apply it again)"
             return self.folding.given(kwargs, changed)
@@ -130,9 +128,7 @@ class BackboneHook:
             call["logits_to_keep"] = torch.empty(0, dtype=torch.long)
         plan, call = plan_in(call), without_plan(call)
         length, masks = call["input_ids"].shape[1], call.get("attention_mask")
-        options: dict[str, Any] = dict(dense=self.dense, pending=pending, fa4=self.backend == "fa4")
-        if self.unsharing is not None:
-            plan = self.unsharing.plan_for(backbone, plan)
+        options: dict[str, Any] = dict(dense=self.dense, pending=pending, fa4=self.folding.backend == "fa4")
         row = Row(length, masks, **options, plan=plan, mixers=self.mixers)
         if not self.marks:
             row.mark_masks()
@@ -141,7 +137,7 @@ class BackboneHook:
             wrap(self.branches.modules, row)
         if self.unsharing is not None:
             self.unsharing.begin(backbone, row)
-            row.leave = partial(self.unsharing.end, backbone)
+            row.leave = self.unsharing.end
         return (), call | {CALL: row}
 
     @torch.compiler.disable
@@ -248,20 +244,22 @@ def hook_of(inner: nn.Module) -> BackboneHook | None:
     return next((hook for hook in hooks if isinstance(hook, BackboneHook)), None)
 
 
-def register_hooks(inner: PreTrainedModel, hook: BackboneHook, adapter: Adapter) -> None:
+def register_hooks(
+    inner: PreTrainedModel, hook: BackboneHook, adapter: Adapter, branched: dict[str, tuple[str, ...]]
+) -> None:
     """Put all hooks on a model's backbone, and on mixers in it that take separate sequences.
 
     Args:
         inner: The model.
         hook: The one with the options.
         adapter: The record of its architecture.
+        branched: The mixers that are branched (:func:`flexpatch.branching.choose`).
     """
     hook.marks = adapter.marks
     backbone = backbone_of(inner)
     if adapter.masks == "none" and backbone is not inner:
         inner.register_forward_pre_hook(carry_mask, with_kwargs=True)
     if adapter.unshared:
-        branched = choose(backbone, adapter, hook.way)
         unshared = {name: rule for name, rule in adapter.unshared.items() if name not in branched}
         hook.unsharing = Unsharing(unshared, hook.dense)
         every = list(mixers_of(backbone, adapter.unshared))
@@ -289,7 +287,7 @@ def remove_hooks(inner: nn.Module) -> None:
                 if isinstance(hook, BackboneHook) and hook.recomputation is not None:
                     hook.recomputation.restore()
                 if isinstance(hook, BackboneHook) and hook.unsharing is not None:
-                    hook.unsharing.end(module)
+                    hook.unsharing.end()
                 kinds = (Unsharing, Branches)
                 ours = isinstance(hook, BackboneHook) or isinstance(getattr(hook, "__self__", None), kinds)
                 if ours or hook in (carry_mask, run_own_exits, run_callers_exits):

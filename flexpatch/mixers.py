@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from inspect import signature
@@ -140,17 +140,39 @@ def skip_padding(mixers: Sequence[nn.Module], rules: Mapping[str, Callable[[Any]
     )
 
 
-def gather_within(mixers: Sequence[nn.Module]) -> bool:
-    """Tell whether an engine gathers weights at each call of a layer within mixers: ranks must make equally many.
+def look_over(
+    backbone: nn.Module, rules: Mapping[str, Any], names: Collection[str]
+) -> tuple[list[tuple[nn.Module, str]], bool]:
+    """Find in one walk what each row's forward must know of a model, which an engine may have changed since the last.
 
-    DeepSpeed's ZeRO-3 does so, and FSDP where it wraps parts of layers.
+    An engine that gathers weights at each call of a layer within mixers needs ranks to make equally many. DeepSpeed's
+    ZeRO-3 does so, and FSDP where it wraps parts of layers.
 
     Args:
-        mixers: Mixers of one model.
+        backbone: The backbone.
+        rules: By class name: the mixers that run on separate sequences.
+        names: Names of attributes.
 
     Returns:
-        Whether any engine does so.
+        Modules that have such an attribute of their own, each with its name; and whether an engine gathers within
+        mixers.
     """
-    within = [module for mixer in mixers for module in mixer.modules() if module is not mixer]
-    gathered = any(hasattr(parameter, "ds_id") for module in within for parameter in module.parameters(recurse=False))
-    return gathered or any(SHARDED & set(names_of(module)) for module in within)
+    found: dict[tuple[nn.Module, str], None] = {}  # layers may share a module
+    gathers = False
+    kinds: dict[type, tuple[bool, bool]] = {}  # whether modules of a class are mixers, and gather their weights
+    todo = [(backbone, False)]
+    # Before every call, so it must cost little: most modules are parts of adapters, and have neither.
+    while todo:
+        module, within = todo.pop()
+        has, kind = module.__dict__, type(module)
+        if kind not in kinds:
+            bases = {base.__name__ for base in kind.__mro__}
+            kinds[kind] = not bases.isdisjoint(rules), not bases.isdisjoint(SHARDED)
+        for name in names:
+            if name in has:
+                found[module, name] = None
+        if within and not gathers:
+            gathers = kinds[kind][1] or any("ds_id" in vars(own) for own in module.parameters(recurse=False))
+        inside = within or kinds[kind][0]
+        todo += [(child, inside) for child in has["_modules"].values() if child is not None]
+    return list(found), gathers

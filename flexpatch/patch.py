@@ -138,8 +138,7 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     adapter, original = adapter_for(inner.config), original_of(attention_name(inner))
     check_original(original, adapter)
     check_quantization(model)
-    if not options["shared_dropout"]:
-        check_dropout(model, trains=trains)
+    check_dropout(model, trains=trains, shared_dropout=options["shared_dropout"])
     check_ranks(model, call=False)
     check_backend(inner, backend)  # the last: it may warn
     backbone = backbone_of(inner)
@@ -147,7 +146,7 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     if (compile or recompute_layers is not None) and not layers:
         raise UnsupportedModelError(f"{type(inner).__name__} has no list of decoder layers to compile or recompute")
     check_mixers(backbone, config, adapter, compile=compile)
-    choose(backbone, adapter, hook.way)  # before anything changes: it may raise
+    branched = choose(backbone, adapter, hook.way)  # before anything changes: it may raise
     if compile:
         check_forwards(layers)
     set_attention(inner, register_name(original))
@@ -160,8 +159,8 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     remove_hooks(inner)
     if compile:
         compile_layers(layers)
-    register_hooks(inner, hook, adapter)
-    if previous is None or previous.backend != backend:
+    register_hooks(inner, hook, adapter, branched)
+    if previous is None or previous.folding.backend != backend:
         log.info(
             "flexpatch: %s rows run on the %s backend on %s", type(inner).__name__, backend_of(inner), device_of(inner)
         )
@@ -225,7 +224,7 @@ def backend_of(model: nn.Module) -> str:
         FlexpatchError: If the model is not patched.
     """
     inner = pretrained(model)
-    return backend_at(inner, device_of(inner), _hook(inner).backend)
+    return backend_at(inner, device_of(inner), _hook(inner).folding.backend)
 
 
 def _hook(inner: nn.Module) -> BackboneHook:
@@ -270,7 +269,7 @@ def model_inputs(model: nn.Module, rows: Rows) -> dict[str, Any]:
     if (reason := check_mode(model, shared_dropout=hook.folding.shared_dropout)) is not None:
         raise FlexpatchError(f"rows cannot run {reason}")
     check_rows(config, rows)
-    return row_inputs(inner, rows, adapter_for(inner.config), hook.backend)
+    return row_inputs(inner, rows, adapter_for(inner.config), hook.folding.backend)
 
 
 def savings(model: nn.Module, last: int | None = None) -> Savings:

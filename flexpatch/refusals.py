@@ -79,17 +79,20 @@ def dropout_of(module: nn.Module) -> float:
     return module.__dict__.get("attention_dropout") or module.__dict__.get("residual_dropout") or 0.0
 
 
-def check_dropout(model: nn.Module, *, trains: bool) -> None:
+def check_dropout(model: nn.Module, *, trains: bool, shared_dropout: bool) -> None:
     """Refuse dropout of a model that is going to train: at ``apply``, before hours of generation.
 
     Args:
         model: The model.
         trains: Whether it is known to train. Otherwise it counts as training in its training mode, or with adapters:
             some weights trainable, others frozen.
+        shared_dropout: Let it pass, as in :func:`check_mode`.
 
     Raises:
         UnsupportedModelError: Naming the module.
     """
+    if shared_dropout:
+        return
     trainable = {parameter.requires_grad for parameter in model.parameters()}
     for module in model.modules():
         if (rate := dropout_of(module)) and True in trainable and (trains or module.training or False in trainable):

@@ -257,8 +257,8 @@ def _check_folds(model: nn.Module, name: str, otherwise: str) -> None:
     """Refuse a model that would run batches as they are given."""
     settings = settings_of(model)
     if settings is not None and settings["fold"]:
-        if name == "model" and not settings["shared_dropout"]:
-            check_dropout(model, trains=True)  # of an adapter that the trainer added
+        if name == "model":  # which the trainer may have given an adapter since
+            check_dropout(model, trains=True, shared_dropout=settings["shared_dropout"])
         return
     if settings is not None:
         raise FlexpatchError(f"{name} does not fold batches, because of flexpatch.apply(fold=False): {otherwise}")

@@ -11,17 +11,16 @@ recomputed.
 Shapes: B rows, L tokens a row, N sequences of a batch, S columns.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from flexpatch.arrival import CALL, Kernel, Row
-from flexpatch.carrying import Now, carry, release
-from flexpatch.errors import UnsupportedModelError
-from flexpatch.mixers import gather_within, mixers_of, visible_in
+from flexpatch.arrival import CALL, Kernel, Row, tensors_in
+from flexpatch.carrying import CHECKPOINTING, Now
+from flexpatch.mixers import look_over, mixers_of, visible_in
 from flexpatch.plan import Plan, look_up, visible_mask
 from flexpatch.registry import Visible
 
@@ -63,39 +62,26 @@ class Unsharing:
             mixer.register_forward_hook(self.leave, prepend=True, with_kwargs=True)
         return mixers
 
-    def plan_for(self, backbone: nn.Module, plan: Plan | None) -> Plan:
-        """Return the plan with which a model's mixers run.
-
-        Args:
-            backbone: The backbone, as its engine has it now.
-            plan: Of the row.
-
-        Returns:
-            One whose sequences are in as many batches on all ranks, if an engine needs that.
-        """
-        assert plan is not None, "row_inputs makes one for models with such mixers"
-        return plan.in_one_batch if gather_within(list(mixers_of(backbone, self.rules))) else plan
-
     def begin(self, backbone: nn.Module, row: Row) -> None:
         """Set the row of a forward, and let recomputation of its layers find it.
 
         Args:
-            backbone: The backbone.
-            row: The row.
+            backbone: The backbone, as its engine has it now.
+            row: The row. Its sequences are put in as many batches on all ranks, if an engine needs that.
         """
-        self.end(backbone)
+        assert row.plan is not None, "row_inputs makes one for models with such mixers"
+        self.end()
+        functions, gathers = look_over(backbone, self.rules, CHECKPOINTING)
+        if gathers:
+            row.plan = row.plan.in_one_batch
         self.now.set(row)
-        carry(backbone, self.now, row)
+        self.now.carry(functions)
 
-    def end(self, backbone: nn.Module) -> None:
-        """Forget the row of a forward.
-
-        Args:
-            backbone: The backbone.
-        """
+    def end(self) -> None:
+        """Forget the row of a forward."""
         if self.now.row is not None:
+            self.now.release()
             self.now.set(None)
-            release(backbone)
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Give a mixer the first batch of separate sequences in place of the row. Torch calls this before it.
@@ -113,11 +99,7 @@ class Unsharing:
         row = kwargs.get(CALL, None if self.now.inside else self.now.row)
         if not isinstance(row, Row) or row.plan is None:
             return None
-        if not any(tensor.shape[:2] == row.plan.shape for tensor in _tensors((args, kwargs))):
-            raise UnsupportedModelError(
-                f"{type(module).__name__} got other tokens than the row's {row.plan.shape[1]}: something splits rows. "
-                "xLSTM does in eval mode, beyond config.max_inference_chunksize: raise that, or make shorter rows"
-            )
+        row.check_mixer(module, (args, kwargs))
         row.unshared += 1
         visible = visible_in(module, self.rules)
         row.reached |= visible is not None  # attention in it takes masks of its own
@@ -261,13 +243,5 @@ class Separate(Kernel):
             allowed = allowed & tokens[:, None, None]
         if self.dense == "sdpa":
             return allowed
-        dtype = next(x.dtype for x in _tensors((self.args, self.kwargs)) if x.is_floating_point())
+        dtype = next(x.dtype for x in tensors_in((self.args, self.kwargs)) if x.is_floating_point())
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-
-
-def _tensors(given: Any) -> Iterator[Tensor]:
-    """Walk over all tensors of arguments."""
-    if isinstance(given, Tensor):
-        yield given
-    for each in given.values() if isinstance(given, dict) else given if isinstance(given, (tuple, list)) else ():
-        yield from _tensors(each)

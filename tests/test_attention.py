@@ -116,12 +116,8 @@ class SoftmaxTest(unittest.TestCase):
     @parameterized.expand(
         [
             (4, 4, 16),
-            (4, 2, 64),
             (4, 1, 64),
             (8, 8, 256),  # Gemma
-            (24, 8, 128),  # 24 query heads: Llama 3.2 3B
-            (28, 4, 128),  # Qwen2 7B
-            (14, 2, 64),  # Qwen2 0.5B
             (9, 3, 64),
             (4, 4, 96),  # Phi 3
         ],
@@ -130,8 +126,29 @@ class SoftmaxTest(unittest.TestCase):
     def test_heads(self, H: int, G: int, D: int) -> None:
         self.check(H, G, D, [150])
 
-    @parameterized.expand([(1,), (2,), (100,), (127,), (128,), (129,), (300,), (640,)], name_func=name)
+    @parameterized.expand(
+        [
+            (4, 2, 64),
+            (24, 8, 128),  # 24 query heads: Llama 3.2 3B
+            (28, 4, 128),  # Qwen2 7B
+            (14, 2, 64),  # Qwen2 0.5B
+        ],
+        name_func=name,
+    )
+    @pytest.mark.slow
+    def test_more_heads(self, H: int, G: int, D: int) -> None:
+        self.check(H, G, D, [150])
+
+    @parameterized.expand([(1,), (128,), (129,), (300,)], name_func=name)
     def test_lengths(self, length: int) -> None:
+        self.check_length(length)
+
+    @parameterized.expand([(2,), (100,), (127,), (640,)], name_func=name)
+    @pytest.mark.slow
+    def test_more_lengths(self, length: int) -> None:
+        self.check_length(length)
+
+    def check_length(self, length: int) -> None:
         self.check(2, 1, 16, [length])
         self.check(2, 1, 16, [length], window=8)
 

@@ -53,15 +53,19 @@ def compiles(model_type: str, variant: int) -> bool:
     adapter = adapters()[model_type]
     if adapter.unshared or not adapter.marks:
         return False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(decoder_config(tiny_config(model_type, variant)))
+    config = decoder_config(tiny_config(model_type, variant))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except NotImplementedError:  # Apertus' activation reads a number as it is made, in transformers 5.0
+        model = AutoModelForCausalLM.from_config(config)
     return not any("experts" in name for name, _ in model.named_modules())
 
 
 DENSE = [case for case in MODELS if compiles(*case)]
 
 
-KINDS = [("llama", 0), ("qwen2", 1), ("gemma2", 0), ("gemma3_text", 0)]
+KINDS = [("qwen2", 1), ("gemma2", 0)]
 
 
 @parameterized.expand(KINDS, name_func=name)
@@ -83,12 +87,12 @@ def parity(model_type: str, variant: int) -> None:
     Result.packed(model, packed_positions(rows)).differs(true, bounds)
 
 
-@parameterized.expand([("llama", True), ("llama", False)], name_func=name)
+@parameterized.expand([("llama", True)], name_func=name)
 def test_parity_under_checkpointing(model_type: str, reentrant: bool) -> None:
     parity_under_checkpointing(model_type, reentrant)
 
 
-@parameterized.expand([("gemma3_text", False), ("gemma2", False)], name_func=name)
+@parameterized.expand([("llama", False), ("gemma3_text", False), ("gemma2", False)], name_func=name)
 @pytest.mark.slow
 def test_parity_of_others_under_checkpointing(model_type: str, reentrant: bool) -> None:
     parity_under_checkpointing(model_type, reentrant)
@@ -101,8 +105,16 @@ def parity_under_checkpointing(model_type: str, reentrant: bool) -> None:
     Result.packed(model, build_rows(ROWS)).matches(oracle(model_type, 0), bounds)
 
 
-@parameterized.expand([(True,), (False,)])
-def test_parity_with_some_layers_computed_again(reentrant: bool) -> None:
+def test_parity_with_some_layers_computed_again() -> None:
+    parity_with_some_layers_computed_again(reentrant=False)
+
+
+@pytest.mark.slow
+def test_parity_with_some_layers_computed_again_by_the_older_kind() -> None:
+    parity_with_some_layers_computed_again(reentrant=True)
+
+
+def parity_with_some_layers_computed_again(reentrant: bool) -> None:
     model = deep("llama", 5)
     true = Result.of(model, separate(model, trees()))
     model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -172,7 +184,9 @@ def test_folded_batches() -> None:
 
 
 @pytest.mark.skipif(internals.COLLECTOR is None, reason="transformers before 5.2 replaces forwards to record outputs")
-@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize(
+    "checkpointing", [pytest.param(None, marks=pytest.mark.slow), False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_router_logits_of_folded_batches(
     checkpointing: bool | None, graphs: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:

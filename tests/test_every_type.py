@@ -56,6 +56,8 @@ def refusal(model_type: str) -> str | None:
         adapter_for(config)
     except UnsupportedModelError as error:
         return str(error)
+    except TypeError:
+        return None  # transformers 5.0 has no default configuration of Musicgen, which newer ones refuse by its name
     return None
 
 

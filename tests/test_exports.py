@@ -53,14 +53,19 @@ def test_all_is_sorted_and_complete() -> None:
 
 
 def test_importing_the_package_imports_no_framework() -> None:
-    """And using it imports none that transformers does not import by itself."""
+    """And using it imports none that transformers does not import by itself; all its modules, no integration."""
     code = """
-        import sys
+        import importlib, pkgutil, sys
         import flexpatch
         heavy = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "deepspeed", "trl", "datasets"}
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
         assert flexpatch.apply.__module__ == "flexpatch.patch" and "torch" in sys.modules
         assert not {"peft", "bitsandbytes", "deepspeed", "trl", "datasets"} & set(sys.modules)
+        for module in pkgutil.iter_modules(flexpatch.__path__):
+            if module.name not in ("trl", "integrations"):
+                importlib.import_module(f"flexpatch.{module.name}")
+        others = ("flexpatch.integrations", "axolotl", "swift", "verl")
+        assert not [name for name in sys.modules if name.startswith(others)]
     """
     subprocess.run([sys.executable, "-c", inspect.cleandoc(code)], check=True, timeout=300)
 
@@ -141,7 +146,8 @@ def test_the_documentation_shows_the_support_table() -> None:
 def test_adapters_are_data() -> None:
     for name, source in ADAPTERS.items():
         others = {module for module in imports(source) if module.split(".")[0] not in sys.stdlib_module_names}
-        assert others and others <= {f"flexpatch.{module}" for module in ("registry", "layouts", "pictures")}, name
+        allowed = {f"flexpatch.{module}" for module in ("registry", "layouts", "pictures", "tiny")}
+        assert others and others <= allowed, name
 
 
 TESTS = sorted((REPOSITORY / "tests").rglob("test_*.py"))

@@ -313,7 +313,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @fuzz(
-    30,
+    12,
     long=1200,
     changes=mostly(st.just([]), damage),
     cut=mostly(st.none(), st.sampled_from([7, 400])),
@@ -488,7 +488,7 @@ EXAMPLE = {
 }  # fmt: skip
 
 
-@fuzz(100, long=1000, given=arguments(st.sampled_from(["--shared", "--skip-bad-rows"]), EXAMPLE))
+@fuzz(40, long=1000, given=arguments(st.sampled_from(["--shared", "--skip-bad-rows"]), EXAMPLE))
 def test_command_line_of_the_example(given: list[str]) -> bool:
     """Up to training, which has tests of its own: reading the model and the data is run."""
     lora_dpo = example("lora_dpo")

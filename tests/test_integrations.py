@@ -218,17 +218,6 @@ def test_verl(use_remove_padding: bool, tmp_path: Path, monkeypatch: pytest.Monk
 # All ------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_library_imports_no_integration() -> None:
-    code = """
-import sys, pkgutil, importlib, flexpatch
-for module in pkgutil.iter_modules(flexpatch.__path__):
-    if module.name not in ("trl", "integrations"):
-        importlib.import_module(f"flexpatch.{module.name}")
-print([name for name in sys.modules if name.startswith(("flexpatch.integrations", "axolotl", "swift", "verl"))])
-"""
-    assert start_python(["-c", code], Path.cwd()).stdout.splitlines()[-1] == "[]"
-
-
 def test_they_are_short() -> None:
     files = sorted(Path(flexpatch.__file__).parent.glob("integrations/**/*.py"))
     assert len(files) == 6

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.needs import needs_type
 from helpers.quantized import FOUR, KINDS, quantized, quiet
 from torch import nn
 
@@ -36,6 +37,7 @@ def test_parity(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("model_type", "projections"), [("qwen3_5_text", 5), ("bamba", 2)])
 def test_hybrids(model_type: str, projections: int, mixers: str, tmp_path: Path) -> None:
     """Projections of mixers are packed too, and in both ways answers of LoRA on them are the unpatched model's."""
+    needs_type(model_type)
     model = flexpatch.apply(quantized(FOUR, tmp_path, model_type=model_type, dtype=torch.float32), mixers=mixers)
     report = flexpatch.check_parity(model)
     assert report.passed, str(report)

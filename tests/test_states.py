@@ -5,14 +5,13 @@ import importlib
 import pickle
 import unittest
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.forests import random_rows
+from helpers.needs import needs_hybrids
 from helpers.oracle import trees
-from helpers.processes import start_python
 from parameterized import parameterized
 from torch import Tensor, nn
 
@@ -27,14 +26,17 @@ from flexpatch.plan import plan_of
 from flexpatch.registry import CONVOLUTION, DELTA_RULE, STATE_SPACE, adapters, no_mask
 from flexpatch.states import by_level, kept_by, takes
 
-FORESTS = 250  # for each of the four functions
+needs_hybrids()
+
+FORESTS = 250  # for each of the four functions, of which fast tests take the first
+FEW = 30
 BOUND = 1e-12
 GDN = "transformers.models.qwen3_5.modeling_qwen3_5"
 BRANCHED = [each for each in tiny_types() if adapters()[each].branched]
 
 
 def row_of(rows: Rows, kind: str) -> Row:
-    row = Row(rows.ends.shape[1], None, plan=plan_of(rows))
+    row = Row(rows.ends.shape[1], None, dense="sdpa", plan=plan_of(rows))
     row.kinds[kind] += 1
     return row
 
@@ -109,10 +111,18 @@ class TestFunctions(unittest.TestCase):
 
     @parameterized.expand(FUNCTIONS)
     def test_a_row_is_its_sequences(self, name: str) -> None:
+        self.check(name, range(FEW))
+
+    @parameterized.expand(FUNCTIONS)
+    @pytest.mark.slow
+    def test_many_rows_are_their_sequences(self, name: str) -> None:
+        self.check(name, range(FEW, FORESTS))
+
+    def check(self, name: str, seeds: range) -> None:
         kind, run, file, of_tokens, others = FUNCTIONS[name]
         module = pytest.importorskip(file)
         worst = 0.0
-        for seed in range(FORESTS):
+        for seed in seeds:
             rows, paths, real = random_rows(seed, longest_run=(3, 9, 30)[seed % 3])
             B, L = rows.ends.shape
             tokens = [random(10 * seed + i, B, L, *shape) for i, shape in enumerate(of_tokens)]
@@ -172,7 +182,7 @@ class TestWrapping(unittest.TestCase):
             return "its result"
 
         wrapped = Branching(original, CONVOLUTION, lambda *_: pytest.fail("it has no row"))
-        for call in ({}, {CALL: GIVEN}, {CALL: None}, {CALL: Row(3, None)}):
+        for call in ({}, {CALL: GIVEN}, {CALL: None}, {CALL: Row(3, None, dense="sdpa")}):
             assert wrapped(1, weight=2, **call) == "its result"
         assert seen == [((1,), {"weight": 2})] * 4
 
@@ -318,20 +328,6 @@ class TestModels(unittest.TestCase):
         want = scores(model, rows)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             expect_same(scores(other, rows), want, 0.0)
-
-
-def test_a_pickled_model_branches_in_a_fresh_process(tmp_path: Path) -> None:
-    rows = build_rows([trees()])
-    model = flexpatch.apply(tiny_model("qwen3_5_text"))
-    torch.save((model, rows, flexpatch.answer_logprobs(model, rows).tokens.detach()), tmp_path / "model.pt")
-    program = (
-        "import torch, flexpatch; torch.set_num_threads(1);"
-        "model, rows, want = torch.load('model.pt', weights_only=False);"
-        "ours = flexpatch.answer_logprobs(model, rows).tokens; assert torch.equal(ours, want);"
-        "print(dict(flexpatch.forward.hook_of(model).branches.kinds))"
-    )
-    done = start_python(["-c", program], tmp_path)
-    assert "'delta rule': 3" in done.stdout
 
 
 def of_another_library(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -368,7 +368,6 @@ ONLINE = dict(per_device_train_batch_size=16, num_iterations=2, learning_rate=0.
 LORA_OFF = dict(reference="adapter off")
 FAST: list[tuple] = [
     ("dpo_sigmoid", dpo, {}),
-    ("dpo_mistral", dpo, dict(kind=("mistral", 1))),
     ("dpo_lora", dpo, LORA_OFF),
     ("dpo_precomputed", dpo, dict(reference="precomputed", precompute_ref_log_probs=True)),
     ("reward", reward, {}),
@@ -388,6 +387,7 @@ SLOW: list[tuple] = [
     ("dpo_no_checkpointing", dpo, dict(gradient_checkpointing=False)),
     ("dpo_reentrant", dpo, dict(gradient_checkpointing_kwargs=dict(use_reentrant=True))),
     ("dpo_lora_reentrant", dpo, dict(**LORA_OFF, gradient_checkpointing_kwargs=dict(use_reentrant=True))),
+    ("dpo_mistral", dpo, dict(kind=("mistral", 1))),
     ("dpo_qwen3", dpo, dict(kind=("qwen3", 1))),
     # In float64 its eager attention gives NaN for padding that its window leaves without a key, unpatched too. In
     # float32 an adapter's small weights keep small changes that large weights round away.

@@ -42,8 +42,12 @@ def test_a_step_of_packed_batches_is_a_step_of_all_pairs(tmp_path: Path) -> None
     assert (weights(unweighted.model) - weights(one.model)).norm() > 1e-2 * change.norm()
 
 
+@pytest.mark.slow
 def test_ranks_share_a_step(tmp_path: Path) -> None:
-    """Two processes, with as many bins each as one process has in half: the same step."""
+    """Two processes, with as many bins each as one process has in half: the same step.
+
+    Fast tests have this under FSDP2 (test_engines.py), with other bins on each rank.
+    """
     one, world, _ = packed_ranks.step(tmp_path)
     file = tmp_path / "2.pt"
     start_python([*torchrun(), str(PROGRAMS / "packed_ranks.py"), str(file)], tmp_path)

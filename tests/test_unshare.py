@@ -2,10 +2,8 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +24,9 @@ from helpers.hybrids import (
     unsharing_of,
     with_hole,
 )
+from helpers.needs import needs_hybrids
 from helpers.oracle import see_siblings
+from helpers.processes import start_python
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -44,6 +44,8 @@ from flexpatch.internals import layers_of
 from flexpatch.models import tiny_model
 from flexpatch.patch import settings_of
 from flexpatch.plan import Plan
+
+needs_hybrids()
 
 BOUND = 1e-10
 # Recomputed layers, and states in float32, cannot be kept in float64.
@@ -251,30 +253,36 @@ def test_applying_and_removing(kind: str) -> None:
     assert all(map(torch.equal, step(model, batch("right")), step(stock, batch("right"))))
 
 
-@kinds
-def test_copies(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [FAST, pytest.param([*KINDS, *BRANCHED], marks=pytest.mark.slow)], ids=["one of each way", "all"]
+)
+def test_copies(names: Sequence[str], tmp_path: Path) -> None:
     """Deep copies, and pickles in another process: each has hooks of its own mixers."""
-    _, model = twins(kind)
-    call = batch("right")
-    true = step(model, call)
-    copied = copy.deepcopy(model)
-    assert unsharing_of(copied) is not unsharing_of(model)
-    flexpatch.remove(model)
-    assert all(map(torch.equal, step(copied, call), true))
-    assert flexpatch.savings(copied).folded == 2
-    file = tmp_path / "model"
-    file.write_bytes(pickle.dumps((copied, call, true)))
+    for number, kind in enumerate(names):
+        _, model = twins(kind)
+        call = batch("right")
+        true = step(model, call)
+        copied = copy.deepcopy(model)
+        assert unsharing_of(copied) is not unsharing_of(model)
+        flexpatch.remove(model)
+        assert all(map(torch.equal, step(copied, call), true)), kind
+        assert flexpatch.savings(copied).folded == 2
+        hook = hook_of(copied)
+        assert bool(hook.branches.kinds) == (kind in BRANCHED) != bool(hook.mixers), kind
+        (tmp_path / str(number)).write_bytes(pickle.dumps((copied, call, true, hook.branches.kinds, hook.mixers)))
     code = """
-import pickle, sys, torch, flexpatch
-sys.path.insert(0, sys.argv[2])
+import pathlib, pickle, sys, torch, flexpatch
 torch.set_num_threads(1)
 from helpers.hybrids import step
 flexpatch.folding.gains = lambda *args: True
-model, call, true = pickle.loads(open(sys.argv[1], "rb").read())
-assert all(map(torch.equal, step(model, call), true))
-assert flexpatch.savings(model).folded == 3
+for file in sys.argv[1:]:
+    model, call, true, kinds, mixers = pickle.loads(pathlib.Path(file).read_bytes())
+    assert all(map(torch.equal, step(model, call), true)), file
+    assert flexpatch.savings(model).folded == 3, file
+    hook = flexpatch.forward.hook_of(model)
+    assert (hook.branches.kinds, hook.mixers) == (kinds, mixers), file
 """
-    subprocess.run([sys.executable, "-c", code, str(file), str(Path(__file__).parent)], check=True, timeout=120)
+    start_python(["-c", code, *map(str, range(len(names)))], tmp_path)
 
 
 @pytest.mark.parametrize("call_of_mixer", [0, 1])

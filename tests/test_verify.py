@@ -33,15 +33,10 @@ from flexpatch.trials import whole_trees
 # One of each kind of mask, window, head, router and class. All others are in slow tests.
 KINDS = [
     "llama",
-    "mistral",
-    "qwen2",
     "qwen2_moe",
-    "gemma2",
-    "gemma3_text",
     "gemma4",
     "gpt_oss",
     "deepseek_v3",
-    "cohere",
 ]
 
 

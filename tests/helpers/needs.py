@@ -6,6 +6,9 @@ import pytest
 from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from flexpatch.models import tiny_types
+from flexpatch.registry import adapters, too_old
+
 
 def needs(package: str, since: str, why: str) -> pytest.MarkDecorator:
     """Skip a test with a ``package`` older than ``since``."""
@@ -17,6 +20,14 @@ def needs_type(model_type: str) -> None:
     """Skip a test whose architecture the installed transformers does not have."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"needs a transformers that knows {model_type}")
+    if model_type in adapters() and (reason := too_old(adapters()[model_type])) is not None:
+        pytest.skip(f"{model_type} is {reason}")
+
+
+def needs_hybrids() -> None:
+    """Skip a file of tests where no model is served whose mixers no mask can cut."""
+    if not any(adapters()[each].branched for each in tiny_types()):
+        pytest.skip("needs transformers 5.16, from which on hybrids are served", allow_module_level=True)
 
 
 needs_licenses = needs("packaging", "24.2", "setuptools reads license expressions with it")

@@ -70,6 +70,12 @@ def trees() -> list[Tree]:
     ]
 
 
+def few() -> list[Tree]:
+    """Some of these, for fast tests of many types: a pair, answers that begin alike, a dialogue, a sequence."""
+    every = trees()
+    return [every[0], every[4], every[6], every[8]]
+
+
 def gradient(model: nn.Module, answers: Tensor) -> Tensor:
     """The DPO loss's gradient in all trainable parameters, as one vector. Answers are paired in turn."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -123,14 +129,14 @@ class Result:
 
 @cache
 @torch.enable_grad()
-def oracle(model_type: str, variant: int, lifted: bool = False) -> Result:
+def oracle(model_type: str, variant: int, lifted: bool = False, samples: Callable[[], list[Tree]] = trees) -> Result:
     """An unpatched model that sees every answer with its prompt as a sequence of its own.
 
     ``lifted``: with no step of it in float32; what it is compared with must run under :class:`Float64` too.
     """
     model = tiny_model(model_type, variant)
     with Float64() if lifted else nullcontext():
-        return Result.of(model, separate(model, trees()))
+        return Result.of(model, separate(model, samples()))
 
 
 @cache

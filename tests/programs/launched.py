@@ -9,24 +9,24 @@ import sys
 from multiprocessing import get_context
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 BATCH = torch.cat([torch.arange(200).expand(4, -1), 7 * torch.arange(20).view(4, 5)], dim=1) % 151
 
 
-class WithReference(Trainer):
-    """Trains a model beside one that is not trained, as DPO does."""
-
-    def compute_loss(self, model: nn.Module, inputs: dict, **_: object) -> torch.Tensor:
-        with torch.no_grad():
-            reference = self.reference(**inputs, use_cache=False).loss
-        return model(**inputs).loss - reference
-
-
 def train(model: nn.Module, reference: nn.Module) -> None:
+    from datasets import Dataset  # here: the processes that train nothing start sooner
+    from transformers import Trainer, TrainingArguments
+
+    class WithReference(Trainer):
+        """Trains a model beside one that is not trained, as DPO does."""
+
+        def compute_loss(self, model: nn.Module, inputs: dict, **_: object) -> torch.Tensor:
+            with torch.no_grad():
+                reference = self.reference(**inputs, use_cache=False).loss
+            return model(**inputs).loss - reference
+
     settings = TrainingArguments(
         "out", max_steps=2, per_device_train_batch_size=4, use_cpu=True, report_to="none", save_strategy="no",
         disable_tqdm=True,
@@ -46,6 +46,8 @@ if __name__ == "__main__":
     folder, *role = sys.argv[1:]
     load_and_run(folder)
     if not role:
+        from peft import LoraConfig, get_peft_model
+
         config = AutoConfig.from_pretrained(folder)
         AutoModelForCausalLM.from_config(copy.deepcopy(config))(BATCH, use_cache=False)
         AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", n_layer=1, hidden_size=32, n_head=2))

@@ -186,7 +186,7 @@ def _checkpointing_is_a_partial() -> bool:
 
 
 @probe(
-    "transformers", "_gradient_checkpointing_func, which is called with the layer's forward", "carrying.carry",
+    "transformers", "_gradient_checkpointing_func, which is called with the layer's forward", "carrying.Now",
     "to let layers find their row as they are recomputed",
 )  # fmt: skip
 def _checkpointing_takes_a_forward() -> bool:

@@ -28,6 +28,7 @@ def _modules_keep_hooks_in_tables() -> bool:
 @probe(
     "torch", "_modules, of a module's own attributes", "refusals.check_mode", "to walk a model fast before every call"
 )
+@probe("torch", "_modules, of a module's own attributes", "mixers.look_over", "to walk a model fast before every row")
 def _modules_keep_their_children() -> bool:
     child = nn.Linear(1, 1)
     return list(vars(nn.Sequential(child))["_modules"].values()) == [child]
