@@ -113,7 +113,7 @@ def patches(config: Any, positions: Any) -> int:
     return int((positions != -1).all(-1).sum())
 
 
-POSITIONS = dict(names=("pixel_values", "image_position_ids"), sizes=("image_position_ids",))
+POSITIONS: dict[str, Any] = dict(names=("pixel_values", "image_position_ids"), sizes=("image_position_ids",))
 
 register_media(
     Media(

@@ -28,7 +28,7 @@ def mistral_tokens(config: Any, size: Any) -> int:
 
 def best_resolution(config: Any, height: int, width: int) -> tuple[int, int]:
     """Choose the resolution at which LLaVA-Next cuts an image of some size into tiles: the most used, least wasted."""
-    fits = []
+    fits: list[tuple[int, int, int, tuple[int, int]]] = []
     for tall, wide in config.image_grid_pinpoints:
         scale = min(wide / width, tall / height)
         used = min(int(width * scale) * int(height * scale), width * height)

@@ -185,7 +185,7 @@ class Media:
         blocks: ``config``, types (N, S) -> (N, S) int, number of the two-way block that each token is in, -1 for none.
             Tokens of a block see each other, those behind them too. ``None``: every token sees the past alone.
         text_blocks: Whether types mark prompts (0) and answers (1), and prompts are such blocks, without images too.
-            What the text model's adapter refuses about prompts that see both ways is let pass then.
+            The text model's adapter may then refuse prompts that see both ways: they are let pass.
         block_layers: Layer types whose layers have these blocks.
         beyond_windows: Whether a block's tokens see all of it whatever a layer's window. Batches with a block that is
             longer than a window run as given then.

@@ -3,7 +3,7 @@
 An image token's key is its image. An image is shared whole or not at all, and so is a two-way block: the key of its
 first token names all of it.
 
-Shapes: N sequences, S columns, L tokens of the row, K images.
+Shapes: N sequences, S columns, L tokens of the row, K images (or videos).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -154,7 +154,7 @@ def images_of(
     originals = np.array(names.originals, np.int64)
     beyond = 0
     if last is not None and record.beyond_windows:
-        beyond = int((np.where(last >= 0, last - np.arange(last.shape[1]), -1)).max()) + 1
+        beyond = int((last - np.arange(ids.shape[1])).max()) + 1
     return Images(units, np.array(kinds, np.int64), unit_of, keys, originals, last, types, sizes, beyond, reason)
 
 
@@ -259,12 +259,11 @@ def place(images: Images, folded: Folded, mask: np.ndarray | None) -> tuple[Fold
         order += picked
     last = None
     if images.last is not None:
-        last = torch.arange(L, dtype=torch.int32)
+        last, S = torch.arange(L, dtype=torch.int32), images.keys.shape[1]
         inside = np.flatnonzero(images.last.ravel()[where] >= 0)
-        sequence = where[inside] // images.keys.shape[1]
-        ends_at = index[sequence * images.keys.shape[1] + images.last.ravel()[where[inside]]]
-        columns = where[inside] % images.keys.shape[1]
-        if (ends_at - inside != images.last.ravel()[where[inside]] - columns).any():
+        (sequences, columns), stops = divmod(where[inside], S), images.last.ravel()[where[inside]]
+        ends_at = index[sequences * S + stops]
+        if (ends_at - inside != stops - columns).any():
             return "with two-way blocks that padding or other tokens interrupt"
         last[torch.from_numpy(inside)] = torch.from_numpy(ends_at).int()
     rows = replace(rows, input_ids=torch.from_numpy(ids)[None], last=last)

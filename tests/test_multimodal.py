@@ -1,10 +1,11 @@
-"""A multimodal class: its text stack is patched and nothing else, and calls with images run as they are given."""
+"""A multimodal class: its text stack is patched and nothing else, and its calls of text fold."""
 
 from typing import Any
 
 import pytest
 import torch
 from helpers.batches import padded_batch
+from helpers.media import awkward
 from parameterized import parameterized
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ import flexpatch
 from flexpatch import FlexpatchWarning
 from flexpatch.layouts import multimodal_types
 from flexpatch.models import tiny_model, tiny_types
+from flexpatch.pictures import call_with_images
 
 IMAGE = 149  # of the adapter's tiny configurations: one token of an image, of which each has four
 CASES = [
@@ -23,20 +25,6 @@ TYPES = dict(gemma3="token_type_ids", gemma4="mm_token_type_ids", gemma4_unified
 @pytest.fixture(autouse=True)
 def _fold_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flexpatch.folding.gains", lambda *args: True)
-
-
-def with_images(model_type: str) -> dict[str, Any]:
-    """The first of three answers to each prompt begins with an image."""
-    batch = padded_batch()
-    batch["input_ids"][::3, 1:5] = IMAGE
-    batch[TYPES[model_type]] = (batch["input_ids"] == IMAGE).long()
-    # Patches along each side, and numbers in a patch; Gemma 3 takes the images themselves.
-    side, size = dict(gemma3=(1, 3 * 28 * 28), gemma4=(4, 3 * 4 * 4), gemma4_unified=(2, 3 * 8 * 8))[model_type]
-    pixels = torch.randn(3, side * side, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    if model_type == "gemma3":
-        return batch | dict(pixel_values=pixels.view(3, 3, 28, 28))
-    positions = torch.cartesian_prod(torch.arange(side), torch.arange(side)).expand(3, -1, -1)
-    return batch | dict(pixel_values=pixels, image_position_ids=positions)
 
 
 def logits(model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -57,14 +45,11 @@ def test_batches_of_text_are_folded(model_type: str, variant: int, types: str) -
     assert flexpatch.savings(model).folded == 1
 
 
-@pytest.mark.parametrize("given", ["types and pixels", "pixels", "types"])
-@pytest.mark.parametrize(("model_type", "variant"), [case for case in CASES if case[0] not in multimodal_types()])
-def test_calls_with_images_run_as_they_are_given(model_type: str, variant: int, given: str) -> None:
-    model, batch = tiny_model(model_type, variant), with_images(model_type)
-    if "types" not in given:
-        batch.pop(TYPES[model_type])
-    if "pixels" not in given:
-        batch.pop("pixel_values")
+@parameterized.expand(CASES)
+def test_image_tokens_without_images_run_as_given(model_type: str, variant: int) -> None:
+    model, batch = tiny_model(model_type, variant), padded_batch()
+    batch["input_ids"][::3, 1:5] = IMAGE
+    batch[TYPES[model_type]] = (batch["input_ids"] == IMAGE).long()
     before = logits(model, batch)
     flexpatch.apply(model)
     with pytest.warns(FlexpatchWarning, match="with images, sound or video run as they are given"):
@@ -72,14 +57,15 @@ def test_calls_with_images_run_as_they_are_given(model_type: str, variant: int, 
     assert flexpatch.savings(model).folded == 0
 
 
-@parameterized.expand(CASES)
-def test_images_matter(model_type: str, variant: int) -> None:
-    """The control of the above: folded as if they were text, the same calls are wrong."""
-    model, batch = tiny_model(model_type, variant), with_images(model_type)
-    text = {name: batch[name] for name in ("input_ids", "attention_mask", "use_cache")}
+def test_images_of_a_class_without_a_record_run_as_given() -> None:
+    model = tiny_model("qwen4_exp")
+    batch = call_with_images(
+        multimodal_types()["qwen3_5"], model.config, *vars(awkward("qwen3_5", model.config)).values()
+    )
     before = logits(model, batch)
     flexpatch.apply(model)
-    assert (logits(model, text) - before).abs().max() > 0.1
+    with pytest.warns(FlexpatchWarning, match="with images, sound or video run as they are given"):
+        assert torch.equal(logits(model, batch), before)
 
 
 def test_the_vision_tower_is_left_alone() -> None:

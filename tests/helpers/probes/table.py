@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 from packaging.version import Version
 
-from flexpatch.models import tiny_types
+from flexpatch.models import tiny_types, variants
 from flexpatch.registry import adapters
 
 # Types whose modeling files have another layout, or few of these facts. Parity tests alone hold what they compute, and
@@ -74,12 +74,17 @@ def probe(package: str, name: str, user: str, why: str, gone: str = "", since: s
     return add
 
 
+def plain(model_type: str) -> bool:
+    """Tell whether it is a text model of the layout that most modeling files have."""
+    known = adapters().get(model_type)
+    return not (known is None or known.unshared or model_type in OTHERWISE or "text_config" in variants(model_type)[0])
+
+
 def each(name: str, user: str, why: str, of: list[str] | None = None, gone: str = "") -> Callable[..., Any]:
     """Add a fact about every architecture, or about some, to the table."""
 
     def add(holds: Callable[..., bool | None]) -> Callable[..., bool | None]:
-        types = tuple(tiny_types() if of is None else of)
-        types = tuple(t for t in types if of is not None or not (adapters()[t].unshared or t in OTHERWISE))
+        types = tuple(t for t in tiny_types() if plain(t)) if of is None else tuple(of)
         PROBES.append(Probe("transformers", name, user, why, holds, gone, of=types))
         return holds
 
