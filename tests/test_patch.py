@@ -148,17 +148,16 @@ class ApplyTest(unittest.TestCase):
 
     def test_multimodal_models_are_refused(self) -> None:
         tower = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-        config = transformers.PaliGemmaConfig(
-            text_config=dict(TINY, num_hidden_layers=1, model_type="gemma"),
-            vision_config=dict(tower, image_size=28, patch_size=14, model_type="siglip_vision_model"),
-        )
-        model = transformers.PaliGemmaForConditionalGeneration(config)
-        before = implementation(model), implementation(model.model.language_model)
+        text = dict(vocab_size=60, embed_dim=16, layers=1, ffn_dim=16, attention_heads=2, max_position_embeddings=64)
+        vision = dict(tower, image_size=28, patch_size=14)
+        config = transformers.Kosmos2Config(text_config=text, vision_config=vision, latent_query_num=2)
+        model = transformers.Kosmos2ForConditionalGeneration(config)
+        before = implementation(model), implementation(model.text_model)
         with pytest.raises(
             UnsupportedModelError, match="multimodal model, which no adapter serves, and neither is its text"
         ):
             flexpatch.apply(model)
-        assert (implementation(model), implementation(model.model.language_model)) == before
+        assert (implementation(model), implementation(model.text_model)) == before
         flexpatch.remove(model)
 
 
