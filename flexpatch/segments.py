@@ -23,7 +23,7 @@ SHORT = 64
 
 
 class Load(NamedTuple):
-    """What mixers that no mask can cut may keep for a row.
+    """The load that a row puts on mixers which no mask can cut: how much they may keep for it.
 
     Attributes:
         separate: Tokens of its separate sequences, for each of its tokens.
