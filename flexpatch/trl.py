@@ -257,7 +257,7 @@ def _check_folds(model: nn.Module, name: str, otherwise: str) -> None:
     """Refuse a model that would run batches as they are given."""
     settings = settings_of(model)
     if settings is not None and settings["fold"]:
-        if name == "model":  # which the trainer may have given an adapter since
+        if name == "model":  # the trainer may have given it an adapter since
             check_dropout(model, trains=True, shared_dropout=settings["shared_dropout"])
         return
     if settings is not None:
