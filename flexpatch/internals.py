@@ -46,11 +46,9 @@ def pretrained(model: nn.Module) -> PreTrainedModel:
     Raises:
         FlexpatchError: If there is none. The message says what was given and how to load a model.
     """
-    if not isinstance(model, nn.Module):
+    if (found := find_pretrained(model)) is None:
         raise FlexpatchError(_no_model(model))
-    if (found := find_pretrained(model)) is not None:
-        return found
-    raise FlexpatchError(f"{type(model).__name__} holds no transformers model; pass a PreTrainedModel, bare or wrapped")
+    return found
 
 
 def find_pretrained(model: Any) -> PreTrainedModel | None:
@@ -78,6 +76,8 @@ def only_pretrained(model: nn.Module) -> PreTrainedModel:
 
 def _no_model(given: Any) -> str:
     """Say what was given in place of a model, and how to come by one."""
+    if isinstance(given, nn.Module):
+        return f"{type(given).__name__} holds no transformers model; pass a PreTrainedModel, bare or wrapped"
     wanted = "a loaded transformers model, bare or wrapped (peft, DDP)"
     if isinstance(given, str):
         return f"expected {wanted}, got the name {given!r:.60}: AutoModelForCausalLM.from_pretrained({given!r:.60})"
@@ -162,7 +162,7 @@ def set_attention(inner: PreTrainedModel, name: str) -> None:
 
 
 def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
-    """Return the layer that makes logits, and the transform that the model applies to its output.
+    """Return the layers that make logits, and the transform that the model applies to their output.
 
     Raises:
         FlexpatchError: For a model without a head.
@@ -170,7 +170,8 @@ def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
     """
     inner = pretrained(model)
     config = text_config(inner)
-    head, transform = inner.get_output_embeddings(), adapter_for(inner.config).logit_transform(config)
+    adapter, head = adapter_for(inner.config), inner.get_output_embeddings()
+    transform = adapter.logit_transform(config)
     if head is None:
         raise FlexpatchError(f"{type(inner).__name__} makes no logits; load it with AutoModelForCausalLM")
     for name in LOGIT_SETTINGS:
@@ -179,7 +180,8 @@ def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
                 f"config.{name}={getattr(config, name)} changes the logits of this model, but its adapter does not say "
                 "how: give it logit_transform=lambda config: LogitTransform(...)"
             )
-    return head, transform
+    layers = *map(inner.get_submodule, adapter.before_head), head
+    return nn.Sequential(*layers) if adapter.before_head else head, transform
 
 
 # --- calls --------------------------------------------------------------------------------------------------------
@@ -289,9 +291,7 @@ def base_weights(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         The settings by name, JSON-like; the base weights by their names in the base model.
     """
     inner = pretrained(model)
-    settings = inner.config.to_dict()
-    settings["_attention"] = attention_name(inner)
-    settings["_device"] = device_of(inner).type
+    settings = inner.config.to_dict() | {"_attention": attention_name(inner), "_device": device_of(inner).type}
     prefix = getattr(getattr(model, "base_model", None), "prefix", None)
     tensors = {}
     for name, tensor in inner.state_dict().items():

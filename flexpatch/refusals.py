@@ -49,10 +49,11 @@ def check_mode(model: nn.Module, *, shared_dropout: bool = False) -> str | None:
                     f"NEFTune noise on '{_name(model, module)}' is active: its size depends on the length of a row, "
                     "and answers would share one draw. Leave neftune_noise_alpha unset"
                 )
-            if has.get("jitter_noise"):
+            if noise := has.get("jitter_noise") or has.get("moe_jitter_eps"):
+                setting = "router_jitter_noise" if has.get("jitter_noise") else "ffn_config.moe_jitter_eps"
                 raise UnsupportedModelError(
-                    f"router jitter noise {has['jitter_noise']} in '{_name(model, module)}' is active: answers would "
-                    "share one draw on shared tokens. Set config.router_jitter_noise = 0.0 before the model is built"
+                    f"router jitter noise {noise} in '{_name(model, module)}' is active: answers would share one draw "
+                    f"on shared tokens. Set config.{setting} = 0.0 before the model is built"
                 )
             shares = shares or has.get("is_kv_shared_layer", False)
             if has.get("gradient_checkpointing"):
@@ -76,7 +77,8 @@ def dropout_of(module: nn.Module) -> float:
     """Return the rate of a module's own dropout. Modules keep it whatever the configuration says by now."""
     if isinstance(module, nn.Dropout):
         return module.p
-    return module.__dict__.get("attention_dropout") or module.__dict__.get("residual_dropout") or 0.0
+    own = module.__dict__
+    return own.get("attention_dropout") or own.get("residual_dropout") or own.get("resid_pdrop") or 0.0
 
 
 def check_dropout(model: nn.Module, *, trains: bool, shared_dropout: bool) -> None:

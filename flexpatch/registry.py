@@ -108,6 +108,7 @@ class Adapter:
         branched: Those of them whose states can be branched on the row instead, which is faster: class name -> the
             functions of its modeling file that it calls, each :data:`CONVOLUTION`, :data:`DELTA_RULE` or
             :data:`STATE_SPACE`.
+        before_head: Modules by which the model changes hidden states, each token alone, before its head.
         logit_transform: ``config`` -> the change that the model makes to its head's output.
         ropes: Rope types whose frequencies are exact under restarted positions. ``"longrope"`` may be listed: calls
             that straddle its switching length are refused one by one.
@@ -136,6 +137,7 @@ class Adapter:
     unmasked: tuple[str, ...] = ()
     unshared: Mapping[str, Callable[[Any], Visible | None]] = field(default_factory=dict)
     branched: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    before_head: tuple[str, ...] = ()
     logit_transform: Callable[[Any], LogitTransform] = unchanged_logits
     ropes: frozenset[str] = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
     marks: bool = True

@@ -21,7 +21,7 @@ UNDECIDED = {
     # Byte patches, whose boundaries are found in the whole row.
     "blt",
     # Settings of tiny models are still to be found.
-    *("cohere_compass_text", "dbrx", "modernbert-decoder", "dots3_note_text", "minimax_m3_vl_text"),
+    *("dots3_note_text", "minimax_m3_vl_text"),
     *("inkling2_text", "inkling2_loop_text"),
     # Served by the package in examples/adapter_package.
     "nanochat",
