@@ -1,6 +1,8 @@
-"""dots.llm1: experts, and windows from ``max_window_layers`` on."""
+"""dots.llm1: experts, and windows from ``max_window_layers`` on. dots3.note: an indexer chooses keys besides."""
 
-from flexpatch.registry import Adapter, register, sliding_windows
+from typing import Any
+
+from flexpatch.registry import FULL, SLIDING, Adapter, Visible, register, sliding_windows
 
 MOE = dict(
     n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=32, first_k_dense_replace=1
@@ -12,5 +14,52 @@ register(
         masks="by_layer_type",
         windows=sliding_windows,
         tiny={"dots1": [MOE, dict(MOE, sliding_window=8, max_window_layers=2)]},
+    )
+)
+
+INDEXED = "indexed_attention"
+NOTE = dict(
+    num_key_value_heads=4,
+    head_dim=24,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    swa_num_attention_heads=2,
+    swa_num_key_value_heads=2,
+    swa_q_lora_rank=16,
+    swa_kv_lora_rank=16,
+    swa_head_dim=24,
+    swa_qk_nope_head_dim=16,
+    swa_v_head_dim=16,
+    sliding_window=8,
+    layer_types=[INDEXED, SLIDING] * 2,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    shared_experts_intermediate_size=32,
+    # Few keys are chosen, so that the choice shows. With few heads their scores often tie.
+    index_topk=6,
+    index_n_heads=16,
+    index_head_dim=16,
+)
+
+
+def visible(module: Any) -> Visible:
+    """Layers of one type have a window."""
+    return Visible(window=module.sliding_window)
+
+
+register(
+    Adapter(
+        name="dots3.note (text)",
+        masks="by_layer_type",
+        windows=lambda config: {},
+        unmasked=(INDEXED, SLIDING, FULL),
+        unshared={"Dots3NoteTextAttention": visible},
+        padding="masked",
+        since="5.24",
+        tiny={"dots3_note_text": [NOTE]},
     )
 )

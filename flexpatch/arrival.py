@@ -101,7 +101,7 @@ class Row(Kernel):
         self.plan = plan
         self.mixers = mixers
         self.reached = len(self.masks) == 0  # not "not": Dynamo cannot trace that of a tuple
-        self.unshared = 0  # mixers that ran
+        self.unshared: set[int] = set()  # mixers that ran, some of them several times
         self.kinds: Counter[str] = Counter()  # calls that have to branch a state, of each kind of function
         self.branched: Counter[str] = Counter()  # calls that did
         self.leave: Callable[[], None] = lambda: None  # called when the forward is over
@@ -163,9 +163,9 @@ class Row(Kernel):
         Raises:
             UnsupportedModelError: If another attention ran instead of the registered one, or a mixer ran on the row.
         """
-        if self.unshared != self.mixers:
+        if len(self.unshared) != self.mixers:
             raise UnsupportedModelError(
-                f"{self.unshared} of this model's {self.mixers} mixers ran on separate sequences: another library "
+                f"{len(self.unshared)} of this model's {self.mixers} mixers ran on separate sequences: another library "
                 "replaced or skipped the others. Load the model without it, or run it without flexpatch: "
                 "flexpatch.remove(model)"
             )

@@ -169,7 +169,9 @@ def _attention(
         call.check_attention(module, q, k, attention_mask)
     if isinstance(attention_mask, BlockMask):
         return flex(q, k, v, attention_mask, fa4=isinstance(call, Row) and call.fa4, **kwargs), None
-    alone = call is None and len(q) > 1 and not kwargs.get("use_cache") and not torch.compiler.is_compiling()
+    # Attention that is not causal is another's than tokens': Inkling 2 attends to its earlier layers by it.
+    alone = call is None and len(q) > 1 and getattr(module, "is_causal", True)
+    alone = alone and not kwargs.get("use_cache") and not torch.compiler.is_compiling()
     if alone and marks(module.config):
         warn_as_given(
             "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
@@ -178,6 +180,10 @@ def _attention(
         original = call.dense
     if kwargs.get("indices") is not None and not is_flash(original):
         attention_mask = _chosen(attention_mask, kwargs.pop("indices"), q.dtype)
+    if (blocks := kwargs.pop("block_indices", None)) is not None:  # likewise, of MiniMax M3
+        positions = kwargs["position_ids"].expand(len(q), -1)
+        make: Any = module.indexer.build_block_mask  # type: ignore[union-attr, operator]
+        attention_mask = make(blocks, attention_mask, k.shape[2], q.dtype, q.device, positions)
     function = _eager_of(module) if original == "eager" else ALL_ATTENTION_FUNCTIONS[original]
     named: Any = _NamedAs(module, original) if is_flash(original) else module
     return function(named, q, k, v, attention_mask, *args, **kwargs)

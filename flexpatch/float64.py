@@ -18,6 +18,7 @@ SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.
 SCORES = 4
 # Functions of two tensors that must be of one dtype.
 PAIRS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, F.grid_sample)
+CASTS = (Tensor.to, Tensor.new_zeros, torch.zeros_like)
 
 
 class Float64(TorchFunctionMode):
@@ -46,9 +47,7 @@ class Float64(TorchFunctionMode):
             return func(*args, **kwargs)
         if lifts and (func is Tensor.float or (func is Tensor.type and torch.float32 in args[1:])):
             return args[0]
-        if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (
-            lifts and func in (Tensor.to, Tensor.new_zeros)
-        ):
+        if (func in SOFTMAXES and (lifts or args[0].ndim == SCORES)) or (lifts and func in CASTS):
             args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
         return func(*args, **kwargs)

@@ -174,7 +174,7 @@ class _FrozenHead(torch.autograd.Function):
 
 def _logits(head: nn.Module, transform: LogitTransform, hidden_CD: Tensor) -> Tensor:
     """Make logits as the model's own forward does, in its dtype."""
-    logits_CV = head(hidden_CD)
+    logits_CV = _widen(head(hidden_CD)) if transform.wide else head(hidden_CD)
     if transform.scale != 1:
         logits_CV = logits_CV * transform.scale
     if transform.softcap is not None:

@@ -48,10 +48,12 @@ class LogitTransform(NamedTuple):
     Attributes:
         scale: A factor.
         softcap: Logits x become softcap * tanh(x / softcap); ``None``: as they are.
+        wide: Whether the model converts its head's output to float32 before.
     """
 
     scale: float = 1.0
     softcap: float | None = None
+    wide: bool = False
 
 
 UNCHANGED = LogitTransform()

@@ -100,7 +100,7 @@ class Unsharing:
         if not isinstance(row, Row) or row.plan is None:
             return None
         row.check_mixer(module, (args, kwargs))
-        row.unshared += 1
+        row.unshared.add(id(module))
         visible = visible_in(module, self.rules)
         row.reached |= visible is not None  # attention in it takes masks of its own
         separate = Separate(row.plan, visible, self.dense, args, kwargs)
@@ -221,6 +221,8 @@ class Separate(Kernel):
             return self._mask(x, index)
         if not isinstance(x, Tensor) or x.ndim < 2:
             return x
+        if x.shape == (L, L) != (B, L):  # a number for each pair of columns, such as their distance
+            return x[: index.shape[1], : index.shape[1]]
         if x.shape[:2] == (1, L) and B > 1:
             x = x.expand(B, *x.shape[1:])
         if x.shape[:2] == (B, L):

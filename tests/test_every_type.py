@@ -20,9 +20,6 @@ UNDECIDED = {
     "doge",
     # Byte patches, whose boundaries are found in the whole row.
     "blt",
-    # Settings of tiny models are still to be found.
-    *("dots3_note_text", "minimax_m3_vl_text"),
-    *("inkling2_text", "inkling2_loop_text"),
     # Served by the package in examples/adapter_package.
     "nanochat",
     # Images are arguments of the text model's own forward.

@@ -9,7 +9,9 @@ import flexpatch
 from flexpatch.models import tiny_model
 
 
-@parameterized.expand([("deepseek_v32",), ("glm_moe_dsa",), ("axk2",), ("hy_v4",)])
+@parameterized.expand(
+    [("deepseek_v32",), ("glm_moe_dsa",), ("axk2",), ("hy_v4",), ("dots3_note_text",), ("minimax_m3_vl_text",)]
+)
 def test_ordinary_calls_keep_the_choice(model_type: str) -> None:
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"needs a transformers that knows {model_type}")
@@ -21,6 +23,8 @@ def test_ordinary_calls_keep_the_choice(model_type: str) -> None:
         for module in model.modules():
             if hasattr(module, "index_topk"):
                 module.index_topk = 64
+            if hasattr(module, "topk_blocks"):
+                module.topk_blocks = 64
         everything = model(input_ids=ids).logits
     assert torch.equal(patched, stock)
     assert (everything - stock).abs().max() > 1e-3, "no choice is made, so the test shows nothing"
