@@ -28,7 +28,8 @@ from flexpatch.registry import Adapter
 IGNORED = {*TYPES, "labels"}
 # Names of the arguments of multimodal backbones that hold images, sound or video.
 MEDIA = dict(
-    pixel_values="images", pixel_values_videos="video", input_features="sound", mm_encoder_outputs="encoded images"
+    pixel_values="images", pixel_values_videos="video", input_features="sound", mm_encoder_outputs="encoded images",
+    image_pixel_values="images", audio_input_features="sound", cross_attention_states="encoded images",
 )  # fmt: skip
 IMAGES = "images, sound or video"
 # Names of a call's cache: the second from transformers 5.24 on, the others in models without attention.
@@ -83,7 +84,7 @@ def obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> st
     record = media_of(backbone.config) if multimodal else None
     known = {"input_ids", "attention_mask", "position_ids", *VARLEN}
     known |= IGNORED if multimodal else set()
-    if multimodal and (reason := media_reason(record, backbone, call)):
+    if reason := media_reason(record, backbone, call):
         return reason
     known |= set() if record is None else record.known()
     for name, value in call.items():

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -267,10 +268,12 @@ def tiny_model(
     Returns:
         The model, not yet patched, with the attention that its adapter prefers.
     """
-    # For a multimodal type the one for causal models may load the text model alone.
-    auto = AutoModelForImageTextToText if "text_config" in variants(model_type)[variant] else AutoModelForCausalLM
     config = tiny_config(model_type, variant)
     adapter = adapter_for(config)
+    # For a multimodal type the one for causal models may load the text model alone.
+    multimodal = "text_config" in variants(model_type)[variant]
+    multimodal = multimodal and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # some vectors (gpt-oss's sinks) are drawn by the model itself
         model = auto.from_config(config, attn_implementation=adapter.implementations[0])

@@ -22,10 +22,6 @@ UNDECIDED = {
     "blt",
     # Served by the package in examples/adapter_package.
     "nanochat",
-    # Images are arguments of the text model's own forward.
-    *("phi4_multimodal", "git", "moss_transcribe_diarize"),
-    # Text models that AutoModelForCausalLM does not make, or that cross-attend to images.
-    *("emu3", "mllama", "dots3_note"),
 }
 # Words of a refusal by what is not causal, not deterministic, or not one sequence of tokens.
 REASONS = (

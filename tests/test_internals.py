@@ -66,7 +66,7 @@ PUBLIC = {
     "env": {"AutoModelForCausalLM"},
     "models": {
         "AutoConfig", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoTokenizer", "CONFIG_MAPPING",
-        "GgufConfig", "MODEL_FOR_CAUSAL_LM_MAPPING", "__version__",
+        "GgufConfig", "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "__version__",
     },
     "parity": {"__version__"},
     "row_calls": {"__version__"},
