@@ -33,13 +33,19 @@ COMPASS = dict(
     layer_types=[SLIDING, FULL] * 2,
     rope_parameters={SLIDING: dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2]), FULL: None},
 )
+VISION = dict(hidden_size=32, intermediate_size=32, depth=1, num_heads=2, patch_size=4, out_hidden_size=64)
+VISION |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0])
+MEDIA = dict(vision_config=VISION, image_token_id=149, video_token_id=148, vision_start_token_id=147)
+MEDIA |= dict(vision_end_token_id=146)
 
 register(
     Adapter(
-        name="Cohere Compass (text)",
+        name="Cohere Compass",
         masks="by_layer_type",
         windows=sliding_windows,
         logit_transform=lambda config: LogitTransform(scale=config.logit_scale or 1.0),
-        tiny={"cohere_compass_text": [COMPASS]},
+        since="5.24",
+        tiny={"cohere_compass_text": [COMPASS], "cohere_compass": [dict(text_config=COMPASS, **MEDIA)]},
+        limits="multimodal class: calls with images run as they are given",
     )
 )

@@ -44,6 +44,11 @@ NOTE = dict(
     index_n_heads=16,
     index_head_dim=16,
 )
+VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+VISION |= dict(mlp_layer_types=["dense"], adapter_in_dim=32, adapter_out_dim=64)
+AUDIO = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, feature_size=8)
+AUDIO |= dict(downsample_hidden_size=16, adapter_input_size=32, adapter_out_dim=64)
+MEDIA = dict(vision_config=VISION, audio_config=AUDIO, image_token_id=149, video_token_id=148, audio_token_id=147)
 
 
 def visible(module: Any) -> Visible:
@@ -53,13 +58,14 @@ def visible(module: Any) -> Visible:
 
 register(
     Adapter(
-        name="dots3.note (text)",
+        name="dots3.note",
         masks="by_layer_type",
         windows=lambda config: {},
         unmasked=(INDEXED, SLIDING, FULL),
         unshared={"Dots3NoteTextAttention": visible},
         padding="masked",
         since="5.24",
-        tiny={"dots3_note_text": [NOTE]},
+        tiny={"dots3_note_text": [NOTE], "dots3_note": [dict(text_config=NOTE, **MEDIA)]},
+        limits="multimodal class: calls with images, video or sound run as they are given",
     )
 )

@@ -58,6 +58,8 @@ TINY2 = dict(
     n_layers_per_attn_res_block=1,
 )
 LOOP = dict(TINY2, loop_layer_index_start=1, loop_layer_index_end=3, loop_num_passes=2, loop_gate_rank=8)
+VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=4, posemb_grid_size=4)
+MEDIA = dict(vision_config=dict(VISION, projection_hidden_dim=32, text_hidden_size=64), image_token_id=149)
 
 
 def mixers(prefix: str) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def mixers(prefix: str) -> dict[str, Any]:
 
 register(
     Adapter(
-        name="Inkling 2 (text)",
+        name="Inkling 2",
         masks="by_layer_type",
         windows=lambda config: {},
         unmasked=(FULL, SLIDING, "linear_attention", "hybrid", "hybrid_sliding"),
@@ -78,7 +80,13 @@ register(
         restarts=False,
         begins="column",
         since="5.24",
-        tiny={"inkling2_text": [TINY2], "inkling2_loop_text": [LOOP]},
-        limits="attn_implementation='eager' for ordinary calls; batches padded on the left run as they are given",
+        tiny={
+            "inkling2_text": [TINY2],
+            "inkling2_loop_text": [LOOP],
+            "inkling2": [dict(text_config=TINY2, **MEDIA)],
+            "inkling2_loop": [dict(text_config=LOOP, **MEDIA)],
+        },
+        limits="attn_implementation='eager' for ordinary calls; batches padded on the left, and calls with images, run "
+        "as they are given",
     )
 )

@@ -1,4 +1,4 @@
-"""MiniMax M3 (text): an indexer chooses the blocks of keys that a query attends to."""
+"""MiniMax M3: an indexer chooses the blocks of keys that a query attends to."""
 
 from flexpatch.registry import FULL, Adapter, causal, register
 
@@ -18,10 +18,14 @@ TINY = dict(
     # The block of a query is chosen by its position, and a wrong one is an error, not a number.
     index_local_blocks=0,
 )
+VISION = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
+MEDIA = dict(vision_config=VISION, projector_hidden_size=64, image_token_index=149, video_token_index=148)
 
 register(
     Adapter(
-        name="MiniMax M3 (text)",
+        name="MiniMax M3",
         masks="by_layer_type",
         windows=lambda config: {},
         unmasked=(FULL, SPARSE),
@@ -29,7 +33,7 @@ register(
         restarts=False,
         begins="column",
         since="5.24",
-        tiny={"minimax_m3_vl_text": [TINY]},
-        limits="batches padded on the left run as they are given",
+        tiny={"minimax_m3_vl_text": [TINY], "minimax_m3_vl": [dict(text_config=TINY, **MEDIA)]},
+        limits="batches padded on the left, and calls with images, run as they are given",
     )
 )
