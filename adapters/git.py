@@ -15,7 +15,7 @@ register(
         begins="position",
         padding="masked",
         since="5.24",
-        tiny={"git": [dict(vision_config=VISION)]},
+        tiny={"git": [dict(vision_config=VISION, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)]},
         limits="attn_implementation='eager' for ordinary calls; calls with images run as they are given; batches "
         "padded on the left fold if they have position_ids",
     )

@@ -53,7 +53,7 @@ register(
         tiny={
             "phi4_multimodal": [
                 dict(TOWERS, sliding_window=8),
-                dict(TOWERS, rope_parameters=LONGROPE, original_max_position_embeddings=256),
+                dict(TOWERS, rope_parameters=LONGROPE),
             ]
         },
         limits="calls with images or sound run as they are given; longrope: as Phi 3",
