@@ -1,5 +1,7 @@
 """Cohere: Command R (one mask for all layers), Command R7B and Command A (rope and windows in three layers of four)."""
 
+from typing import Any
+
 from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, register, sliding_windows
 
 register(
@@ -33,9 +35,11 @@ COMPASS = dict(
     layer_types=[SLIDING, FULL] * 2,
     rope_parameters={SLIDING: dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2]), FULL: None},
 )
-VISION = dict(hidden_size=32, intermediate_size=32, depth=1, num_heads=2, patch_size=4, out_hidden_size=64)
+VISION: dict[str, Any] = dict(
+    hidden_size=32, intermediate_size=32, depth=1, num_heads=2, patch_size=4, out_hidden_size=64
+)
 VISION |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0])
-MEDIA = dict(vision_config=VISION, image_token_id=149, video_token_id=148, vision_start_token_id=147)
+MEDIA: dict[str, Any] = dict(vision_config=VISION, image_token_id=149, video_token_id=148, vision_start_token_id=147)
 MEDIA |= dict(vision_end_token_id=146)
 
 register(

@@ -44,9 +44,11 @@ NOTE = dict(
     index_n_heads=16,
     index_head_dim=16,
 )
-VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+VISION: dict[str, Any] = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 VISION |= dict(mlp_layer_types=["dense"], adapter_in_dim=32, adapter_out_dim=64)
-AUDIO = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, feature_size=8)
+AUDIO: dict[str, Any] = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, feature_size=8
+)
 AUDIO |= dict(downsample_hidden_size=16, adapter_input_size=32, adapter_out_dim=64)
 MEDIA = dict(vision_config=VISION, audio_config=AUDIO, image_token_id=149, video_token_id=148, audio_token_id=147)
 

@@ -1,8 +1,12 @@
 """Mllama (Llama 3.2 Vision): layers that attend to an image, which calls without one skip."""
 
+from typing import Any
+
 from flexpatch.registry import Adapter, LogitTransform, register
 
-VISION = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_global_layers=1, attention_heads=2)
+VISION: dict[str, Any] = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_global_layers=1, attention_heads=2
+)
 VISION |= dict(image_size=28, patch_size=14, vision_output_dim=64, intermediate_layers_indices=[0])
 VISION |= dict(max_num_tiles=1, supported_aspect_ratios=[[1, 1]])
 ROPE = dict(

@@ -96,8 +96,7 @@ class Adapter:
         name: The family, as people write it.
         tiny: ``config.model_type`` served -> keyword arguments of small configurations. Tests and the verifier build
             random models from them, so every mask, window and rope variant of the family should appear. Multimodal
-            types too, with a ``text_config``, if their text stack takes ids, masks and positions as the text model
-            does; their calls with images run as they are given.
+            types too, with a ``text_config``, if their text stack takes calls of text as the text model does.
         masks: ``"single"`` when the decoder takes one mask for all layers, ``"by_layer_type"`` when it takes a dict
             keyed by the entries of ``config.layer_types``, ``"none"`` when no layer is attention.
         windows: ``config`` -> window in tokens (``None``: unlimited) for each layer type. A ``"single"`` family has
@@ -108,16 +107,14 @@ class Adapter:
             in it sees, :func:`no_mask` for none. Each runs on the separate sequences of a row, everything around it on
             the row. Tensors with one entry for each token may be any of its arguments, and its outputs.
         branched: Those of them whose states can be branched on the row instead, which is faster: class name -> the
-            functions of its modeling file that it calls, each :data:`CONVOLUTION`, :data:`DELTA_RULE` or
-            :data:`STATE_SPACE`.
+            functions of its modeling file that it calls, each one of ``BRANCHES``.
         before_head: Modules by which the model changes hidden states, each token alone, before its head.
         logit_transform: ``config`` -> the change that the model makes to its head's output.
         ropes: Rope types whose frequencies are exact under restarted positions. ``"longrope"`` may be listed: calls
             that straddle its switching length are refused one by one.
         marks: Whether layers hand arguments that they do not know to attention. Where they do not, a row is known by
             its mask alone, and compiled layers are refused.
-        restarts: Whether the model takes ``position_ids`` that restart for the beginning of another sequence. Most hand
-            them to the function of transformers that makes masks; a model that does not sees one sequence.
+        restarts: Whether the model begins another sequence where ``position_ids`` restart, as masks of transformers do.
         begins: Where a sequence must begin in an ordinary batch to give what it gives alone: ``"anywhere"``; at
             ``"position"`` 0 where positions are absolute; in ``"column"`` 0 where a mixer counts columns. Other batches
             run as they are given.
@@ -261,9 +258,8 @@ def marks(config: Any) -> bool:
 
 def too_old(adapter: Adapter) -> str | None:
     """Return why the installed transformers does not run an adapter's models exactly; ``None`` if it does."""
-    if Version(adapter.since) <= INSTALLED:
-        return None
-    return f"exact from transformers {adapter.since} on, and {INSTALLED} is installed: upgrade it"
+    older = Version(adapter.since) > INSTALLED
+    return f"exact from transformers {adapter.since} on, and {INSTALLED} is installed: upgrade it" if older else None
 
 
 def unknown(model_type: str) -> UnsupportedModelError:

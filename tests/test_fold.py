@@ -36,7 +36,7 @@ from flexpatch.fold import (
     predicting_padding,
 )
 from flexpatch.internals import SCALES_BY_INDEX
-from flexpatch.models import TINY, tiny_model
+from flexpatch.models import TINY, tiny_model, tiny_types
 from flexpatch.registry import adapters
 
 BOUND = 1e-10
@@ -653,6 +653,18 @@ def test_other_noise_and_bidirectional_models_are_refused() -> None:
     model.model.layers[0].mlp.jitter_noise = 0.1
     with pytest.raises(UnsupportedModelError, match=r"router jitter noise 0.1 in 'layers.0.mlp' is active"):
         model(**batch)
+    if "dbrx" in tiny_types():
+        model = flexpatch.apply(tiny_model("dbrx").train())
+        for name, reason in (("resid_pdrop", "dropout 0.1"), ("moe_jitter_eps", "router jitter noise 0.1")):
+            module = next(module for module in model.modules() if name in vars(module))
+            rate = vars(module)[name]
+            setattr(module, name, 0.1)
+            with pytest.raises(UnsupportedModelError, match=f"{reason} in '.*' is active"):
+                model(**batch)
+            setattr(module, name, rate)
+        model.config.attn_config.attn_pdrop = 0.1
+        with pytest.raises(UnsupportedModelError, match=r"attn_pdrop=0.1 draws one mask"):
+            flexpatch.apply(model)
     model = tiny_model("llama")
     model.config.is_causal = False
     with pytest.raises(UnsupportedModelError, match="is_causal=False lets a prompt see its answer"):

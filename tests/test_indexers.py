@@ -6,7 +6,27 @@ from parameterized import parameterized
 from transformers import CONFIG_MAPPING
 
 import flexpatch
+from flexpatch import Tree, build_rows
+from flexpatch.float64 import Float64
 from flexpatch.models import tiny_model
+
+
+def test_the_block_of_a_query_is_always_seen() -> None:
+    """MiniMax M3 chooses it by position. The tiny model has none, because wrong positions would be an error."""
+    if "minimax_m3_vl_text" not in CONFIG_MAPPING:
+        pytest.skip("needs a transformers that knows minimax_m3_vl_text")
+    answers, trees = [], [Tree.of(list(range(3, 40)), list(range(50, 80)), list(range(90, 107)))]
+    for blocks in (1, 0):
+        model = tiny_model("minimax_m3_vl_text")
+        for module in model.modules():
+            if hasattr(module, "local_blocks"):
+                module.local_blocks, module.topk_blocks = blocks, 1
+        with Float64(), torch.no_grad():
+            stock = flexpatch.separate_logprobs(model, trees).tokens
+            ours = flexpatch.answer_logprobs(flexpatch.apply(model), build_rows([trees])).tokens
+        assert (ours - stock).abs().max() < 1e-10
+        answers.append(stock)
+    assert (answers[0] - answers[1]).abs().max() > 1e-3, "the control: the block matters"
 
 
 @parameterized.expand(

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import flexpatch
 from flexpatch import FlexpatchWarning
+from flexpatch.calls import IMAGES, obstacle
+from flexpatch.internals import backbone_of, text_config
 from flexpatch.layouts import multimodal_types
 from flexpatch.models import tiny_model, tiny_types
 from flexpatch.pictures import call_with_images
@@ -18,6 +20,12 @@ from flexpatch.pictures import call_with_images
 IMAGE = 149  # of the adapter's tiny configurations: one token of an image, of which each has four
 CASES = [
     case for case in [("gemma3", 0), ("gemma4", 0), ("gemma4", 1), ("gemma4_unified", 0)] if case[0] in tiny_types()
+]
+# Types whose calls bring images or sound under names of their own, or to the text model's own forward.
+MEDIA = [
+    *(("git", "pixel_values"), ("emu3", "pixel_values"), ("mllama", "cross_attention_states")),
+    *(("phi4_multimodal", "image_pixel_values"), ("phi4_multimodal", "audio_input_features")),
+    *(("moss_transcribe_diarize", "input_features"), ("dots3_note", "input_features")),
 ]
 TYPES = dict(gemma3="token_type_ids", gemma4="mm_token_type_ids", gemma4_unified="mm_token_type_ids")
 
@@ -55,6 +63,16 @@ def test_image_tokens_without_images_run_as_given(model_type: str, variant: int)
     with pytest.warns(FlexpatchWarning, match="with images, sound or video run as they are given"):
         assert torch.equal(logits(model, batch), before)
     assert flexpatch.savings(model).folded == 0
+
+
+@parameterized.expand([case for case in MEDIA if case[0] in tiny_types()])
+def test_media_of_any_number_are_noticed(model_type: str, argument: str) -> None:
+    """Also where text and images go through one forward. There may be more or fewer images than sequences."""
+    model, batch = flexpatch.apply(tiny_model(model_type)), padded_batch()
+    for images in (1, len(batch["input_ids"])):
+        call = batch | {argument: torch.zeros(images, 3, 28, 28, dtype=torch.float64)}
+        assert obstacle(backbone_of(model), text_config(model), call) == IMAGES
+    assert obstacle(backbone_of(model), text_config(model), batch) is None
 
 
 def test_images_of_a_class_without_a_record_run_as_given() -> None:
