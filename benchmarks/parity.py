@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from flexpatch.models import tiny_model, tiny_types
+from flexpatch.models import tiny_model, tiny_types, variants
 from flexpatch.parity import Check, Report, check_parity
-from flexpatch.registry import adapters
 
 HEAD = (
     "| `model_type` | variants | leaking tokens | log-probs, rows: error (bound), nats | folded | gradients, rows: "
@@ -44,7 +43,7 @@ def main() -> int:
     parser.add_argument("--table", type=Path, help="write settings and table to this file too")
     options = parser.parse_args()
     how = dict(device=options.device, dtype=options.dtype, backend=options.backend)
-    cases = [(t, v) for t in options.types for v in range(len(adapters()[t].tiny[t]))[: options.variants]]
+    cases = [(t, v) for t in options.types for v in range(len(variants(t)))[: options.variants]]
     cases.sort(key=lambda case: case[1])
     done = kept(options.reports, how)
     missing = [case for case in cases if case not in done]

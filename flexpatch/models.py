@@ -26,7 +26,7 @@ from transformers.utils import cached_file
 from flexpatch.errors import FlexpatchError, UnsupportedModelError, first_line
 from flexpatch.internals import eager_experts
 from flexpatch.layouts import multimodal_types
-from flexpatch.registry import adapter_for, adapters, refused_types, too_old, unknown
+from flexpatch.registry import Adapter, adapter_for, adapters, refused_types, too_old, unknown
 
 SAFE = "model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -231,6 +231,12 @@ def variants(model_type: str) -> Sequence[Mapping[str, Any]]:
     """Return the settings of the tiny models of one of :func:`tiny_types`."""
     table: Mapping[str, Any] = adapters()
     return (table[model_type] if model_type in table else multimodal_types()[model_type]).tiny[model_type]
+
+
+def adapter_of(model_type: str) -> Adapter:
+    """Return the record of one of :func:`tiny_types`: of a multimodal class that of its text model."""
+    known = adapters()
+    return known.get(model_type) or known[tiny_config(model_type).get_text_config().model_type]
 
 
 def tiny_config(model_type: str, variant: int = 0) -> Any:

@@ -27,8 +27,7 @@ from transformers import AutoModel
 
 import flexpatch
 from flexpatch import Tree, build_rows, compiled, internals, model_inputs, patch
-from flexpatch.models import tiny_config, tiny_model
-from flexpatch.registry import adapters
+from flexpatch.models import adapter_of, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("flex_on_cpu")
 ROWS = [trees()]
@@ -50,7 +49,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
 
 def compiles(model_type: str, variant: int) -> bool:
     """Tell whether layers compile here: experts do in 16 bits on a GPU alone, mixers on separate sequences never."""
-    adapter = adapters()[model_type]
+    adapter = adapter_of(model_type)
     if adapter.unshared or not adapter.marks:
         return False
     config = tiny_config(model_type, variant)

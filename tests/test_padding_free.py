@@ -19,9 +19,8 @@ from flexpatch import padding_free
 from flexpatch.float64 import Float64
 from flexpatch.forward import hook_of
 from flexpatch.internals import eager_experts
-from flexpatch.models import tiny_model, tiny_types
+from flexpatch.models import adapter_of, tiny_model, tiny_types
 from flexpatch.padding_free import find_starts, fold_sequences
-from flexpatch.registry import adapters
 
 BOUND = 1e-10
 KINDS = [("llama", 0), ("mistral", 1), ("gemma3_text", 0), ("qwen3_moe", 0), ("granite_swa", 0), ("gemma3", 0)]
@@ -168,7 +167,7 @@ def tells_apart(model_type: str) -> None:
     stock, call = eager_experts(tiny_model(model_type)), make(1)
     with torch.no_grad(), Float64():  # Inkling 2's router has no other way in float64
         differs = float((stock(**call).logits - apart(stock, call)).abs().max())
-    assert differs < 1e-3 if adapters()[model_type].restarts else differs > 0.1
+    assert differs < 1e-3 if adapter_of(model_type).restarts else differs > 0.1
 
 
 @pytest.mark.filterwarnings("ignore:flexpatch")
@@ -190,4 +189,4 @@ def test_every_architecture(model_type: str) -> None:
     hook = hook_of(model)
     assert hook is not None
     mixes = hook.folding.padding_skipped is not None  # its mixers do not look at positions
-    assert flexpatch.savings(model).folded == (adapters()[model_type].restarts and not mixes)
+    assert flexpatch.savings(model).folded == (adapter_of(model_type).restarts and not mixes)

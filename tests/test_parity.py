@@ -40,7 +40,7 @@ import flexpatch
 from flexpatch import Adapter, Rows, Tree, build_rows
 from flexpatch.float64 import Float64
 from flexpatch.masks import mask_of
-from flexpatch.models import tiny_config, tiny_model
+from flexpatch.models import adapter_of, tiny_config, tiny_model
 from flexpatch.patch import model_inputs
 from flexpatch.registry import FULL, SLIDING, adapters, decoder_config
 from flexpatch.trials import in_one_batch
@@ -77,7 +77,7 @@ class Served:
 
     def differs(self) -> None:
         """The ways to break a row."""
-        one, adapter = build_rows([self.trees]), adapters()[self.kind[0]]
+        one, adapter = build_rows([self.trees]), adapter_of(self.kind[0])
         broken: dict[str, tuple[Rows, Adapter | None]] = {"answers see their siblings": (see_siblings(one), None)}
         if has_window(*self.kind):
             broken["no window"] = one, no_window(adapter)
@@ -91,7 +91,7 @@ class Served:
 
 def has_window(model_type: str, variant: int) -> bool:
     config = decoder_config(tiny_config(model_type, variant))
-    windows = adapters()[model_type].windows(config)
+    windows = adapter_of(model_type).windows(config)
     return any(windows[layer] for layer in getattr(config, "layer_types", None) or windows if layer in windows)
 
 
@@ -278,7 +278,7 @@ class BoundsTest(unittest.TestCase):
 HYBRIDS = [
     (*case, masks)
     for case in MODELS
-    if adapters()[case[0]].masks == "by_layer_type" and has_window(*case)
+    if adapter_of(case[0]).masks == "by_layer_type" and has_window(*case)
     for masks in (FULL, SLIDING)
     if set(decoder_config(tiny_config(*case)).layer_types) != {masks}
 ]
@@ -341,7 +341,7 @@ class TrapTest(unittest.TestCase):
 
     def one_mask(self, model_type: str, variant: int, layer: str) -> None:
         """transformers gives it to every layer: the windows are lost, or hold everywhere."""
-        adapter = adapters()[model_type]
+        adapter = adapter_of(model_type)
         single = replace(adapter, masks="single", windows=lambda config: {FULL: adapter.windows(config)[layer]})
         wrong = self.tokens(model_type, variant, build_rows([trees()]), single)
         assert (wrong - oracle(model_type, variant).tokens).abs().max() > self.visible

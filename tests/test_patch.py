@@ -39,8 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import flexpatch
 from flexpatch import FlexpatchError, Rows, Tree, UnsupportedModelError, build_rows, model_inputs
-from flexpatch.models import TINY, tiny_model
-from flexpatch.registry import adapters
+from flexpatch.models import TINY, tiny_model, variants
 
 # One of each kind: plain, windowed everywhere, per-layer windows, soft cap with eager, two ropes, experts.
 KINDS = [("llama", 0), ("mistral", 1), ("qwen3", 1), ("gemma2", 0), ("gemma3_text", 0), ("mixtral", 0)]
@@ -56,7 +55,7 @@ def implementation(model: nn.Module) -> str:
 
 def tiny(model_type: str = "llama", **overrides: Any) -> transformers.PreTrainedModel:
     """A tiny model with some settings of its own."""
-    settings = {**TINY, **adapters()[model_type].tiny[model_type][0], **overrides}
+    settings = {**TINY, **variants(model_type)[0], **overrides}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=torch.float64).eval()
     for p in model.parameters():

@@ -21,9 +21,9 @@ from flexpatch.arrival import CALL, GIVEN, Row
 from flexpatch.branching import HANDLERS, Branching, plain, unwrap, wrap
 from flexpatch.float64 import Float64
 from flexpatch.forward import hook_of
-from flexpatch.models import tiny_model, tiny_types
+from flexpatch.models import adapter_of, tiny_model, tiny_types
 from flexpatch.plan import plan_of
-from flexpatch.registry import CONVOLUTION, DELTA_RULE, STATE_SPACE, adapters, no_mask
+from flexpatch.registry import CONVOLUTION, DELTA_RULE, STATE_SPACE, no_mask
 from flexpatch.states import by_level, kept_by, takes
 
 needs_hybrids()
@@ -32,7 +32,7 @@ FORESTS = 250  # for each of the four functions, of which fast tests take the fi
 FEW = 30
 BOUND = 1e-12
 GDN = "transformers.models.qwen3_5.modeling_qwen3_5"
-BRANCHED = [each for each in tiny_types() if adapters()[each].branched]
+BRANCHED = [each for each in tiny_types() if adapter_of(each).branched]
 
 
 def row_of(rows: Rows, kind: str) -> Row:
@@ -250,7 +250,7 @@ class TestModels(unittest.TestCase):
         hook = hook_of(model)
         assert hook is not None and hook.branches is not None
         counts = list(hook.branches.kinds.values())
-        others = [name for name in adapters()[model_type].unshared if name not in hook.branches.branched]
+        others = [name for name in adapter_of(model_type).unshared if name not in hook.branches.branched]
         left = {name for module in model.modules() for name in [type(module).__name__] if name in others}
         assert counts and bool(hook.mixers) == bool(left)
         assert counts == [counts[0]] * len(counts), "each mixer calls each function once"

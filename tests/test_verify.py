@@ -24,7 +24,7 @@ from transformers import (
 
 import flexpatch
 from flexpatch import verification, verify
-from flexpatch.models import TINY, tiny_model, tiny_types
+from flexpatch.models import TINY, tiny_model, tiny_types, variants
 from flexpatch.patch import settings_of
 from flexpatch.registry import adapters
 from flexpatch.rows import Rows
@@ -52,9 +52,9 @@ def test_every_registered_architecture_passes(model_type: str) -> None:
 
 
 def passes(model_type: str) -> None:
-    variants = adapters()[model_type].tiny[model_type]
+    settings = variants(model_type)
     names = set()
-    for variant in range(len(variants)):
+    for variant in range(len(settings)):
         report = flexpatch.check_parity(tiny_model(model_type, variant))
         assert report.passed, str(report)
         checks = {check.name: check for check in report.checks}
@@ -63,7 +63,7 @@ def passes(model_type: str) -> None:
         controls = [check for check in report.checks if check.margin]
         assert len(controls) >= 3 and all(check.error >= 1000 * check.bound for check in controls)
         names |= set(checks)
-    windowed = any({**variant, **variant.get("text_config", {})}.get("sliding_window") for variant in variants)
+    windowed = any({**variant, **variant.get("text_config", {})}.get("sliding_window") for variant in settings)
     assert ("control, log-probs: windows dropped" in names) == windowed
 
 

@@ -16,15 +16,14 @@ import flexpatch
 from benchmarks.masks import mask_cost, recompiles
 from flexpatch.attention import flex
 from flexpatch.masks import block_mask, dense_mask
-from flexpatch.models import tiny_model, tiny_types
+from flexpatch.models import tiny_model, tiny_types, variants
 from flexpatch.parity import check_parity
-from flexpatch.registry import adapters
 from flexpatch.report import Report
 from flexpatch.rows import build_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 DEVICE = torch.device("cuda")
-VARIANTS = [(t, v) for t in tiny_types() for v in range(len(adapters()[t].tiny[t]))]
+VARIANTS = [(t, v) for t in tiny_types() for v in range(len(variants(t)))]
 
 
 @parameterized.expand([(*variant, dtype) for variant in VARIANTS for dtype in (torch.float32, torch.bfloat16)])

@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 import flexpatch
 from flexpatch.float64 import wide_copy
-from flexpatch.models import tiny_model, tiny_types
-from flexpatch.registry import adapters
+from flexpatch.models import tiny_model, tiny_types, variants
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 DEVICE = torch.device("cuda")
 KINDS = [("llama", 0), ("mistral", 1), ("qwen3", 1), ("gemma2", 0), ("gemma3_text", 0)]
 # In 16 bits a router sends single tokens elsewhere; test_flex.py holds all types to several bounds there.
-CASES = [(t, v, torch.float32) for t in tiny_types() for v in range(len(adapters()[t].tiny[t]))]
+CASES = [(t, v, torch.float32) for t in tiny_types() for v in range(len(variants(t)))]
 CASES += [(*kind, torch.bfloat16) for kind in KINDS]
 
 

@@ -4,12 +4,11 @@ import pytest
 import torch
 from parameterized import parameterized
 
-from flexpatch.models import tiny_model, tiny_types
+from flexpatch.models import adapter_of, tiny_model, tiny_types
 from flexpatch.parity import check_parity
-from flexpatch.registry import adapters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-TYPES = [t for t in tiny_types() if adapters()[t].unshared]
+TYPES = [t for t in tiny_types() if adapter_of(t).unshared]
 # In 16 bits tiny models are noisy: the unpatched model's own gradients may be off by half, which hides some of the
 # controls. These are caught in float32, so only the other checks are asked there.
 # The unpatched xLSTM fails in 16 bits: it multiplies float32 states by bfloat16 values.
