@@ -71,11 +71,11 @@ def off(kind: str, pictured: Pictured | None = None, variant: int = 0) -> float:
     return found
 
 
-def check_parity(kind: str, variant: int = 0, left: bool = False) -> flexpatch.counts.Savings:
+def check_parity(kind: str, variant: int = 0, left: bool = False, backend: str = "auto") -> flexpatch.counts.Savings:
     model, true = tiny_model(kind, variant), tiny_model(kind, variant)
     pictured = awkward(kind, model.config)
     call = call_of(kind, model.config, pictured, left=left)
-    flexpatch.apply(model)
+    flexpatch.apply(model, backend=backend)
     with Float64():
         ours, theirs = read_of(call, logps(model, call)), separately(kind, true, pictured)
     assert apart(ours, theirs) < BOUND
@@ -90,6 +90,15 @@ def test_log_probs_and_gradients(kind: str) -> None:
     # The first image has four places, two of which are one: before it they begin alike.
     assert (saved.folded, saved.images, saved.images_run) == (1, 14, 6)
     assert "6 of 14 images run" in str(saved)
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize(("kind", "variant"), [("gemma3", 0), ("qwen3_vl", 0), ("gemma4", 1), ("paligemma", 0)])
+@pytest.mark.slow
+def test_block_masks(kind: str, variant: int) -> None:
+    """Two-way blocks, and positions of three axes, on the flex backend."""
+    saved = check_parity(kind, variant, backend="flex")
+    assert saved.folded == 1
 
 
 @parameterized.expand([(kind, variant) for kind in KINDS for variant in range(len(variants(kind)))])
