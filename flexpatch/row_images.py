@@ -153,9 +153,9 @@ class _Found:
             for each in rows.images:
                 at = each.start + np.flatnonzero(ids[each.start : each.stop] == token)
                 self._add(record, config, layout, kind, each, at)
-            beside = np.flatnonzero((ids == token) & (self.unit_of < 0)) if rows.images else ()
+            beside = np.flatnonzero((ids == token) & (self.unit_of < 0)) if rows.images else np.empty(0)
             if len(beside):
-                sample = rows.samples[int(np.searchsorted(rows.starts, beside[0], "right")) - 1]
+                sample = rows.samples[int(np.searchsorted(np.array(rows.starts), int(beside[0]), "right")) - 1]
                 raise FlexpatchError(
                     f"sample {sample}: {KINDS[kind]} placeholders (id {token}) stand in a run that has no images: give "
                     "them to this run's Tree (images=...)"

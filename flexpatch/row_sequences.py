@@ -115,7 +115,7 @@ def axes_of(
         FlexpatchError: If sequences give a token that they share different positions.
     """
     deltas, call = getattr(backbone, "rope_deltas", None), dict(input_ids=torch.empty(0))
-    each = []
+    each: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
     try:
         for index in batches:
             mask = _mask(index)
@@ -129,8 +129,8 @@ def axes_of(
         return None
     known = np.zeros((axes, ids.size), np.int64)
     spread = []
-    for index, mask, positions in each:
-        own = np.broadcast_to(np.arange(index.shape[1]), (axes, *index.shape)) if positions is None else positions
+    for index, mask, given in each:
+        own = np.broadcast_to(np.arange(index.shape[1]), (axes, *index.shape)) if given is None else given
         known[:, index[mask]] = own[:, mask]
         spread.append((index[mask], own[:, mask]))
     if any((known[:, tokens] != own).any() for tokens, own in spread):
