@@ -20,9 +20,9 @@ from flexpatch.fold import lookup
 from flexpatch.internals import head_of, pretrained, text_config
 from flexpatch.patch import model_inputs, settings_of
 from flexpatch.registry import UNCHANGED, LogitTransform
-from flexpatch.row_images import placeholders_of, sequence_arguments
 from flexpatch.rows import Rows
 from flexpatch.scoring import run_rows
+from flexpatch.shown import placeholders_of, sequence_arguments
 from flexpatch.tree import Layout, Tree, lay_out
 
 # Logits of a chunk, by default: 512 MiB in float32, and about five times that with what their gradient needs. Smaller
@@ -258,7 +258,7 @@ def separate_logprobs(
             raise FlexpatchError(f"{what} {largest} is outside the vocabulary of {vocabulary} tokens")
     sequences = [torch.from_numpy(layout.ids[path]) for layout in layouts for path in layout.answers]
     scored = [length for layout in layouts for length in layout.answer_lengths]
-    each = [(x, *answer) for x in layouts for answer in zip(x.answers, x.answer_lengths, strict=True)]
+    each = [(layout, path) for layout in layouts for path in layout.answers]
     tokens: list[Tensor] = []
     size = batch_size or max(len(sequences), 1)
     for at in range(0, len(sequences), size):

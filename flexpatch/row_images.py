@@ -6,14 +6,11 @@ positions are those of each separate sequence.
 Shapes: B rows, L tokens a row, N sequences of a batch, S columns, K images.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
@@ -28,7 +25,7 @@ from flexpatch.registry import Adapter
 from flexpatch.row_calls import row_inputs
 from flexpatch.row_sequences import axes_of, blocks_of
 from flexpatch.rows import Rows
-from flexpatch.tree import Layout as TreeLayout
+from flexpatch.shown import placeholders_of, tensors_of, types_of
 
 KINDS = ("image", "video")
 
@@ -63,13 +60,6 @@ def own_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     return row_inputs(inner, shown.rows, adapter, asked) | shown.arguments
 
 
-def placeholders_of(config: Any) -> list[int]:
-    """List the ids of a configuration's placeholders. They may lie outside the vocabulary."""
-    record = media_of(config)
-    tokens = [] if record is None else [getattr(config, layout.token, None) for layout in record.layouts()]
-    return [token for token in tokens if token is not None]
-
-
 def shown_with(inner: PreTrainedModel, rows: Rows) -> Shown:
     """Find the images of rows, and what follows from them. It is found once, and kept with the rows' masks.
 
@@ -93,21 +83,42 @@ def shown_with(inner: PreTrainedModel, rows: Rows) -> Shown:
         )
     if record is None or not (rows.images or record.text_blocks):
         return Shown(rows, {})
-    dtype = next(p.dtype for p in backbone_of(inner).parameters() if p.is_floating_point())
-    key = "images", dtype, *(version(x) for x in (rows.input_ids, rows.ends, rows.position_ids))
-    config, shown = rows.masks.get(key, (None, None))
-    if config is not inner.config:
-        shown = _shown(inner, rows, record, dtype)
-        rows.masks[key] = inner.config, shown
-    assert shown is not None
+    config, shown = rows.masks.get(_key(inner, rows), (None, None))
+    if config is not inner.config or shown is None:
+        shown = _shown(inner, rows, record)
+        set_shown(inner, rows, shown)
     return shown
 
 
-def _shown(inner: PreTrainedModel, rows: Rows, record: Media, dtype: torch.dtype) -> Shown:
+def set_shown(inner: PreTrainedModel, rows: Rows, shown: Shown) -> Rows:
+    """Let a model be shown something else of rows; the verifier breaks it on purpose.
+
+    Args:
+        inner: The model.
+        rows: Packed rows.
+        shown: Of these rows.
+
+    Returns:
+        ``rows``.
+    """
+    rows.masks[_key(inner, rows)] = inner.config, shown
+    return rows
+
+
+def _dtype(inner: PreTrainedModel) -> torch.dtype:
+    """Return the dtype of pixels: towers round them to it themselves, if at all."""
+    return next(p.dtype for p in backbone_of(inner).parameters() if p.is_floating_point())
+
+
+def _key(inner: PreTrainedModel, rows: Rows) -> Any:
+    return "images", _dtype(inner), *(version(x) for x in (rows.input_ids, rows.ends, rows.position_ids))
+
+
+def _shown(inner: PreTrainedModel, rows: Rows, record: Media) -> Shown:
     config, backbone = inner.config, backbone_of(inner)
     ids, ends = (x.numpy(force=True).astype(np.int64) for x in (rows.input_ids, rows.ends))
     found = _Found(record, config, rows, ids.ravel())
-    arguments = tensors_of(record, rows.images, dtype)
+    arguments = tensors_of(record, rows.images, _dtype(inner))
     types = types_of(record, config, ids.ravel(), None if rows.scored is None else rows.scored.numpy(force=True))
     kinds = {} if record.types is None else {record.types: torch.from_numpy(types)[None]}
     for each in rows.images:
@@ -200,100 +211,3 @@ class _Found:
             for name in layout.sizes if order else ():
                 found[name] = np.concatenate([self.sizes[u][name] for u in order])
         return found
-
-
-def types_of(record: Media, config: Any, ids: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
-    """Tell the kinds of tokens, as processors do.
-
-    Args:
-        record, config: Of the multimodal class.
-        ids: Token ids.
-        scored: Indices of answers' tokens.
-
-    Returns:
-        int64 like ``ids``: 1 for placeholders of images, 2 of videos; where types tell prompts from answers, 1 for
-        answers.
-    """
-    types = np.zeros(ids.shape, np.int64)
-    if record.text_blocks:
-        types[[] if scored is None else scored] = 1
-        return types
-    for kind, layout in enumerate(record.layouts(), 1):
-        types[ids == getattr(config, layout.token, -1)] = kind
-    return types
-
-
-def tensors_of(record: Media, images: Sequence[Illustrated], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Join the tensors of runs with images.
-
-    Args:
-        record: Of the multimodal class.
-        images: The runs, in order.
-        dtype: Of pixels.
-
-    Returns:
-        Arguments of the model.
-
-    Raises:
-        FlexpatchError: For tensors that cannot be joined. The message names the run.
-    """
-    joined: dict[str, Tensor] = {}
-    for layout in record.layouts():
-        held = [(each, layout.entries(each.tensors)) for each in images]
-        held = [(each, entries) for each, entries in held if entries]
-        if not held:
-            continue
-        names = held[0][1].keys()
-        for each, entries in held:
-            if entries.keys() != names:
-                raise FlexpatchError(f"{each.name} has {sorted(entries)}, and {held[0][0].name} has {sorted(names)}")
-        joined |= layout.join({name: _joined(name, [(x, entries[name]) for x, entries in held]) for name in names})
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in joined.items()}
-
-
-def _joined(name: str, held: Sequence[tuple[Illustrated, Tensor]]) -> Tensor:
-    """Join entries, and fill pixels and their masks up to one size, as processors fill those of a batch."""
-    sides = [tensor.shape[1:] for _, tensor in held]
-    most = [max(lengths) for lengths in zip(*sides, strict=False)]
-    for each, tensor in held:
-        fills = tensor.is_floating_point() or "mask" in name
-        if len(tensor.shape) - 1 != len(most) or (list(tensor.shape[1:]) != most and not fills):
-            raise FlexpatchError(f"{each.name}: {name} has shape {tuple(tensor.shape)}, which other images do not have")
-    filled = []
-    for _, tensor in held:
-        room = [side - have for side, have in zip(most, tensor.shape[1:], strict=True)]
-        filled.append(F.pad(tensor, [x for side in room[::-1] for x in (0, side)]) if any(room) else tensor)
-    return filled[0] if len(filled) == 1 else torch.cat(filled)
-
-
-def sequence_arguments(
-    config: Any, sequences: Sequence[tuple[TreeLayout, np.ndarray, int]], ids: Tensor, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Make what an unpatched model is shown of a batch of separate sequences beside their text.
-
-    Args:
-        config: Of the model.
-        sequences: The laid-out tree of each, its tokens there, and how many at its end are an answer.
-        ids: (N, S) int64 of the batch, padded on the right.
-        dtype: Of pixels.
-
-    Returns:
-        Arguments of the model, none for one without images.
-
-    Raises:
-        FlexpatchError: For images of a model that takes none.
-    """
-    record = media_of(config)
-    each_images = [
-        [replace(each, tensors=each.given) for each in tree.images if each.start in path] for tree, path, _ in sequences
-    ]
-    images = [image for each in each_images for image in each]
-    if record is None and images:
-        raise FlexpatchError(f"{images[0].name} has images, and a model of type '{config.model_type}' takes none")
-    if record is None or not (images or record.text_blocks):
-        return {}
-    S = ids.shape[1]
-    answers = [n * S + np.arange(len(path) - scored, len(path)) for n, (_, path, scored) in enumerate(sequences)]
-    types = types_of(record, config, ids.numpy(force=True).ravel(), np.concatenate(answers)).reshape(ids.shape)
-    tensors = {name: tensor.to(ids.device) for name, tensor in tensors_of(record, images, dtype).items()}
-    return tensors if record.types is None else tensors | {record.types: torch.from_numpy(types).to(ids.device)}
