@@ -122,6 +122,7 @@ register_media(
         draw=draw_positioned(lambda config: config.vision_config.pooling_kernel_size),
         types="mm_token_type_ids",
         blocks=vision_blocks,
+        text_logits=True,
         block_layers=(SLIDING,),
         tiny={
             "gemma4": [
@@ -139,6 +140,7 @@ register_media(
         draw=draw_positioned(lambda config: 1),
         types="mm_token_type_ids",
         blocks=vision_blocks,
+        text_logits=True,
         block_layers=(FULL, SLIDING),
         beyond_windows=True,
         tiny={

@@ -46,6 +46,7 @@ register_media(
         images=GRID,
         videos=videos_like(GRID),
         draw=draw_grid(patch, merge),
+        text_logits=True,
         tiny={"muse_glimmer": [GLIMMER]},
     )
 )

@@ -17,6 +17,9 @@ An "answer" here is a "completion" elsewhere: ``completions`` and ``completion_i
 ``answer_ids``. Conversations may also have the columns ``tools`` and ``chat_template_kwargs``, which are passed to the
 chat template.
 
+With a processor, rows of the last three kinds may have a column ``images`` (a list), or ``image``: those of the prompt.
+A text has the processor's own marks where they stand, messages parts ``{"type": "image"}``, or nothing.
+
 Tokenisation follows TRL's DPOTrainer: the prompt ends where the ids of prompt and prompt + answer diverge, and raw
 answers end with the tokenizer's EOS.
 """
@@ -30,6 +33,7 @@ import numpy as np
 from torch import Tensor
 
 from flexpatch.errors import FlexpatchError, first_line
+from flexpatch.processing import Processed, images_of_row, process, split_processor
 from flexpatch.rows import Rows, build_rows
 from flexpatch.tree import Layout, Tree, lay_out
 
@@ -47,7 +51,7 @@ class Collator:
     An "answer" is what others call a completion; the columns ``completions`` and ``completion_ids`` are synonyms.
 
     Args:
-        tokenizer: A tokenizer of transformers; ``None`` if all rows are tokenised.
+        tokenizer: A tokenizer of transformers, or for rows with images a processor; ``None`` if all rows are tokenised.
         max_length: Longest prompt + answer, in tokens; ``None`` for no limit.
         on_long: ``"error"`` refuses a longer prompt + answer, ``"truncate"`` cuts the answer's end. A prompt that
             alone fills ``max_length`` is an error in both cases.
@@ -63,7 +67,7 @@ class Collator:
             raise FlexpatchError(f"max_length={max_length!r}; expected at least 1, or None")
         if on_long not in ("error", "truncate"):
             raise FlexpatchError(f"on_long={on_long!r}; expected 'error' or 'truncate'")
-        self.tokenizer = tokenizer
+        self.tokenizer, self.processor = split_processor(tokenizer)
         self.max_length = max_length
         self.on_long = on_long
         self._warned = False
@@ -109,19 +113,24 @@ class Collator:
         """
         if not isinstance(example, Mapping):
             raise FlexpatchError(f"sample {sample}: expected a dict of columns, got {type(example).__name__}")
+        images, tensors = images_of_row(example, sample), None
+        if images and self.processor is None:
+            raise FlexpatchError(f"sample {sample}: its images need Collator(processor): AutoProcessor makes one")
+        if images and "prompt_ids" in example:
+            raise FlexpatchError(f"sample {sample}: the images of a tokenised row go into flexpatch.Tree(images=...)")
         if "prompt_ids" in example:
             prompt_ids = _column(example, "prompt_ids", IDS, sample)
             answer_ids = _answers(example, "_ids", sample)
         else:
             try:
-                prompt_ids, answer_ids = self._tokenise(example, sample)
+                prompt_ids, answer_ids, tensors = self._tokenise(example, images, sample)
             except RecursionError as error:
                 raise FlexpatchError(f"sample {sample}: its columns are nested too deeply") from error
         if self.max_length is not None and all(map(_sized, (prompt_ids, *answer_ids))):
             answer_ids = [self._fit(prompt_ids, answer, sample) for answer in answer_ids]
-        return Tree.of(prompt_ids, *answer_ids)
+        return Tree.of(prompt_ids, *answer_ids, images=tensors)
 
-    def _tokenise(self, example: Mapping[str, Any], sample: int | str) -> tuple[Sequence[int], list[Sequence[int]]]:
+    def _tokenise(self, example: Mapping[str, Any], images: list[Any] | None, sample: int | str) -> Processed:
         if self.tokenizer is None:
             raise FlexpatchError(f"sample {sample}: a row without 'prompt_ids' needs Collator(tokenizer)")
         answers = _answers(example, "", sample)
@@ -138,11 +147,14 @@ class Collator:
                 )
         try:
             template = _template_arguments(example)
+            if self.processor is not None and (images is not None or not isinstance(prompt, str)):
+                return process(self.processor, prompt, answers, images or [], template)
             prompt_ids = self._encode(prompt, prompt=True, **template)
             whole = [self._encode(prompt + answer, prompt=False, **template) for answer in answers]
         except Exception as error:  # tokenizers and chat templates raise all kinds of errors
+            tool = "tokenizer" if self.processor is None else "processor"
             raise FlexpatchError(
-                f"sample {sample}: the tokenizer failed: {type(error).__name__}: {first_line(error)}"
+                f"sample {sample}: the {tool} failed: {type(error).__name__}: {first_line(error)}"
             ) from error
         stop = min(_shared(prompt_ids, ids) for ids in whole)
         if stop < len(prompt_ids) and not self._warned:
@@ -151,7 +163,7 @@ class Collator:
                 "sample %s: tokenised alone, the prompt is no prefix of prompt + answer; answers start where they "
                 "diverge, %d tokens before the prompt's end (logged once)", sample, len(prompt_ids) - stop
             )  # fmt: skip
-        return prompt_ids[:stop], [ids[stop:] for ids in whole]
+        return Processed(prompt_ids[:stop], [ids[stop:] for ids in whole], None)
 
     def _encode(self, text: str | list[dict[str, str]], prompt: bool, **template: Any) -> list[int]:
         if isinstance(text, str):

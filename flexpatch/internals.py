@@ -29,6 +29,7 @@ except ImportError:  # transformers before 5.2 replaces the forwards of modules 
     COLLECTOR = None  # type: ignore[assignment]
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.layouts import media_of
 from flexpatch.registry import UNCHANGED, LogitTransform, adapter_for, decoder_config
 
 # Settings by which models change their head's output.
@@ -174,6 +175,8 @@ def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
     transform = adapter.logit_transform(config)
     if head is None:
         raise FlexpatchError(f"{type(inner).__name__} makes no logits; load it with AutoModelForCausalLM")
+    if (record := media_of(inner.config)) is not None and not record.text_logits:
+        return head, UNCHANGED  # Aya Vision leaves out the scale of its text model's own class
     for name in LOGIT_SETTINGS:
         if transform == UNCHANGED and getattr(config, name, None) not in (None, 1, 1.0):
             raise UnsupportedModelError(
@@ -182,9 +185,6 @@ def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
             )
     layers = *map(inner.get_submodule, adapter.before_head), head
     return nn.Sequential(*layers) if adapter.before_head else head, transform
-
-
-# --- calls --------------------------------------------------------------------------------------------------------
 
 
 def parameters_of(backbone: nn.Module) -> Mapping[str, Parameter]:

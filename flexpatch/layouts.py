@@ -189,6 +189,8 @@ class Media:
         block_layers: Layer types whose layers have these blocks.
         beyond_windows: Whether a block's tokens see all of it whatever a layer's window. Batches with a block that is
             longer than a window run as given then.
+        text_logits: Whether the class scales and caps logits as its text model's own class does; otherwise it leaves
+            them as they are, whatever its text configuration says.
         three_axes: Whether the backbone's ``compute_3d_position_ids`` gives rope positions, several for each token.
         passed: Arguments beside these tensors that reach the model as they are, whatever the row.
         unfit: ``config`` -> why this configuration cannot be exact and what to do instead, or ``None``.
@@ -209,6 +211,7 @@ class Media:
     beyond_windows: bool = False
     unfit: Callable[[Any], str | None] = lambda config: None
     limits: str = ""
+    text_logits: bool = False
     three_axes: bool = False
     passed: frozenset[str] = field(default_factory=frozenset)
     reject: Callable[[Mapping[str, Any]], str | None] = lambda call: None

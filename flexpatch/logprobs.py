@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -16,11 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from flexpatch.attention import many_recompiles
 from flexpatch.errors import FlexpatchError
 from flexpatch.fold import lookup
-from flexpatch.internals import head_of, text_config
+from flexpatch.internals import head_of, pretrained, text_config
 from flexpatch.patch import model_inputs, settings_of
 from flexpatch.registry import UNCHANGED, LogitTransform
 from flexpatch.rows import Rows
 from flexpatch.scoring import run_rows
+from flexpatch.shown import placeholders_of, sequence_arguments
 from flexpatch.tree import Layout, Tree, lay_out
 
 # Logits of a chunk, by default: 512 MiB in float32, and about five times that with what their gradient needs. Smaller
@@ -246,21 +248,25 @@ def separate_logprobs(
     """
     if batch_size is not None and batch_size < 1:
         raise FlexpatchError(f"batch_size={batch_size}; expected at least 1, or None")
-    device = next(model.parameters()).device
+    device, dtype = next((p.device, p.dtype) for p in model.parameters() if p.is_floating_point())
     layouts = [tree if isinstance(tree, Layout) else lay_out(tree, i) for i, tree in enumerate(trees)]
-    vocabulary = text_config(model).vocab_size
-    for what, largest in [(f"sample {x.sample}: id", int(x.ids.max())) for x in layouts] + [("pad_id", pad_id)]:
+    vocabulary, config = text_config(model).vocab_size, pretrained(model).config
+    known = [layout.ids[~np.isin(layout.ids, placeholders_of(config))] for layout in layouts]
+    largest_ids = [(f"sample {x.sample}: id", int(ids.max(initial=0))) for x, ids in zip(layouts, known, strict=True)]
+    for what, largest in [*largest_ids, ("pad_id", pad_id)]:
         if not 0 <= largest < vocabulary:
             raise FlexpatchError(f"{what} {largest} is outside the vocabulary of {vocabulary} tokens")
     sequences = [torch.from_numpy(layout.ids[path]) for layout in layouts for path in layout.answers]
     scored = [length for layout in layouts for length in layout.answer_lengths]
+    each = [(layout, path) for layout in layouts for path in layout.answers]
     tokens: list[Tensor] = []
     size = batch_size or max(len(sequences), 1)
     for at in range(0, len(sequences), size):
         some = sequences[at : at + size]
         ids = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=pad_id).to(device)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(s) for s in some], batch_first=True).to(device)
-        logits_NSV = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        images = sequence_arguments(config, each[at : at + size], ids, dtype)
+        logits_NSV = model(input_ids=ids, attention_mask=mask, use_cache=False, **images).logits
         for logits_SV, sequence, count in zip(logits_NSV, some, scored[at : at + size], strict=True):
             stop = len(sequence)
             sources = torch.arange(stop - count - 1, stop - 1, device=device)

@@ -36,6 +36,7 @@ from flexpatch.float64 import checkpoints
 from flexpatch.internals import head_of, pretrained
 from flexpatch.masks import block_mask
 from flexpatch.patch import apply, backend_of, remove, settings_of
+from flexpatch.picture_checks import PictureVerification, takes_images
 from flexpatch.registry import adapter_for
 from flexpatch.report import Check, Report
 from flexpatch.trials import has_adapters
@@ -83,7 +84,11 @@ def check_parity(
         _check_options(model, **options)
         remove(model)
         report = Report(name or type(model).__name__, _settings(model))
-        return Verification(model, report, options, seed, progress).run()
+        Verification(model, report, options, seed, progress).run()
+        if takes_images(model):
+            remove(model)
+            PictureVerification(model, report, options, seed, progress).run()
+        return report
     finally:
         torch.set_float32_matmul_precision(precision)
         model.zero_grad(set_to_none=True)

@@ -42,9 +42,9 @@ from flexpatch.internals import (
 )
 from flexpatch.mixers import check_mixers
 from flexpatch.quantizers import check_quantization
-from flexpatch.refusals import check_dropout, check_mode, check_rows
+from flexpatch.refusals import check_dropout, check_mode
 from flexpatch.registry import adapter_for
-from flexpatch.row_calls import row_inputs
+from flexpatch.row_images import own_inputs
 from flexpatch.rows import Rows
 from flexpatch.trainers import is_trainer, models_of
 from flexpatch.tuners import check_tuners
@@ -244,11 +244,11 @@ def model_inputs(model: nn.Module, rows: Rows) -> dict[str, Any]:
 
     Returns:
         ``input_ids`` and ``position_ids`` (B, L) int64, ``attention_mask`` (a mask, or a dict of masks by layer type)
-        and ``use_cache=False``.
+        and ``use_cache=False``; tensors of images where rows have some.
 
     Raises:
-        FlexpatchError: If the model is not patched, the rows are on another device, or an id is outside the vocabulary
-            (the message names the sample).
+        FlexpatchError: If the model is not patched, the rows are on another device, an id is outside the vocabulary, or
+            images do not match their placeholders (the message names the sample).
         UnsupportedModelError: For active dropout, router auxiliary losses, or sequences on both sides of longrope's
             switching length.
     """
@@ -258,7 +258,6 @@ def model_inputs(model: nn.Module, rows: Rows) -> dict[str, Any]:
             f"expected packed rows, got {type(rows).__name__}: flexpatch.Collator(tokenizer)(examples), or "
             "flexpatch.build_rows([trees])"
         )
-    config = text_config(inner)
     hook = _hook(inner)
     device = device_of(inner)
     if rows.input_ids.device != device:
@@ -268,8 +267,7 @@ def model_inputs(model: nn.Module, rows: Rows) -> dict[str, Any]:
     check_ranks(inner)
     if (reason := check_mode(model, shared_dropout=hook.folding.shared_dropout)) is not None:
         raise FlexpatchError(f"rows cannot run {reason}")
-    check_rows(config, rows)
-    return row_inputs(inner, rows, adapter_for(inner.config), hook.folding.backend)
+    return own_inputs(inner, rows, adapter_for(inner.config), hook.folding.backend)
 
 
 def savings(model: nn.Module, last: int | None = None) -> Savings:

@@ -115,5 +115,10 @@ def _key(model: nn.Module, layouts: Sequence[Layout]) -> str:
     for layout in layouts:
         for array in (layout.ids, layout.ends, layout.predictors, layout.targets):
             digest.update(len(array).to_bytes(8, "little") + array.tobytes())
+        for each in layout.images:
+            digest.update(f"{each.start} {each.stop}".encode())
+            for name, tensor in sorted(each.given.items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
         digest.update(json.dumps(layout.answer_lengths).encode())
     return digest.hexdigest()

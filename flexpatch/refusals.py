@@ -1,5 +1,6 @@
 """Reject model states, and rows, in which sharing a prefix would change results. Errors name the way out."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -129,18 +130,22 @@ def _name(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
 
 
-def check_rows(config: Any, rows: Rows) -> None:
+def check_rows(config: Any, rows: Rows, placeholders: Sequence[int] = ()) -> None:
     """Refuse rows that this model cannot run exactly.
 
     Args:
         config: The configuration of the model's text stack.
         rows: Packed rows.
+        placeholders: Ids that models never look up.
 
     Raises:
         FlexpatchError: For ids outside the vocabulary, naming the sample.
         UnsupportedModelError: For router auxiliary losses, or sequences on both sides of longrope's switching length.
     """
-    for sample, largest in zip(rows.samples, rows.largest_ids, strict=True):
+    for i, (sample, largest) in enumerate(zip(rows.samples, rows.largest_ids, strict=True)):
+        if largest in placeholders:  # another id may be too large too
+            own = rows.input_ids.flatten()[slice(*[*rows.starts, None][i : i + 2])].tolist()
+            largest = max((token for token in own if token not in placeholders), default=0)
         if largest >= config.vocab_size:
             raise FlexpatchError(
                 f"sample {sample}: id {largest} is outside the vocabulary of {config.vocab_size} tokens"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexpatch.errors import FlexpatchError
+from flexpatch.illustrated import Illustrated
 from flexpatch.tree import LARGEST_ID, Layout, Tree, lay_out
 
 
@@ -26,7 +27,7 @@ class Rows:
         position_ids: (B, L) int64, rope positions.
         ends: (B, L) int32, row index at which each token's subtree ends (exclusive). A padding token is a tree alone.
         last: (B, L) int32, row index of the last token of each token's two-way block, for a token outside its own;
-            ``None``: there are no blocks.
+            ``None``: there are no blocks. Those of rows with images are found when a model runs them.
         predictors: (T,) int64, predictor index: the token, of all B * L, that predicts each scored token.
         targets: (T,) int64, ids of the scored tokens, answer by answer.
         answer_tokens: (A, longest answer) int64, indices of each answer's scored tokens in 0 to T - 1; T is padding.
@@ -38,6 +39,9 @@ class Rows:
         largest_ids: Largest id of each tree.
         samples: Name of each tree in error messages.
         pad_id: Id of padding tokens.
+        scored: (T,) int64, the scored tokens themselves, of all B * L.
+        starts: The first token of each tree, of all B * L.
+        images: Runs of tokens with images, in the order of the tokens.
     """
 
     input_ids: Tensor
@@ -55,6 +59,9 @@ class Rows:
     samples: list[int | str]
     pad_id: int = 0
     last: Tensor | None = None
+    scored: Tensor | None = None
+    starts: Sequence[int] = ()
+    images: Sequence[Illustrated] = ()
     # Keeps masks that were built from these rows, so that policy and reference share them.
     masks: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -64,7 +71,8 @@ class Rows:
 
     def _each(self, function: Any) -> Rows:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+        moved = {k: function(v) for k, v in tensors.items() if isinstance(v, Tensor)}
+        return replace(self, **moved, images=[each.each(function) for each in self.images])
 
     def __getitem__(self, key: Any) -> NoReturn:
         """Refuse a trainer that takes packed rows for a batch of columns.
@@ -142,6 +150,7 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
     position_ids = np.zeros((len(rows), length), np.int64)
     ends = np.tile(np.arange(1, length + 1, dtype=np.int32), (len(rows), 1))
     predictors, targets, answers, samples = [], [], [], []
+    tokens, starts, images = [np.empty(0, np.int64)], [], []
     layouts = [layout for row in rows for layout in row]
     scored = 0
     sample = 0
@@ -154,7 +163,10 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
             ends[b, span] = layout.ends + start
             predictors.append(layout.predictors + b * length + start)
             targets.append(layout.targets)
-            for answer_length in layout.answer_lengths:
+            starts.append(b * length + start)
+            images += [each.moved(starts[-1]) for each in layout.images]
+            for answer_length, path in zip(layout.answer_lengths, layout.answers, strict=True):
+                tokens.append(path[len(path) - answer_length :] + starts[-1])
                 answers.append(np.arange(scored, scored + answer_length))
                 samples.append(sample)
                 scored += answer_length
@@ -178,4 +190,7 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
         largest_ids=[int(layout.ids.max()) for layout in layouts],
         samples=[layout.sample for layout in layouts],
         pad_id=int(pad_id),
+        scored=torch.from_numpy(np.concatenate(tokens)),
+        starts=starts,
+        images=images,
     )

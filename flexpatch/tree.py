@@ -15,13 +15,15 @@ Shapes: L tokens of a tree, T scored tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from flexpatch.errors import FlexpatchError
+from flexpatch.illustrated import Illustrated, Keys, checked_images
 
 LARGEST_ID = 2**31 - 1
 
@@ -38,24 +40,28 @@ class Tree:
         children: Trees that continue this run. Their order is the order of the answers.
         answer: ``True`` if the run's tokens are scored, ``False`` if not. ``None`` scores leaves that have a parent. A
             scored root is an ordinary sequence: all its tokens are scored but the first, which no token predicts.
+        images: Tensors of the run's images by name, in the order of their placeholders among ``ids``: what the model's
+            processor makes of this run beside its ids (``pixel_values``, ``image_grid_thw``, ...). ``None``: no images.
     """
 
     ids: Sequence[int]
     children: Sequence[Tree] = ()
     answer: bool | None = None
+    images: Mapping[str, Tensor] | None = None
 
     @classmethod
-    def of(cls, prompt: Sequence[int], *answers: Sequence[int]) -> Tree:
+    def of(cls, prompt: Sequence[int], *answers: Sequence[int], images: Mapping[str, Tensor] | None = None) -> Tree:
         """Make the tree of one prompt and its answers.
 
         Args:
             prompt: Token ids of the prompt, at least one.
             answers: Token ids of each answer, at least one.
+            images: Tensors of the prompt's images, as in :class:`Tree`.
 
         Returns:
             A root with one leaf for each answer, in order.
         """
-        return cls(prompt, [cls(answer) for answer in answers])
+        return cls(prompt, [cls(answer) for answer in answers], images=images)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +80,7 @@ class Layout:
         answer_lengths: Scored tokens of each answer.
         separate_tokens: Tokens of all root-to-leaf sequences, run separately.
         sample: Name of the tree in error messages.
+        images: Runs of tokens with images, in the order of the tokens.
     """
 
     ids: np.ndarray
@@ -85,6 +92,7 @@ class Layout:
     answer_lengths: list[int]
     separate_tokens: int
     sample: int | str = 0
+    images: Sequence[Illustrated] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,7 +101,8 @@ class Layout:
 def lay_out(tree: Tree, sample: int | str = 0) -> Layout:
     """Lay a tree out in depth-first order, and merge the common beginnings of its branches.
 
-    Two answers that begin alike share their first tokens too: every distinct prefix is one token of the layout.
+    Two answers that begin alike share their first tokens too: every distinct prefix is one token of the layout. Runs
+    with images are shared if they and their images are equal.
 
     Args:
         tree: The tree.
@@ -106,13 +115,15 @@ def lay_out(tree: Tree, sample: int | str = 0) -> Layout:
         FlexpatchError: For an empty run, ids that are not integers in 0 to 2^31 - 1, an object that is not a tree, or
             a tree that continues itself. The message names the sample and the run.
     """
-    branches, spans = _branches(tree, sample)
+    named = Keys(LARGEST_ID + 1)
+    branches, spans = _branches(tree, sample, named)
     lengths = np.array([len(branch) for branch in branches])
     keys = np.zeros((len(branches), lengths.max()), np.int64)
     keys[np.arange(keys.shape[1]) < lengths[:, None]] = np.concatenate(branches)
     forest = merge_prefixes(keys, lengths)
     assert forest is not None
-    ids, positions, ends, paths = forest
+    keys, positions, ends, paths = forest
+    ids, images = named.resolve(keys)
     predictors, targets, answers, answer_lengths = [], [], [], []
     for branch, start, stop in spans:
         path = paths[branch][:stop]
@@ -131,11 +142,15 @@ def lay_out(tree: Tree, sample: int | str = 0) -> Layout:
         answer_lengths,
         int(lengths.sum()),
         sample,
+        images,
     )
 
 
-def _branches(tree: Tree, sample: int | str) -> tuple[list[np.ndarray], list[tuple[int, int, int]]]:
-    """List the root-to-leaf sequences, and (branch, start, stop) of every scored run, in depth-first order."""
+def _branches(tree: Tree, sample: int | str, named: Keys) -> tuple[list[np.ndarray], list[tuple[int, int, int]]]:
+    """List the root-to-leaf sequences, and (branch, start, stop) of every scored run, in depth-first order.
+
+    The first token of a run with images gets a key that names them.
+    """
     branches: list[np.ndarray] = []
     spans: list[tuple[int, int, int]] = []
     path: list[Tree] = []  # from the root to the current node
@@ -153,6 +168,9 @@ def _branches(tree: Tree, sample: int | str) -> tuple[list[np.ndarray], list[tup
         path.append(node)
         on_path.add(id(node))
         run = _checked(node.ids, sample, name)
+        if node.images is not None:
+            where = f"sample {sample}: {_called(name)}"
+            run = named.first_named(run, checked_images(node.images, where), where)
         sequence = np.concatenate([before, run])
         answer = (not node.children and bool(name)) if node.answer is None else node.answer
         if answer:

@@ -3,14 +3,16 @@
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flexpatch.errors import FlexpatchError
-from flexpatch.internals import is_torchao
-from flexpatch.logprobs import AnswerLogprobs
+from flexpatch.internals import is_torchao, pretrained
+from flexpatch.layouts import media_of
+from flexpatch.logprobs import AnswerLogprobs, separate_logprobs
 from flexpatch.rows import Rows
 from flexpatch.tree import Tree, lay_out
 
@@ -19,7 +21,7 @@ BETA = 0.1
 Gradients = dict[str, Tensor]
 
 
-def sample_trees(reach: int, vocabulary: int, generator: torch.Generator) -> list[Tree]:
+def sample_trees(reach: int, vocabulary: int, generator: torch.Generator, turns: bool = True) -> list[Tree]:
     """Draw trees with uneven answers, one-token runs, a nested level, and answers that begin alike.
 
     Args:
@@ -27,6 +29,7 @@ def sample_trees(reach: int, vocabulary: int, generator: torch.Generator) -> lis
             distances.
         vocabulary: Ids are drawn from 3 to this, exclusive.
         generator: Of the ids.
+        turns: Whether a tree may have prompts behind answers.
 
     Returns:
         Four trees.
@@ -39,10 +42,12 @@ def sample_trees(reach: int, vocabulary: int, generator: torch.Generator) -> lis
     # Nothing of the chosen answer is shared, so the leak check may change all of it.
     rejected[0] = (chosen[0] - 2) % (vocabulary - 3) + 3
     like = ids(6)
+    replies = [Tree(ids(6)), Tree(ids(7))]
+    nested = [Tree(ids(4), replies, answer=False)]
     return [
         Tree.of(prompt, chosen, rejected),
         Tree.of(ids(1), ids(1), ids(35), ids(3)),
-        Tree(ids(12), [Tree(ids(5), [Tree(ids(4), [Tree(ids(6)), Tree(ids(7))], answer=False)], answer=True)]),
+        Tree(ids(12), [Tree(ids(5), nested if turns else replies, answer=True)]),
         Tree.of(ids(17), like + ids(4), like + ids(9), like),
     ]
 
@@ -50,7 +55,8 @@ def sample_trees(reach: int, vocabulary: int, generator: torch.Generator) -> lis
 def in_one_batch(model: nn.Module, trees: Sequence[Tree]) -> AnswerLogprobs:
     """Compute log-probs as :func:`flexpatch.logprobs.separate_logprobs` does, in one batch of all sequences.
 
-    None is padded: each is continued with its own tokens to the length of the longest, and no token sees later ones.
+    Without images none is padded: each is continued with its own tokens to the length of the longest, and no token
+    sees later ones.
 
     Args:
         model: A causal language model.
@@ -60,6 +66,9 @@ def in_one_batch(model: nn.Module, trees: Sequence[Tree]) -> AnswerLogprobs:
         Sums over answers and single tokens.
     """
     layouts = [lay_out(tree, sample) for sample, tree in enumerate(trees)]
+    record = media_of(pretrained(model).config)
+    if any(layout.images for layout in layouts) or (record is not None and record.text_blocks):
+        return separate_logprobs(model, trees)  # what images fill, and which tokens see ahead, ends with a sequence
     sequences = [torch.from_numpy(layout.ids[path]) for layout in layouts for path in layout.answers]
     scored = [length for layout in layouts for length in layout.answer_lengths]
     longest = max(map(len, sequences))
@@ -86,6 +95,36 @@ def dpo(answers: Tensor, reference: Tensor) -> Tensor:
     """
     rewards = BETA * (answers - reference.to(answers))
     return -F.logsigmoid(rewards[:1] - rewards[1:]).sum()
+
+
+def derivatives(model: nn.Module, inputs: dict[str, Any], inside: Tensor) -> float:
+    """Count tokens by which some logit of others has a derivative other than zero.
+
+    Args:
+        model: A patched model.
+        inputs: Of rows.
+        inside: (B, L) bool, the tokens.
+
+    Returns:
+        How many of them.
+    """
+    embedded: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(keep)  # type: ignore[operator]
+    try:
+        logits = model(**inputs).logits[~inside]
+    finally:
+        hook.remove()
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+    (logits * weights).sum().backward()
+    model.zero_grad(set_to_none=True)
+    gradient = embedded[0].grad
+    assert gradient is not None
+    return float((gradient[:, : inside.shape[1]][inside] != 0).any(-1).sum())  # compiled rows are padded
 
 
 def whole_trees(rows: Rows) -> Tensor:

@@ -17,15 +17,18 @@ from flexpatch.controls import Passes, check_ways
 from flexpatch.errors import FlexpatchError
 from flexpatch.float64 import Float64, checkpoints, wide_copy
 from flexpatch.internals import pretrained, text_config
+from flexpatch.layouts import media_of
 from flexpatch.logprobs import answer_logprobs, score_rows, separate_logprobs, sum_answers
 from flexpatch.patch import apply, backend_of, model_inputs, remove, savings
 from flexpatch.registry import Adapter, adapter_for
 from flexpatch.report import Check, Report
 from flexpatch.row_calls import row_inputs
 from flexpatch.rows import Rows, build_rows
+from flexpatch.tree import Tree
 from flexpatch.trials import (
     Gradients,
     check_weights,
+    derivatives,
     distance,
     dpo,
     has_adapters,
@@ -65,7 +68,7 @@ class Verification:
         self.device, self.dtype = parameter.device, parameter.dtype
         self.exact = self.dtype == torch.float64
         generator = torch.Generator().manual_seed(seed)
-        self.trees = sample_trees(self._reach(), self.config.vocab_size, generator)
+        self.trees = self._draw(generator)
         self.rows = build_rows([self.trees]).to(self.device)
         self.padded_rows = build_rows([self.trees[:1], self.trees[1:]]).to(self.device)
         self.noise = torch.randn(len(self.rows.sample_of_answer), generator=generator).to(self.device)
@@ -118,10 +121,9 @@ class Verification:
                 self._add(name, worst_error(ours, oracle), worst_bound, self._where(ours, oracle))
         if has_adapters(self.model):
             self._adapters_off(worst_bound)
-        error, worst = distance(self._gradients(self.rows, stock), oracle_gradients)
-        self._add("gradients of the DPO loss", error, gradient_bound, f"worst in {worst}")
-        error, worst = distance(folded_gradients, oracle_gradients)
-        self._add("gradients, folded batches", error, gradient_bound, f"worst in {worst}")
+        ours = (self._gradients(self.rows, stock), folded_gradients)
+        for name, each in zip(("gradients of the DPO loss", "gradients, folded batches"), ours, strict=True):
+            self._add_gradients(name, each, oracle_gradients, stock_gradients, gradient_bound)
 
         margin = CONTROL_MARGIN if self.exact else 1.0
         self._add("control, leak: answers see each other", self._leaks(broken), 0, margin=margin)
@@ -130,13 +132,21 @@ class Verification:
             self._add(f"control, log-probs: {name}", error, bound, margin=margin)
         error, _ = distance(self._gradients(broken, stock), oracle_gradients)
         self._add("control, gradients: answers see each other", error, gradient_bound, margin=margin)
+        self._check_ways((oracle, oracle_gradients), (bound, gradient_bound), stock, margin)
+        self.bar.close()
+        return self.report
+
+    def _draw(self, generator: torch.Generator) -> list[Tree]:
+        """Draw the samples."""
+        record = media_of(pretrained(self.model).config)
+        turns = record is None or not record.text_blocks
+        return sample_trees(self._reach(), self.config.vocab_size, generator, turns)
+
+    def _check_ways(self, oracles: Any, bounds: tuple[float, float], stock: Tensor, margin: float) -> None:
         passes = Passes(self._logprobs, partial(self._gradients, stock=stock), self._error)
-        oracles, bounds = (oracle, oracle_gradients), (bound, gradient_bound)
         self.report.checks += check_ways(
             self.model, self.rows, self.options, passes, oracles, bounds, margin, self.exact
         )
-        self.bar.close()
-        return self.report
 
     # --- passes ---------------------------------------------------------------------------------------------------
 
@@ -212,7 +222,7 @@ class Verification:
         inside[0, start : start + len(own)] = True
         inputs = model_inputs(self.model, rows)
         if self._routes():
-            return self._derivatives(inputs, inside)
+            return derivatives(self.model, inputs, inside)
         usable = self.config.vocab_size - 3
         ids = torch.where(inside, (rows.input_ids - 3 + usable // 2) % usable + 3, rows.input_ids)
         with torch.no_grad():
@@ -221,26 +231,6 @@ class Verification:
                 self.model(**inputs)
             differ = self.model(**inputs).logits != self.model(**(inputs | {"input_ids": ids})).logits
         return float((differ.any(-1) & ~inside).sum())
-
-    def _derivatives(self, inputs: dict[str, Any], inside: Tensor) -> float:
-        """Tokens inside by which some outside logit has a derivative other than zero."""
-        embedded: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            embedded.append(output.detach().requires_grad_())
-            return embedded[-1]
-
-        hook = self.model.get_input_embeddings().register_forward_hook(keep)  # type: ignore[operator]
-        try:
-            logits = self.model(**inputs).logits[~inside]
-        finally:
-            hook.remove()
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        (logits * weights).sum().backward()
-        self.model.zero_grad(set_to_none=True)
-        gradient = embedded[0].grad
-        assert gradient is not None
-        return float((gradient[:, : inside.shape[1]][inside] != 0).any(-1).sum())  # compiled rows are padded
 
     def _breakages(self, broken: Rows, positions: bool) -> Iterator[tuple[str, Rows, Adapter | None]]:
         """Rows and adapters with one thing wrong each. ``positions``: whether the unpatched model looks at them."""
@@ -266,6 +256,10 @@ class Verification:
 
     def _add(self, name: str, error: float, bound: float, detail: str = "", margin: float | None = None) -> None:
         self.report.checks.append(Check(name, float(error), float(bound), detail, margin))
+
+    def _add_gradients(self, name: str, ours: Gradients, oracle: Gradients, stock: Gradients, bound: float) -> None:
+        error, worst = distance(ours, oracle)
+        self._add(name, error, bound, f"worst in {worst}")
 
     def _error(self, ours: Tensor, oracle: Tensor) -> float:
         return worst_error(ours, oracle) if self.exact else float((ours.double() - oracle.double()).abs().mean())
