@@ -31,7 +31,7 @@ WRONG = 1e-2
 def batch(kind: str, config: Any) -> Pictured:
     """Three prompts of up to 400 tokens with up to two images, some of them equal, and four answers each."""
     rng = np.random.default_rng(0)
-    first, second, other = drawn(kind, config, (0, 1, 0))
+    first, second, other = drawn(kind, config, (0, 2, 0))
     begin = text(rng, 20)
     found = Pictured([], [], [])
     for images, length in (((first,), 150), ((other,), 150), ((second, first), 300)):
