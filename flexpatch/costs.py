@@ -9,6 +9,7 @@ import numpy as np
 
 from flexpatch.counts import WORTH
 from flexpatch.errors import FlexpatchError
+from flexpatch.image_costs import KEYS, Shown
 from flexpatch.models import load_config
 from flexpatch.tree import Layout, Tree, lay_out
 
@@ -35,11 +36,15 @@ class Model(NamedTuple):
     vocabulary: int
 
     def flops(self, cost: Cost) -> int:
-        """Return the FLOPs of the forward passes that do the work ``cost``."""
+        """Return the FLOPs of the forward passes that do the work ``cost``, towers included."""
         linear = 2 * self.hidden * self.head_size * (self.heads + self.kv_heads) + 3 * self.hidden * self.ffn
         layer = 2 * linear * cost.tokens + 4 * self.heads * self.head_size * cost.pairs
-        return self.layers * layer + 2 * self.hidden * self.vocabulary * cost.logits
+        return self.layers * layer + 2 * self.hidden * self.vocabulary * cost.logits + cost.tower
 
+
+ASSUMPTIONS_OF_IMAGES = """
+- An image fills as many tokens as the model's processor makes of a grey one of its size. Its tower is counted forward
+  and backward, as if it were trained; a preset has none. Images are compared by their files."""
 
 PRESETS = {  # Llama 3's
     "1b": Model(2048, 16, 8192, 32, 8, 64, 128256),
@@ -56,11 +61,15 @@ class Cost(NamedTuple):
         tokens: Tokens that pass the layers.
         pairs: Pairs of a query and a key in attention.
         logits: Tokens that pass the output layer.
+        images: Images that the vision tower looks at.
+        tower: FLOPs of the tower.
     """
 
     tokens: int
     pairs: int
     logits: int
+    images: int = 0
+    tower: int = 0
 
     @classmethod
     def total(cls, costs: Iterable[Cost]) -> Cost:
@@ -77,6 +86,7 @@ class Sample(NamedTuple):
         sequences: Ids of each prompt + answer, (length,) int32 arrays.
         shared: Work of the row with its prompt shared, in packed rows.
         unshared: Work of the row as separate sequences, in packed rows without padding.
+        shown: Images of the prompt.
     """
 
     prompt: int
@@ -84,26 +94,64 @@ class Sample(NamedTuple):
     sequences: list[Any]
     shared: Cost
     unshared: Cost
+    shown: Sequence[Shown] = ()
 
     @classmethod
-    def of(cls, layout: Layout) -> Sample:
-        """Read a layout that the collator made: a prompt and its answers."""
+    def of(cls, layout: Layout, shown: Sequence[Shown] = ()) -> Sample:
+        """Read a layout that the collator made: a prompt and its answers.
+
+        Args:
+            layout: The layout.
+            shown: Images of the prompt, whose tokens have their keys.
+
+        Returns:
+            The sample.
+        """
         sequences = [layout.ids[path].astype(np.int32) for path in layout.answers]
         lengths, answers = [len(sequence) for sequence in sequences], layout.answer_lengths
-        shared = Cost(len(layout), int((layout.positions + 1).sum()), len(layout.predictors))
-        unshared = Cost(sum(lengths), sum(n * (n + 1) // 2 for n in lengths), sum(answers))
-        return cls(lengths[0] - answers[0], answers, sequences, shared, unshared)
+        images, tower = len(shown), sum(image.flops for image in shown)
+        shared = Cost(len(layout), int((layout.positions + 1).sum()), len(layout.predictors), images, tower)
+        pairs, copies = sum(n * (n + 1) // 2 for n in lengths), len(answers)
+        unshared = Cost(sum(lengths), pairs, sum(answers), copies * images, copies * tower)
+        return cls(lengths[0] - answers[0], answers, sequences, shared, unshared, shown)
 
     def saved(self) -> float:
         """Return the fraction of the row's tokens that sharing leaves out."""
         return 1 - self.shared.tokens / self.unshared.tokens
 
 
+def images_of(
+    samples: Sequence[Sample], layouts: dict[str, dict[str, float]], lengths: dict[str, list[int]], assumptions: str
+) -> dict[str, Any]:
+    """Count the images of prompts, and the tower's share of each layout's FLOPs.
+
+    Args:
+        samples: Dataset rows.
+        layouts: Their work in each layout. Without images the entries of images are taken out.
+        lengths: Values whose percentiles are reported. Tokens of images are added.
+        assumptions: Of an estimate without images.
+
+    Returns:
+        Entries of the result for them; none without images.
+    """
+    shown = [image for sample in samples for image in sample.shown]
+    if not shown:
+        for layout in layouts.values():
+            del layout["images"], layout["tower"]
+        return {}
+    lengths["image"] = [image.tokens for image in shown]
+    share = {name: layout["tower"] / layout["flops"] for name, layout in layouts.items()}
+    distinct = len({image.key for image in shown})
+    images = dict(count=len(shown), distinct=distinct, tower_share=share)
+    return dict(images=images, assumptions=assumptions + ASSUMPTIONS_OF_IMAGES)
+
+
 def padded(batch: Sequence[Sample]) -> Cost:
     """Count the work of a batch in a stock trainer: every answer with its prompt, padded to the longest."""
     lengths = [len(sequence) for sample in batch for sequence in sample.sequences]
     N, S = len(lengths), max(lengths)
-    return Cost(N * S, N * S * (S + 1) // 2, N * S)
+    images, tower = (sum(getattr(sample.unshared, name) for sample in batch) for name in ("images", "tower"))
+    return Cost(N * S, N * S * (S + 1) // 2, N * S, images, tower)
 
 
 def folded(batch: Sequence[Sample]) -> Cost:
@@ -111,7 +159,11 @@ def folded(batch: Sequence[Sample]) -> Cost:
     given = padded(batch)
     # A root above all sequences makes one tree of them. The root is not counted, and it shifts positions by one.
     forest = lay_out(Tree.of([0], *(sequence for sample in batch for sequence in sample.sequences)))
-    row = Cost(len(forest) - 1, int(forest.positions.sum()), given.logits)
+    found = {image.key: image for sample in batch for image in sample.shown}
+    keys, tokens = np.unique(forest.ids[forest.ids >= KEYS], return_counts=True) if found else ((), ())
+    run = [(count // found[key].tokens, found[key].flops) for key, count in zip(map(int, keys), tokens, strict=True)]
+    images, tower = sum(int(times) for times, _ in run), sum(int(times) * flops for times, flops in run)
+    row = Cost(len(forest) - 1, int(forest.positions.sum()), given.logits, images, tower)
     return row if row.tokens <= WORTH * given.tokens else given
 
 

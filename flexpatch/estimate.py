@@ -5,15 +5,18 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from flexpatch.collator import Collator
-from flexpatch.costs import PRESETS, Cost, Model, Sample, folded, model_of, padded
+from flexpatch.costs import PRESETS, Cost, Model, Sample, folded, images_of, model_of, padded
 from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.files import read_rows
+from flexpatch.image_costs import Gallery
+from flexpatch.image_files import Picture, column_of, tried
 from flexpatch.models import load_tokenizer
 from flexpatch.packing import pack
 
@@ -73,11 +76,13 @@ def estimate(samples: Sequence[Sample], model: Model, *, batch_size: int, seed: 
         budgets.append(dict(budget=budget, rows=rows, empty=empty, unshared_rows=unshared_rows))
     good = [b for b in budgets if b["budget"] >= BUSY and b["empty"] < WASTE]
     best = good[0] if good else min(budgets, key=lambda b: b["empty"])
+    about_images = images_of(samples, layouts, lengths, ASSUMPTIONS)
     return dict(
         rows=len(samples), answers=len(lengths["answer"]), batch_size=batch_size, seed=seed, layouts=layouts,
         lengths={name: percentiles(values) for name, values in lengths.items()},
         saved=percentiles([sample.saved() for sample in samples]),
-        budgets=budgets, best_budget=best["budget"], rule=RULE, assumptions=ASSUMPTIONS,
+        budgets=budgets, best_budget=best["budget"], rule=RULE,
+        **dict(assumptions=ASSUMPTIONS) | about_images,
     )  # fmt: skip
 
 
@@ -85,7 +90,7 @@ def report(result: dict[str, Any]) -> str:
     """Write the result of :func:`estimate` as text for a terminal."""
     heads = list(result["saved"])
     names = dict(prompt="a prompt", answer="an answer", sequence="a prompt with one answer")
-    names["tree"] = "a prompt with all its answers"
+    names |= dict(tree="a prompt with all its answers", image="an image")
     lengths = [["tokens of", *heads]]
     for name, values in result["lengths"].items():
         lengths.append([names[name], *(f"{values[head]:,.0f}" for head in heads)])
@@ -96,6 +101,7 @@ def report(result: dict[str, Any]) -> str:
     for title, cost in zip([*titles, "packed, shared"], result["layouts"].values(), strict=True):
         share = f"{cost['tokens'] / whole:.1%}"
         layouts.append([title, f"{cost['tokens']:,}", share, f"{cost['flops']:.3g}", f"{cost['speedup']:.2f} x"])
+    layouts_named = [name.replace("_", ", ") for name in result["layouts"]]
     budgets = [["token budget of a row", "shared rows", "empty", "unshared rows"]]
     for b in result["budgets"]:
         budgets.append([f"{b['budget']:,}", f"{b['rows']:,}", f"{b['empty']:.1%}", f"{b['unshared_rows']:,}"])
@@ -103,6 +109,11 @@ def report(result: dict[str, Any]) -> str:
     first = f"{result['rows']:,} rows, {result['answers']:,} answers; FLOPs of {result['model']['name']}"
     if result["skipped"]:
         first += f"\nskipped {len(result['skipped']):,} rows; the first: {result['skipped'][0]}"
+    if images := result.get("images"):
+        table = [["images", "in prompts", *layouts_named], ["run in an epoch", f"{images['count']:,}"]]
+        table[1] += [f"{layout['images']:,}" for layout in result["layouts"].values()]
+        table.append(["the tower's share of FLOPs", "", *(f"{share:.0%}" for share in images["tower_share"].values())])
+        tables.append("\n".join(_line(row) for row in table))
     best = f"best token budget: {result['best_budget']:,}: {RULE}"
     return "\n\n".join([first, *tables, best, ASSUMPTIONS])
 
@@ -154,16 +165,28 @@ def read_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     Raises:
         FlexpatchError: For the first unusable row without ``--skip-bad-rows``, and for a file without a usable row.
     """
-    rows = read_rows(options.data)[: options.limit]
+    path = Path(options.data)
+    folder = path if path.is_dir() else path.parent
+    rows = read_rows(path, images=lambda value: tried(value, folder))[: options.limit]
     trusted = options.trust_remote_code
     tokenizer = load_tokenizer(options.tokenizer, trust_remote_code=trusted) if options.tokenizer else None
     collator = Collator(tokenizer, max_length=options.max_length, on_long="truncate")
-    samples, skipped = [], []
+    samples, skipped, gallery = [], [], None
     for number, row in enumerate(tqdm(rows, desc="tokenising", unit="row", disable=None)):
         if tokenizer is None and "prompt_ids" not in row:
             raise FlexpatchError(f"sample {number}: a row without 'prompt_ids' needs --tokenizer")
+        column = column_of(row)
+        if column is not None and gallery is None:
+            if tokenizer is None:
+                raise FlexpatchError(f"sample {number}: a row with images needs --tokenizer, a model with a processor")
+            model = None if options.model in PRESETS else options.model
+            limits = dict(max_length=options.max_length, trust_remote_code=trusted)
+            gallery = Gallery(options.tokenizer, model, tokenizer, **limits)
         try:
-            samples.append(Sample.of(collator.layout(row, number)))
+            if column is None or gallery is None:
+                samples.append(Sample.of(collator.layout(row, number)))
+                continue
+            samples.append(Sample.of(*gallery.layout(row, _seen(row[column], folder, number), number)))
         except FlexpatchError as error:
             if not options.skip_bad_rows:
                 raise FlexpatchError(f"{error} (--skip-bad-rows skips such rows)") from error
@@ -171,6 +194,15 @@ def read_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
     if not samples:
         raise FlexpatchError(f"{options.data} holds no usable row; the first: {skipped[0]}")
     return samples, skipped
+
+
+def _seen(value: Any, folder: Path, sample: int) -> list[Picture]:
+    """Return the images of a row, which were looked at while tables were read."""
+    looked = isinstance(value, FlexpatchError) or (isinstance(value, list) and isinstance(value[0], Picture))
+    found = value if looked else tried(value, folder)
+    if isinstance(found, FlexpatchError):
+        raise FlexpatchError(f"sample {sample}: {found}")
+    return found
 
 
 def _positive(text: str) -> int:
@@ -205,7 +237,11 @@ def _parser() -> argparse.ArgumentParser:
         help="file of rows that flexpatch.Collator reads: JSON Lines, a JSON array or CSV, plain or gzipped; with the "
         "datasets library installed also Parquet, Arrow, and folders of save_to_disk",
     )
-    add("--tokenizer", metavar="T", help="hub name, directory or GGUF file; not needed for token ids")
+    add(
+        "--tokenizer",
+        metavar="T",
+        help="hub name, directory or GGUF file; not needed for token ids. For rows with images one with a processor",
+    )
     add(
         "--model",
         default="8b",

@@ -11,12 +11,13 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from flexpatch.errors import FlexpatchError, first_line
+from flexpatch.image_files import COLUMNS
 
 # UTF-32 comes first, because its little-endian mark begins with UTF-16's.
 WIDE = {
@@ -41,7 +42,7 @@ CONVERT = {
 }
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_rows(path: str | os.PathLike[str], images: Callable[[Any], Any] | None = None) -> list[dict[str, Any]]:
     """Read the rows of a data file.
 
     Args:
@@ -49,6 +50,8 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             the ``datasets`` library wrote. In CSV the columns of ``NESTED`` hold JSON, all others text. In Parquet and
             Arrow the columns that :class:`flexpatch.Collator` reads are loaded; others keep their names, and ``None``
             for values.
+        images: What to make of a value in a column ``images`` or ``image`` of Parquet and Arrow, which is not decoded;
+            ``None``: these columns are not loaded.
 
     Returns:
         One dict a row, column name to value.
@@ -60,11 +63,11 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if path.is_dir():
-        return _checked(path, _folder(path))
+        return _checked(path, _folder(path, images))
     with open(path, "rb") as file:
         start = file.read(8)
     if start.startswith((PARQUET, FEATHER, STREAM)):
-        return _checked(path, _table(path, start))
+        return _checked(path, _table(path, start, images))
     suffix = next((suffix for suffix in reversed(path.suffixes) if suffix != ".gz"), "")
     if suffix.lower() in DELIMITERS:
         return _checked(path, _csv(path, DELIMITERS[suffix.lower()]))
@@ -190,7 +193,7 @@ def _cell(name: str, cell: str) -> Any:
         raise ValueError(f"column '{name}' holds {cell!r:.40}; expected JSON: {error}") from error
 
 
-def _table(path: Path, start: bytes) -> list[dict[str, Any]]:
+def _table(path: Path, start: bytes, images: Callable[[Any], Any] | None) -> list[dict[str, Any]]:
     """Read the rows of a Parquet or Arrow file."""
     kind = "Parquet" if start.startswith(PARQUET) else "Arrow"
     datasets = _datasets(path, kind)
@@ -202,10 +205,10 @@ def _table(path: Path, start: bytes) -> list[dict[str, Any]]:
         else:
             table = (ipc.open_file if start.startswith(FEATHER) else ipc.open_stream)(file).read_all()
         # pyarrow alone returns columns of datasets' own types (Json) as text.
-        return _rows(datasets.Dataset(datasets.table.InMemoryTable(table)))
+        return _rows(datasets.Dataset(datasets.table.InMemoryTable(table)), images)
 
 
-def _folder(path: Path) -> list[dict[str, Any]]:
+def _folder(path: Path, images: Callable[[Any], Any] | None) -> list[dict[str, Any]]:
     """Read the rows of a folder that ``save_to_disk`` wrote."""
     splits = sorted(child.name for child in path.iterdir() if (child / "state.json").is_file())
     if splits:
@@ -214,7 +217,7 @@ def _folder(path: Path) -> list[dict[str, Any]]:
         raise FlexpatchError(f"{path} is a folder, but save_to_disk did not write it; give one of its files")
     datasets = _datasets(path, "a dataset's folder")
     with _reading(path, "a dataset's folder"):
-        return _rows(datasets.load_from_disk(str(path)))
+        return _rows(datasets.load_from_disk(str(path)), images)
 
 
 @contextmanager
@@ -226,11 +229,28 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
         raise FlexpatchError(f"{path} cannot be read as {kind}: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _rows(dataset: Any) -> list[dict[str, Any]]:
-    """Convert a dataset to dicts. Columns that are not read, such as images, keep their names for error messages."""
+def _rows(dataset: Any, images: Callable[[Any], Any] | None) -> list[dict[str, Any]]:
+    """Convert a dataset to dicts. Columns that are not read keep their names for error messages."""
     names = dict.fromkeys(dataset.column_names)
-    known = dataset.with_format(None).select_columns([name for name in names if name in READ])
-    return [names | row for row in known] if known.column_names else [dict(names) for _ in range(len(dataset))]
+    shown = [name for name in COLUMNS if images is not None and name in names]
+    for name in shown:
+        dataset = dataset.cast_column(name, _undecoded(dataset.features[name]))
+    known = dataset.with_format(None).select_columns([name for name in names if name in (*READ, *shown)])
+    if not known.column_names:
+        return [dict(names) for _ in range(len(dataset))]
+    return [names | row | {name: images(row[name]) for name in shown if images} for row in known]
+
+
+def _undecoded(feature: Any) -> Any:
+    """Return the type of a column of images, or of lists of them, whose values are bytes and paths."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, list):
+        return [_undecoded(feature[0])]
+    inner = getattr(feature, "feature", None)
+    return feature if inner is None else type(feature)(_undecoded(inner))
 
 
 def _datasets(path: Path, kind: str) -> Any:

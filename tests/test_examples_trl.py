@@ -1,4 +1,4 @@
-"""examples/trl_dpo.py and examples/trl_grpo.py, run as a user runs them, on a small random model."""
+"""examples/trl_dpo.py, trl_grpo.py and vlm_dpo.py, run as a user runs them, on small random models."""
 
 import importlib.util
 import json
@@ -49,7 +49,7 @@ def example(name: str, folder: Path, *args: object) -> str:
 
 def losses(output: str) -> list[float]:
     (line,) = re.findall(r"^losses: (.*)$", output, re.MULTILINE)
-    assert re.search(r"^\d+\.\d\d seconds a step$", output, re.MULTILINE)
+    assert re.search(r"^(\d+\.\d\d seconds a step|\d+ seconds, evaluation included)$", output, re.MULTILINE)
     return [float(loss) for loss in line.split(", ")]
 
 
@@ -104,6 +104,31 @@ def test_grpo(settings: tuple[str, ...], inside: Any) -> None:
     assert factor(on) > 1.2
     assert all("seconds include generation, which shares no prompts" in output for output in (on, off))
     assert "flexpatch is off" in off
+
+
+def test_pictures(inside: Any, tmp_path: Path) -> None:
+    settings = ("--steps", 3, "--pairs", 12, "--batch-size", 4, "--lr", 0.003, "--output", tmp_path)
+    code, on, _ = inside("vlm_dpo.py", *settings)
+    assert code is None
+    code, off, _ = inside("vlm_dpo.py", *settings, "--off")
+    assert code is None
+    assert losses(on) == pytest.approx(losses(off), abs=1e-5)
+    assert len(losses(on)) == 3 and max(losses(on)) - min(losses(on)) > 1e-2
+    # Three batches of four pairs, and three evaluations of six pairs.
+    assert factor(on) > 1.6
+    assert re.search(r"; (\d+) of (\d+) images run$", on, re.MULTILINE).groups() == ("30", "60")  # type: ignore[union-attr]
+    accuracies = re.findall(r"^held out, accuracy: (.*)$", on + off, re.MULTILINE)
+    assert accuracies[0] == accuracies[1] != ""
+    assert "flexpatch is off" in off
+    assert (tmp_path / "vlm_dpo.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_colours_of_pictures_are_learned(inside: Any, tmp_path: Path) -> None:
+    code, on, _ = inside("vlm_dpo.py", "--output", tmp_path)
+    assert code is None
+    (accuracies,) = re.findall(r"^held out, accuracy: (.*)$", on, re.MULTILINE)
+    assert float(accuracies.split(", ")[-1]) > 0.9
 
 
 @pytest.mark.parametrize("name", ["trl_dpo.py", "trl_grpo.py"])
