@@ -53,6 +53,8 @@ ROUNDED = 1e-5
 CONTROL = 1000
 # Each of another way in which a mixer takes its row.
 FAST = ("qwen3_5_text", "qwen3_5_text, branched", "mamba", "deepseek_v32")
+# Types on whose output projections peft refuses LoRA.
+REFUSED_BY_PEFT = ("nemotron_h", "falcon_h1", "mamba", "mamba2")
 
 
 def marked(kinds: list[str]) -> Any:
@@ -452,7 +454,7 @@ def refused_by_peft(model: nn.Module, name: str) -> bool:
     """peft keeps adapters off these: kernels of Mamba read the weights by themselves; convolutions in groups."""
     layer = model.get_submodule(name)
     grouped = isinstance(layer, nn.Conv1d) and layer.groups > 1
-    return grouped or (name.endswith("out_proj") and model.config.model_type in ("nemotron_h", "falcon_h1", "mamba"))
+    return grouped or (name.endswith("out_proj") and model.config.model_type in REFUSED_BY_PEFT)
 
 
 @kinds

@@ -20,8 +20,9 @@ def needs_type(model_type: str) -> None:
     """Skip a test whose architecture the installed transformers does not have."""
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"needs a transformers that knows {model_type}")
-    if model_type in adapters() and (reason := too_old(adapters()[model_type])) is not None:
-        pytest.skip(f"{model_type} is {reason}")
+    for name in (model_type, f"{model_type}_text"):  # the text model of a multimodal type
+        if name in adapters() and (reason := too_old(adapters()[name])) is not None:
+            pytest.skip(f"{name} is {reason}")
 
 
 def needs_hybrids() -> None:
