@@ -121,8 +121,11 @@ class Verification:
                 self._add(name, worst_error(ours, oracle), worst_bound, self._where(ours, oracle))
         if has_adapters(self.model):
             self._adapters_off(worst_bound)
-        ours = (self._gradients(self.rows, stock), folded_gradients)
-        for name, each in zip(("gradients of the DPO loss", "gradients, folded batches"), ours, strict=True):
+        both = {
+            "gradients of the DPO loss": self._gradients(self.rows, stock),
+            "gradients, folded batches": folded_gradients,
+        }
+        for name, each in both.items():
             self._add_gradients(name, each, oracle_gradients, stock_gradients, gradient_bound)
 
         margin = CONTROL_MARGIN if self.exact else 1.0
