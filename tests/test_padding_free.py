@@ -166,7 +166,7 @@ def test_records_say_so_of_all(model_type: str) -> None:
 
 def tells_apart(model_type: str) -> None:
     stock, call = eager_experts(tiny_model(model_type)), make(1)
-    with torch.no_grad():
+    with torch.no_grad(), Float64():
         differs = float((stock(**call).logits - apart(stock, call)).abs().max())
     assert differs < 1e-3 if adapters()[model_type].restarts else differs > 0.1
 
