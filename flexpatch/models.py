@@ -247,9 +247,8 @@ def tiny_config(model_type: str, variant: int = 0) -> Any:
         settings["text_config"] = TINY | settings["text_config"]
     else:
         kind = CONFIG_MAPPING[model_type]
-        read_only = {
-            name for name in TINY if getattr(getattr(kind, name, None), "fset", True) is None
-        }  # Falcon's head_dim
+        # A property without a setter: Falcon's head_dim.
+        read_only = {name for name in TINY if getattr(getattr(kind, name, None), "fset", True) is None}
         settings = {name: value for name, value in TINY.items() if name not in read_only} | settings
     return AutoConfig.for_model(model_type, **settings)
 

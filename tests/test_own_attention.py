@@ -18,7 +18,7 @@ from flexpatch.models import tiny_config, tiny_model, tiny_types
 from flexpatch.registry import adapters
 from flexpatch.unshare import Separate
 
-TYPES = [t for t in tiny_types() if adapters()[t].masks == "own"]
+TYPES = [t for t, adapter in adapters().items() if adapter.masks == "own" and t in tiny_types()]
 BOUND = 1e-10
 FAST = ("bloom", "falcon")
 kinds = pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in TYPES])
