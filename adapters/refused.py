@@ -17,6 +17,10 @@ DRAFT = (
     "drafts tokens for another model, whose cache and hidden states each of its calls takes: it has no sequences of "
     "its own. Train it unpatched"
 )
+PATCHES = (
+    "cuts bytes into patches, and embeds groups of bytes, in its backbone's own forward: all of it would have to run "
+    "on separate sequences, so nothing can be shared. Train it unpatched"
+)
 
 ENCODERS = (
     *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
@@ -31,6 +35,6 @@ register(
         refused=dict.fromkeys(ENCODERS, ENCODER)
         | dict.fromkeys(("xlm", "xlnet", "cpmant"), BOTH_SIDES)
         | dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), DRAFT)
-        | {"reformer": HASHES},
+        | {"reformer": HASHES, "blt": PATCHES},
     )
 )

@@ -221,6 +221,8 @@ def fold_obstacle(batch: Batch, folded: Folded, config: Any, adapter: Adapter) -
         return "with padding on the left, or position_ids that do not begin at 0: this architecture counts columns,"
     if adapter.begins == "position" and moved(positions, mask):
         return "with padding on the left and no position_ids that begin at 0 behind it, where positions are absolute,"
+    if (most := adapter.longest(config)) is not None and folded.rows.depth > most:
+        return f"with sequences of more than {most} tokens, from where on this architecture is not exact,"
     window = min(filter(None, adapter.windows(config).values()), default=None)
     if window is not None and longest_hole(mask) >= window and batch.original == "eager":
         # Where no key is in reach, eager attention averages over the whole row of the batch.

@@ -25,7 +25,7 @@ from flexpatch.arrival import CALL, Kernel, Row, row_of
 from flexpatch.attention import check_fa4, check_fa4_model, flex
 from flexpatch.devices import Choice, choose, heads_of, tell
 from flexpatch.errors import FlexpatchWarning, UnsupportedModelError
-from flexpatch.internals import attention_dtype, attention_name, decoder_of, device_of, text_config
+from flexpatch.internals import attention_dtype, attention_name, decoder_of, device_of, set_attention, text_config
 from flexpatch.registry import Adapter, adapter_for, marks
 
 # transformers prepares masks for FlashAttention where a name holds "flash", as a FlashAttention original's does.
@@ -43,6 +43,20 @@ def is_ours(name: str) -> bool:
 def original_of(name: str) -> str:
     """Return the original that an attention implementation's name tells; a name that is not ours tells itself."""
     return name.removeprefix(PREFIX)
+
+
+def is_patched(inner: PreTrainedModel, dense: str) -> bool:
+    """Tell whether a model has the attention implementation that :func:`flexpatch.apply` left it with.
+
+    Args:
+        inner: The model.
+        dense: Name of the attention function that takes dense masks of rows. Attention of a model's own keeps it.
+
+    Returns:
+        Whether it does.
+    """
+    name = attention_name(inner)
+    return is_ours(name) or (name == dense and adapter_for(text_config(inner)).masks == "own")
 
 
 def is_flash(original: str) -> bool:
@@ -76,10 +90,12 @@ def check_original(original: str, adapter: Adapter) -> None:
     Raises:
         UnsupportedModelError: Naming one that is.
     """
-    if original not in adapter.implementations and not is_flash(original):
+    if original not in adapter.implementations and (adapter.masks == "own" or not is_flash(original)):
+        right = adapter.implementations[0]
+        way = f"load it with attn_implementation='{right}'"  # attention of a model's own takes no other name later
         raise UnsupportedModelError(
-            f"attn_implementation='{original}' cannot be kept for the ordinary calls of this architecture; call "
-            f"model.set_attn_implementation('{adapter.implementations[0]}') first"
+            f"attn_implementation='{original}' cannot be kept for the ordinary calls of this architecture; "
+            + (way if adapter.masks == "own" else f"call model.set_attn_implementation('{right}') first")
         )
 
 
@@ -96,8 +112,10 @@ def check_backend(inner: PreTrainedModel, asked: str) -> None:
     config = text_config(inner)
     if asked == "fa4":
         check_fa4()
-        if adapter_for(inner.config).masks == "none":
-            raise UnsupportedModelError(f"{type(inner).__name__} has no attention: pass backend='auto'")
+        if adapter_for(inner.config).masks in ("none", "own"):
+            raise UnsupportedModelError(
+                f"{type(inner).__name__} has no attention that other kernels can run: pass backend='auto'"
+            )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         check_fa4_model(head_dim, getattr(config, "attn_logit_softcapping", None))
     if asked != "dense" and len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1:
@@ -262,6 +280,21 @@ def register_name(original: str, masks: Mapping[str, Callable[..., Any]] = ALL_M
         AttentionInterface.register(name, partial(_attention, original=original))
         AttentionMaskInterface.register(name, masks[original if original in masks else "flash_attention_2"])
     return name
+
+
+def take_attention(inner: PreTrainedModel, original: str) -> None:
+    """Give a model the attention implementation whose name tells its original.
+
+    Args:
+        inner: The model.
+        original: Its own.
+
+    Raises:
+        UnsupportedModelError: If it does not take it.
+    """
+    set_attention(inner, register_name(original))
+    if attention_name(inner) == original:
+        raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
 
 
 # At import, so that an unpickled patched model works in a process that never called apply.

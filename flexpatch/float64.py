@@ -16,6 +16,7 @@ from flexpatch.internals import dequantize, eager_experts
 SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax)
 # Attention scores have four dimensions: batch, heads, queries, keys. Scores of a router have two.
 SCORES = 4
+FLOAT32 = torch.finfo(torch.float32).max
 # Functions of two tensors that must be of one dtype.
 PAIRS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, F.grid_sample)
 CASTS = (Tensor.to, Tensor.new_zeros, torch.zeros_like)
@@ -43,6 +44,8 @@ class Float64(TorchFunctionMode):
         if lifts and func in PAIRS and any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in args[:2]):
             # Ropes multiply by float32 positions, and towers sample and pool at them.
             args = (*(x.to(torch.float64) for x in args[:2]), *args[2:])
+        if func is torch.full and len(args) > 1 and abs(args[1]) > FLOAT32 and "dtype" not in kwargs:
+            return func(*args, dtype=torch.float64, **kwargs)  # XGLM fills one with a float64's least number
         if not (args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64):
             return func(*args, **kwargs)
         if lifts and (func is Tensor.float or (func is Tensor.type and torch.float32 in args[1:])):

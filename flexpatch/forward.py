@@ -21,10 +21,10 @@ from flexpatch.branching import WAYS, Branches, unwrap, wrap
 from flexpatch.calls import is_exporting, without_cache
 from flexpatch.checkpointing import Recomputation
 from flexpatch.compiled import pad_row, restore_forward
-from flexpatch.dispatch import BACKENDS, is_ours
+from flexpatch.dispatch import BACKENDS, is_patched
 from flexpatch.errors import FlexpatchError
 from flexpatch.folding import Exit, Folding
-from flexpatch.internals import arguments_of, attention_name, backbone_of, takes_argument
+from flexpatch.internals import arguments_of, backbone_of, takes_argument
 from flexpatch.mixers import mixers_of, skip_padding
 from flexpatch.registry import Adapter
 from flexpatch.row_calls import carried_mask, carry_mask, is_row_call, plan_in, without_plan
@@ -102,7 +102,7 @@ class BackboneHook:
         """Change the arguments of a backbone's call. Torch calls this before the backbone's forward."""
         if self.unsharing is not None:
             self.unsharing.end()  # an interrupted call may have left some
-        if not is_ours(attention_name(backbone)):
+        if not is_patched(backbone, self.dense):
             changed = "of a model whose attention implementation was changed after flexpatch.apply (apply it again)"
             return self.folding.given(kwargs, changed)
         call = arguments_of(backbone, args, kwargs)

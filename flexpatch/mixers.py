@@ -22,6 +22,8 @@ from flexpatch.registry import DELTA_RULE, FULL, SLIDING, Adapter, Visible
 SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 # The function of transformers' modeling files that sets hidden states of padding to zero.
 MASKING = "apply_mask_to_padding_states"
+# Names of modules that attend to an encoder's output: a decoder that runs alone calls none of them.
+CROSS = {"encoder_attn"}
 # Releases of Triton that compile flash-linear-attention's gated delta rule wrongly on Hopper GPUs.
 WRONG_FROM, RIGHT_FROM = Version("3.4"), Version("3.7.1")
 
@@ -46,10 +48,12 @@ def mixers_of(module: nn.Module, rules: Mapping[str, Any]) -> Iterator[nn.Module
         rules: By class name.
 
     Returns:
-        An iterator of them.
+        An iterator of them, without those for cross-attention.
     """
-    for child in module.children():
-        if any(name in rules for name in names_of(child)):
+    for name, child in module.named_children():
+        if name in CROSS:
+            continue
+        if any(each in rules for each in names_of(child)):
             yield child
         else:
             yield from mixers_of(child, rules)

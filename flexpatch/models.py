@@ -253,7 +253,10 @@ def tiny_config(model_type: str, variant: int = 0) -> Any:
     if "text_config" in settings:
         settings["text_config"] = TINY | settings["text_config"]
     else:
-        settings = TINY | settings
+        kind = CONFIG_MAPPING[model_type]
+        # A property without a setter: Falcon's head_dim.
+        read_only = {name for name in TINY if getattr(getattr(kind, name, None), "fset", True) is None}
+        settings = {name: value for name, value in TINY.items() if name not in read_only} | settings
     return AutoConfig.for_model(model_type, **settings)
 
 

@@ -24,8 +24,9 @@ from flexpatch.dispatch import (
     check_ranks,
     dense_original,
     is_ours,
+    is_patched,
     original_of,
-    register_name,
+    take_attention,
 )
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.forward import BackboneHook, hook_of, register_hooks, remove_hooks
@@ -149,9 +150,8 @@ def _apply(model: nn.Module, options: dict[str, Any], trains: bool = False) -> N
     branched = choose(backbone, adapter, hook.way)  # before anything changes: it may raise
     if compile:
         check_forwards(layers)
-    set_attention(inner, register_name(original))
-    if attention_name(inner) == original:
-        raise UnsupportedModelError(f"{type(inner).__name__} does not take its attention from transformers' registry")
+    if adapter.masks != "own":
+        take_attention(inner, original)
     hook.dense = dense_original(inner, adapter)
     previous = hook_of(inner)
     if previous is not None:
@@ -230,7 +230,7 @@ def backend_of(model: nn.Module) -> str:
 def _hook(inner: nn.Module) -> BackboneHook:
     """Find the hook of a model that takes rows."""
     hook = hook_of(inner)
-    if hook is None or not is_ours(attention_name(pretrained(inner))):
+    if hook is None or not is_patched(pretrained(inner), hook.dense):
         raise FlexpatchError("this model does not take packed rows yet: call flexpatch.apply(model) first")
     return hook
 

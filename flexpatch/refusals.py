@@ -7,9 +7,16 @@ from torch import nn
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.quantized_layers import layer_fault
-from flexpatch.registry import ropes
+from flexpatch.registry import adapter_for
 from flexpatch.rows import Rows
+from flexpatch.settings import ropes
 from flexpatch.tuners import as_given, refusal
+
+# Names under which modules keep the rates of dropout that is no module: ``functional.dropout`` takes them.
+RATES = (
+    *("attention_dropout", "residual_dropout", "dropout", "hidden_dropout", "activation_dropout", "attn_dropout_p"),
+    *("dropout_rate", "resid_pdrop"),
+)
 
 
 def check_mode(model: nn.Module, *, shared_dropout: bool = False) -> str | None:
@@ -78,8 +85,7 @@ def dropout_of(module: nn.Module) -> float:
     """Return the rate of a module's own dropout. Modules keep it whatever the configuration says by now."""
     if isinstance(module, nn.Dropout):
         return module.p
-    own = module.__dict__
-    return own.get("attention_dropout") or own.get("residual_dropout") or own.get("resid_pdrop") or 0.0
+    return next(filter(None, map(module.__dict__.get, RATES)), 0.0)
 
 
 def check_dropout(model: nn.Module, *, trains: bool, shared_dropout: bool) -> None:
@@ -152,6 +158,11 @@ def check_rows(config: Any, rows: Rows, placeholders: Sequence[int] = ()) -> Non
             )
     if rows.pad_id >= config.vocab_size:
         raise FlexpatchError(f"pad_id={rows.pad_id} is outside the vocabulary of {config.vocab_size} tokens")
+    if (most := adapter_for(config).longest(config)) is not None and rows.depth > most:
+        raise UnsupportedModelError(
+            f"a sequence has {rows.depth} tokens, and this architecture is not exact with more than {most}: it chooses "
+            "keys by numbers that equal tokens have in common, and settles ties by the shape of a batch"
+        )
     if getattr(config, "output_router_logits", False):
         raise UnsupportedModelError(
             "output_router_logits=True: the router's auxiliary loss would weigh a shared prompt once instead of once "

@@ -14,6 +14,7 @@ from packaging.version import Version
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.layouts import media_of
+from flexpatch.settings import inexact_setting
 
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -37,9 +38,8 @@ def sliding_windows(config: Any) -> dict[str, int | None]:
     return {FULL: None, SLIDING: config.sliding_window}
 
 
-def never(config: Any) -> str | None:
-    """The refusal rule of a family whose every configuration is exact."""
-    return None
+def never(config: Any) -> None:
+    """The rule of a family without exceptions."""
 
 
 class LogitTransform(NamedTuple):
@@ -66,11 +66,18 @@ class Visible(NamedTuple):
         window: At most so many, the query's own among them; ``None``: all.
         chunk: Those of its own chunk alone, of so many tokens; ``None``: chunks do not matter.
         flat: Whether the module takes the mask of a batch (N, S), and makes that of queries and keys itself.
+        hides: Whether the module takes masks that are True where attention is not allowed.
+        keys: Names of arguments (..., L) that add to the scores of keys by position, as ALiBi does; of separate
+            sequences they are the row's first. ``"attention_mask"``: the mask holds such numbers too.
+        whole: Names of arguments that are passed as they are.
     """
 
     window: int | None = None
     chunk: int | None = None
     flat: bool = False
+    hides: bool = False
+    keys: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
 
 def no_mask(module: Any) -> Visible | None:
@@ -98,7 +105,8 @@ class Adapter:
             random models from them, so every mask, window and rope variant of the family should appear. Multimodal
             types too, with a ``text_config``, if their text stack takes calls of text as the text model does.
         masks: ``"single"`` when the decoder takes one mask for all layers, ``"by_layer_type"`` when it takes a dict
-            keyed by the entries of ``config.layer_types``, ``"none"`` when no layer is attention.
+            keyed by the entries of ``config.layer_types``, ``"none"`` when no layer is attention, ``"own"`` when its
+            layers have attention of their own, out of transformers' registry: it is ``unshared``.
         windows: ``config`` -> window in tokens (``None``: unlimited) for each layer type. A ``"single"`` family has
             the one key ``"full_attention"``, whose window, if set, holds in every layer. A query at position p sees
             keys at positions > p - window, as in transformers.
@@ -125,13 +133,14 @@ class Adapter:
         since: The release of transformers from which on the architecture was found exact. Older ones are refused.
         implementations: The attention implementations of the model's own that are right for it, in order of preference.
         reject: ``config`` -> why this configuration cannot be exact and what to do instead, or ``None``.
+        longest: ``config`` -> how many tokens a sequence may have to be exact; ``None``: any number.
         refused: Known relatives that are never exact: ``model_type`` -> reason.
         limits: One line for the support table; empty if there are none.
     """
 
     name: str
     tiny: Mapping[str, Sequence[Mapping[str, Any]]]
-    masks: Literal["single", "by_layer_type", "none"]
+    masks: Literal["single", "by_layer_type", "none", "own"]
     windows: Callable[[Any], Mapping[str, int | None]] = no_windows
     unmasked: tuple[str, ...] = ()
     unshared: Mapping[str, Callable[[Any], Visible | None]] = field(default_factory=dict)
@@ -146,6 +155,7 @@ class Adapter:
     since: str = EVERY
     implementations: tuple[str, ...] = ("sdpa", "eager")
     reject: Callable[[Any], str | None] = never
+    longest: Callable[[Any], int | None] = never
     refused: Mapping[str, str] = field(default_factory=dict)
     limits: str = ""
 
@@ -244,7 +254,7 @@ def adapter_for(config: Any) -> Adapter:
     if adapter is None:
         raise unknown(model_type)
     reject = never if record is not None and record.text_blocks else adapter.reject
-    reason = adapter.refused.get(model_type) or too_old(adapter) or reject(config) or _reject(config, adapter)
+    reason = adapter.refused.get(model_type) or too_old(adapter) or reject(config) or inexact_setting(config, adapter)
     if reason is not None:
         raise UnsupportedModelError(f"model type '{model_type}': {reason}")
     return adapter
@@ -269,32 +279,3 @@ def unknown(model_type: str) -> UnsupportedModelError:
         "Write one (adapters/llama.py is the shortest), flexpatch.register() it, "
         f"and check it with 'python -m flexpatch.verify {model_type}'"
     )
-
-
-def ropes(config: Any) -> dict[str, Mapping[str, Any]]:
-    """Map rope types to their parameters, from ``config.rope_parameters``, which is flat or keyed by layer type."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [rope for rope in parameters.values() if isinstance(rope, Mapping)]
-    return {rope.get("rope_type", "default"): rope for rope in nested or [parameters]}
-
-
-def _reject(config: Any, adapter: Adapter) -> str | None:
-    """Find a setting that no architecture can run exactly."""
-    if inexact := set(ropes(config)) - adapter.ropes:
-        return (
-            f"rope type {', '.join(sorted(inexact))} is not exact: its frequencies depend on the longest sequence of "
-            f"the call, so a sequence changes with its neighbours. Exact here: {', '.join(sorted(adapter.ropes))}"
-        )
-    if getattr(config, "attention_dropout", 0):
-        return (
-            f"attention_dropout={config.attention_dropout} draws one mask for all answers that share a token, which is "
-            "not what the unpatched model does. Set config.attention_dropout = 0.0"
-        )
-    if not getattr(config, "is_causal", True):
-        return "is_causal=False lets a prompt see its answer, so nothing can be shared. Train it unpatched"
-    layer_types = set(getattr(config, "layer_types", None) or ())
-    if adapter.masks == "by_layer_type" and (
-        unknown := layer_types - set(adapter.windows(config)) - set(adapter.unmasked)
-    ):
-        return f"layer types {', '.join(sorted(unknown))} cannot be isolated by an attention mask"
-    return None

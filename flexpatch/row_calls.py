@@ -54,7 +54,7 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     windows = adapter.windows(config)
     layer_types = dict.fromkeys(config.layer_types) if adapter.masks == "by_layer_type" else [FULL]
     if adapter.unshared:
-        layer_types = [t for t in windows if t not in adapter.unmasked and adapter.masks != "none"]
+        layer_types = [t for t in windows if t not in adapter.unmasked and adapter.masks not in ("none", "own")]
     if backend_at(inner, device, asked) == "fa4":
         check_fa4()  # a pickled model may come from another machine
         check_fa4_call(device, attention_dtype(inner, device), [windows[layer] for layer in layer_types], rows.depth)
@@ -68,7 +68,7 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     plan = plan_of(rows) if adapter.unshared else None
     each_mask: dict[str, Any] = masks | dict.fromkeys(adapter.unmasked, plan)
     mask = each_mask if adapter.masks == "by_layer_type" else masks.get(FULL, plan)
-    if adapter.masks == "single" and plan is not None:
+    if adapter.masks == "single" and plan is not None and mask is not plan:
         setattr(mask, PLAN, plan)  # no layer type has a place for it
     inputs = dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
     if adapter.masks == "none":

@@ -12,7 +12,9 @@ def support_table() -> str:
     ]
     for adapter in dict.fromkeys(adapters().values()):
         types = ", ".join(f"`{model_type}`" for model_type in adapter.tiny)
-        masks = {"single": "one for all layers", "by_layer_type": "one per layer type", "none": "–"}[adapter.masks]
+        masks = {"single": "one for all layers", "by_layer_type": "one per layer type", "none": "–", "own": "–"}[
+            adapter.masks
+        ]
         windows = "exact" if _has_windows(adapter) else "–"
         since = f"transformers {adapter.since} or later" if adapter.since != EVERY else ""
         limits = "; ".join(filter(None, (adapter.limits, since))) or "–"

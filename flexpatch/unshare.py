@@ -180,7 +180,7 @@ class Separate(Kernel):
         self.batch = batch
         index = self.plan.batches[batch]
         args = tuple(self._gather(x, index) for x in self.args)
-        kwargs = {name: self._gather(x, index) for name, x in self.kwargs.items() if name != "attention_mask"}
+        kwargs = {name: self._argument(name, x, index) for name, x in self.kwargs.items() if name != "attention_mask"}
         if "attention_mask" in self.kwargs:
             # Without attention, as transformers has it: one number for each token, or none.
             given, tokens = self.kwargs["attention_mask"], self.plan.masks[batch]
@@ -191,13 +191,13 @@ class Separate(Kernel):
         """Bring a mixer's outputs back to the row.
 
         Args:
-            outputs: For each batch, a tensor (N, S, ...), or a tuple of such and others.
+            outputs: For each batch, a tensor (N, S, ...), or a tuple or list of such and others.
 
         Returns:
             Tensors (B, L, ...) of real numbers, :class:`Parted` ones of integers. Others are those of the first batch.
         """
         first = outputs[0]
-        if isinstance(first, tuple):
+        if isinstance(first, (tuple, list)):
             return type(first)(self.join(list(each)) for each in zip(*outputs, strict=True))
         shapes = [index.shape for index in self.plan.batches]
         # All: a state's second size may be the length of one batch by chance.
@@ -207,6 +207,16 @@ class Separate(Kernel):
             return Parted(outputs)
         tokens = torch.cat([output.flatten(0, 1) for output in outputs])
         return look_up(tokens, self.plan.owners.to(tokens.device))
+
+    def _argument(self, name: str, x: Any, index: Tensor) -> Any:
+        """Make a named argument for separate sequences."""
+        visible = self.visible or Visible()
+        if x is None or name in visible.whole:
+            return x
+        if name in visible.keys:  # (B * H, 1, L) or (B, H, 1, L), each row alike
+            each = x[: len(x) // self.plan.shape[0], ..., : index.shape[1]]
+            return each.repeat(len(index), *[1] * (x.ndim - 1))
+        return self._gather(x, index)
 
     def _gather(self, x: Any, index: Tensor) -> Any:
         """Put separate sequences in place of the rows in a tensor, or in all those of a container."""
@@ -243,6 +253,12 @@ class Separate(Kernel):
         allowed = visible_mask(self.visible, index.shape[1], index.device).expand(len(index), 1, -1, -1)
         if tokens is not None:
             allowed = allowed & tokens[:, None, None]
+        if self.visible.hides:
+            return ~allowed
+        if "attention_mask" in self.visible.keys and given.is_floating_point():
+            # Each token sees itself: the row's mask holds there what it adds to a key.
+            added = given[:1].diagonal(dim1=-2, dim2=-1)[..., None, : index.shape[1]]
+            return torch.where(allowed, added, torch.finfo(given.dtype).min)
         if self.dense == "sdpa":
             return allowed
         dtype = next(x.dtype for x in tensors_in((self.args, self.kwargs)) if x.is_floating_point())

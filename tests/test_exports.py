@@ -213,7 +213,7 @@ def test_imports_point_one_way() -> None:
     }
     TopologicalSorter(graph).prepare()
     assert graph["tree"] == graph["losses"] == graph["packing"] == graph["layouts"] == {"errors"}
-    assert graph["registry"] == {"errors", "layouts"}
+    assert graph["registry"] == {"errors", "layouts", "settings"}
     with pytest.raises(CycleError):
         TopologicalSorter(graph | {"errors": {"patch"}}).prepare()
 

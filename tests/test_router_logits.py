@@ -33,7 +33,7 @@ def batch(side: str) -> dict[str, Tensor]:
 def routes(model_type: str) -> bool:
     config = tiny_config(model_type).get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_experts_per_tok")
-    return any(getattr(config, name, None) for name in names)
+    return getattr(config, "is_moe", True) and any(getattr(config, name, None) for name in names)
 
 
 MIXTURES = [model_type for model_type in tiny_types() if routes(model_type)]

@@ -44,6 +44,7 @@ WITHOUT_POSITIONS = [
     *(("mamba", 0), ("mamba2", 0), ("falcon_mamba", 0), ("rwkv", 0), ("xlstm", 0), ("jamba", 0), ("zamba", 0)),
     *(("zamba2", 1), ("nemotron_h", 0), ("granitemoehybrid", 0), ("kimi_linear", 0)),
     *(("glm5_next", 0), ("glm5_next_text", 0), ("inkling_text", 0)),
+    *(("bloom", 0), ("bloom", 1), ("mpt", 0), ("falcon", 2), ("trocr", 0), ("trocr", 1)),
 ]
 
 

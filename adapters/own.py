@@ -1,0 +1,163 @@
+"""Models whose attention is their own, out of transformers' registry: BLOOM, MPT, Falcon, GPT-Neo and their time."""
+
+from typing import Any
+
+from flexpatch.registry import Adapter, Visible, causal, no_mask, register
+
+ABSOLUTE = "batches padded on the left fold if they have position_ids"
+GIVEN = "batches padded on the left run as they are given"
+
+
+def alibi(module: Any) -> Visible:
+    """BLOOM hands each layer a bias of keys."""
+    return Visible(keys=("alibi",))
+
+
+def alibi_in_mask(module: Any) -> Visible:
+    """Falcon hands it so, and in its mask."""
+    return Visible(keys=("alibi", "attention_mask"))
+
+
+def last_keys(module: Any) -> Visible:
+    """MPT takes the last keys of a bias for its longest sequence, and masks that are True where keys are hidden."""
+    return Visible(hides=True, whole=("position_bias",))
+
+
+def at_random(rate: float) -> str | None:
+    """Refuse layers that are left out at random: all mixers of a row must run."""
+    return f"layerdrop {rate} leaves layers out at random. Set it to 0.0 before the model is built" if rate else None
+
+
+register(
+    Adapter(
+        name="BLOOM",
+        masks="own",
+        unshared={"BloomAttention": alibi},
+        implementations=("eager",),
+        restarts=False,
+        padding="in_front",
+        since="5.24",
+        tiny={"bloom": [{}, dict(num_attention_heads=8, apply_residual_connection_post_layernorm=True)]},
+    )
+)
+
+register(
+    Adapter(
+        name="MPT",
+        masks="own",
+        unshared={"MptAttention": last_keys},
+        implementations=("eager",),
+        restarts=False,
+        padding="in_front",
+        since="5.24",
+        tiny={"mpt": [dict(max_seq_len=512)]},
+    )
+)
+
+FALCON = dict(num_kv_heads=2, ffn_hidden_size=96)
+
+register(
+    Adapter(
+        name="Falcon",
+        masks="own",
+        unshared={"FalconAttention": alibi_in_mask},
+        since="5.24",
+        tiny={
+            "falcon": [
+                FALCON,
+                dict(FALCON, new_decoder_architecture=True),
+                dict(FALCON, num_kv_heads=4, alibi=True, multi_query=False, parallel_attn=False, bias=True),
+            ]
+        },
+        limits=GIVEN,
+    )
+)
+
+register(
+    Adapter(
+        name="GPT-Neo",
+        masks="own",
+        # Windows of local layers are the module's own.
+        unshared={"GPTNeoSelfAttention": causal},
+        implementations=("eager",),
+        begins="position",
+        padding="in_front",
+        since="5.24",
+        tiny={"gpt_neo": [dict(attention_types=[[["global", "local"], 2]], window_size=8)]},
+        limits=ABSOLUTE,
+    )
+)
+
+register(
+    Adapter(
+        name="GPT-NeoX-Japanese",
+        masks="own",
+        unshared={"GPTNeoXJapaneseAttention": causal},
+        implementations=("eager",),
+        padding="masked",
+        since="5.24",
+        tiny={"gpt_neox_japanese": [dict(attention_dropout=0.0, intermediate_multiple_size=2)]},
+        limits="load it with attention_dropout=0.0",
+    )
+)
+
+register(
+    Adapter(
+        name="GPT",
+        masks="own",
+        unshared={"Attention": causal},
+        implementations=("eager",),
+        restarts=False,
+        begins="position",
+        padding="masked",
+        since="5.24",
+        tiny={"openai-gpt": [dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)]},
+        limits=ABSOLUTE,
+    )
+)
+
+register(
+    Adapter(
+        name="XGLM",
+        masks="own",
+        unshared={"XGLMAttention": causal},
+        implementations=("eager",),
+        restarts=False,
+        reject=lambda config: at_random(config.layerdrop),
+        begins="position",
+        padding="masked",
+        since="5.24",
+        tiny={"xglm": [dict(ffn_dim=96, attention_dropout=0.0, dropout=0.0)]},
+        limits=f"load it with attention_dropout=0.0, dropout=0.0; {ABSOLUTE}",
+    )
+)
+
+register(
+    Adapter(
+        name="TrOCR (decoder)",
+        masks="own",
+        # Positions are counted in the row, which no argument changes.
+        unshared={
+            "TrOCRAttention": causal,
+            "TrOCRLearnedPositionalEmbedding": no_mask,
+            "TrOCRSinusoidalPositionalEmbedding": no_mask,
+        },
+        reject=lambda config: at_random(config.decoder_layerdrop),
+        implementations=("eager",),
+        restarts=False,
+        begins="column",
+        since="5.24",
+        tiny={
+            "trocr": [
+                dict(decoder_ffn_dim=96, dropout=0.0, cross_attention_hidden_size=64),
+                dict(
+                    decoder_ffn_dim=96,
+                    dropout=0.0,
+                    cross_attention_hidden_size=64,
+                    use_learned_position_embeddings=False,
+                ),
+            ]
+        },
+        limits=f"calls with an encoder's output run as they are given; {GIVEN}",
+    )
+)
