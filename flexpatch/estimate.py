@@ -115,7 +115,7 @@ def report(result: dict[str, Any]) -> str:
         table.append(["the tower's share of FLOPs", "", *(f"{share:.0%}" for share in images["tower_share"].values())])
         tables.append("\n".join(_line(row) for row in table))
     best = f"best token budget: {result['best_budget']:,}: {RULE}"
-    return "\n\n".join([first, *tables, best, ASSUMPTIONS])
+    return "\n\n".join([first, *tables, best, result["assumptions"]])
 
 
 def _line(cells: Sequence[str]) -> str:

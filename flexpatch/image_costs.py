@@ -37,7 +37,7 @@ class Tower(NamedTuple):
 
     Attributes:
         blocks: Weights of the linear layers of all its blocks, which each patch passes.
-        others: Weights of linear layers around them, which each token passes.
+        others: Matrices around them, which each token passes.
         patch: Weights of the embedding of patches.
         depth: Number of blocks.
         width: Width of the hidden states.
@@ -98,10 +98,11 @@ def tower_of(config: Any) -> Tower | None:
     blocks = list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))
     inside = {id(m) for block in blocks for m in block.modules()}
     linear = [m for m in tower if isinstance(m, torch.nn.Linear)]
+    others = [m for m in tower if not isinstance(m, torch.nn.Embedding) and id(m) not in inside]
     window, side = getattr(vision, "window_size", 0) or 0, _one(vision.patch_size)
     return Tower(
         blocks=sum(m.weight.numel() for m in linear if id(m) in inside),
-        others=sum(m.weight.numel() for m in linear if id(m) not in inside),
+        others=sum(p.numel() for m in others for p in m.parameters(recurse=False) if p.ndim == 2),
         patch=sum(m.weight.numel() for m in tower if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))),
         depth=len(blocks),
         width=next((p.numel() for block in blocks for p in block.parameters() if p.ndim == 1), 0),

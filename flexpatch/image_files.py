@@ -76,6 +76,8 @@ def _picture(value: Any, folder: Path) -> Picture:
         raise ValueError(f"expected a path or bytes, got {type(value).__name__}")
     with Image.open(io.BytesIO(value)) as image:
         width, height = image.size
-        if image.getexif().get(ORIENTATION, 1) >= 5:
+        exif = Image.Exif()
+        exif.load(image.info.get("exif") or b"")  # image.getexif() decodes a PNG
+        if exif.get(ORIENTATION, 1) >= 5:
             width, height = height, width
     return Picture(height, width, hashlib.sha256(value).digest())

@@ -24,6 +24,8 @@ CASES = [(kind, variant) for kind in KINDS for variant in range(len(variants(kin
 MIXTURES = {"qwen3_vl_moe", "kimi_k25", "qwen3_5_moe"}
 NARROW = [case for case in CASES if case[0] not in MIXTURES]
 BLOCKS = [("gemma3", 0), ("gemma4", 1), ("gemma4_unified", 1), ("paligemma", 0)]
+# Of the norm: in float32 either way of adding up may happen to be the closer one.
+NOISE = {torch.float32: 1e-5, torch.bfloat16: 0.0}
 # What a control must be off, in nats; float32 is a thousand times closer.
 WRONG = 1e-2
 
@@ -68,7 +70,8 @@ def check(kind: str, variant: int, dtype: torch.dtype) -> None:
     assert saved.folded == 1 and saved.images_run < saved.images, saved
     for true, theirs, mine in zip(truth, stock, ours, strict=True):
         assert true.isfinite().all()
-        assert (mine - true).norm() <= 2 * (theirs - true).norm()
+        bound = max(2 * (theirs - true).norm(), NOISE[dtype] * true.norm())
+        assert (mine - true).norm() <= bound
 
 
 @parameterized.expand(CASES)
