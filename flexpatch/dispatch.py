@@ -191,9 +191,7 @@ def _attention(
     alone = call is None and len(q) > 1 and getattr(module, "is_causal", True)
     alone = alone and not kwargs.get("use_cache") and not torch.compiler.is_compiling()
     if alone and marks(module.config):
-        warn_as_given(
-            "of a model built from a patched one's settings, such as a trainer's reference (apply to it too),"
-        )
+        warn_as_given("of a model built from a patched one's settings, such as a trainer's reference (apply to it),")
     if isinstance(call, Kernel):
         original = call.dense
     if kwargs.get("indices") is not None and not is_flash(original):
