@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flexpatch.errors import FlexpatchError, first_line
-from flexpatch.image_files import COLUMNS
+from flexpatch.processing import COLUMNS
 
 # UTF-32 comes first, because its little-endian mark begins with UTF-16's.
 WIDE = {

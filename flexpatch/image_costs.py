@@ -13,6 +13,7 @@ from flexpatch.image_files import Picture
 from flexpatch.internals import decoder_of
 from flexpatch.layouts import Media, media_of
 from flexpatch.models import load_config
+from flexpatch.processing import COLUMNS
 from flexpatch.tree import Layout
 
 KEYS = 1 << 30  # keys of images in place of token ids, from here on
@@ -158,7 +159,8 @@ class Gallery:
             raise FlexpatchError(f"{name} does not tell which token stands for an image")
         self.measured = cache(self._measured)
         self._keys: dict[bytes, int] = {}
-        self.text = Collator(_Speaker(tokenizer, self.whole))
+        self.text = Collator(tokenizer)
+        self.text.processor = _Reader(tokenizer, self.whole)
         self.last = Collator(None, max_length=max_length, on_long="truncate")
 
     def shown(self, picture: Picture) -> Shown:
@@ -211,66 +213,33 @@ class Gallery:
             FlexpatchError: If images and placeholders do not match, or as :meth:`Collator.layout`.
         """
         shown = [self.shown(picture) for picture in seen]
-        tree = self.text.tree(_with_parts(row, len(seen)), sample)
+        tokenised = "prompt_ids" in row
+        tree = self.text.tree({k: v for k, v in row.items() if not tokenised or k not in COLUMNS}, sample)
         ids = [int(token) for token in tree.ids]
         places = ids.count(self.placeholder)
-        tokenised = places == sum(image.tokens for image in shown)  # by the processor, with all places of each
-        if places != len(shown) and not tokenised:
+        filled = tokenised and places == sum(image.tokens for image in shown)  # by the processor
+        if places != len(shown) and not filled:
             raise FlexpatchError(f"sample {sample}: its prompt has places for {places} images, not {len(shown)}")
-        order, filled, at = iter(shown), [], 0
+        order, keys, at = iter(shown), list[int](), 0
         while at < len(ids):
             image = next(order) if ids[at] == self.placeholder else None
-            filled += [ids[at]] if image is None else [image.key] * image.tokens
-            at += image.tokens if image is not None and tokenised else 1
+            keys += [ids[at]] if image is None else [image.key] * image.tokens
+            at += image.tokens if image is not None and filled else 1
         answers = [[int(token) for token in child.ids] for child in tree.children]
-        return self.last.layout(dict(prompt_ids=filled, answer_ids=answers), sample), shown
+        return self.last.layout(dict(prompt_ids=keys, answer_ids=answers), sample), shown
 
 
-class _Speaker:
-    """A tokenizer that reads conversations by the processor's chat template.
+class _Reader:
+    """A processor that looks at no image: each keeps its one place in the text.
 
     Args:
         tokenizer: The tokenizer.
-        processor: The processor; ``None``: the tokenizer has the template.
+        processor: Whose chat template is used; ``None``: the tokenizer's.
     """
 
     def __init__(self, tokenizer: Any, processor: Any) -> None:
-        self.tokenizer, self.eos_token = tokenizer, tokenizer.eos_token
-        self.template = (processor or tokenizer).apply_chat_template
+        self.tokenizer = tokenizer
+        self.apply_chat_template = (processor or tokenizer).apply_chat_template
 
-    def __call__(self, text: str) -> Any:
-        return self.tokenizer(text)
-
-    def apply_chat_template(self, messages: Any, *, return_dict: bool, **options: Any) -> Any:
-        return self.tokenizer(self.template(messages, tokenize=False, **options), add_special_tokens=False)
-
-
-def _with_parts(row: Mapping[str, Any], images: int) -> Mapping[str, Any]:
-    """Write the messages of a row as lists of parts, as TRL does: images without a place begin the first question."""
-    changed = dict(row)
-    try:
-        if isinstance(row.get("prompt"), list):
-            changed["prompt"], images = _parts(row["prompt"], images), 0
-        for name in ("chosen", "rejected"):
-            if isinstance(row.get(name), list):
-                changed[name] = _parts(row[name], images)
-        for name in ("answers", "completions"):
-            if isinstance(row.get(name), list):
-                changed[name] = [_parts(each, images) if isinstance(each, list) else each for each in row[name]]
-    except (KeyError, TypeError, AttributeError):
-        return row  # the collator says what is wrong with it
-    return changed
-
-
-def _parts(messages: Sequence[Mapping[str, Any]], images: int) -> list[dict[str, Any]]:
-    contents = [message["content"] for message in messages]
-    if any(part["type"] == "image" for parts in contents if not isinstance(parts, str) for part in parts):
-        images = 0
-    found = []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            here = images if message["role"] == "user" else 0
-            content, images = [{"type": "image"}] * here + [{"type": "text", "text": content}], images - here
-        found.append({**message, "content": content})
-    return found
+    def __call__(self, text: list[str], **_: Any) -> Mapping[str, torch.Tensor]:
+        return dict(input_ids=torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"]))

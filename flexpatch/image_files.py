@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexpatch.errors import FlexpatchError, first_line
+from flexpatch.processing import COLUMNS
 
-COLUMNS = ("images", "image")
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on width and height change places
 
 

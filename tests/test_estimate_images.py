@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -11,6 +12,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from helpers import processors_offline
 from parameterized import parameterized
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -35,48 +37,29 @@ QUESTION = ["what", "is", "this", "thing", "in", "the", "picture", "and", "what"
 WORDS = ["<pad>", "</s>", "user", "assistant", *dict.fromkeys(QUESTION), "a", "red", "blue", "box", "or"]
 
 
-def tokenizer(kind: str) -> Any:
-    """Words, with the placeholder where the tiny model of a type has it."""
-    config = tiny_config(kind)
+def tokenizer() -> Any:
+    """Words, with the placeholder where the tiny LLaVA has it."""
     words = [*WORDS, *(f"w{n}" for n in range(151 - len(WORDS)))]
-    words[getattr(config, multimodal_types()[kind].images.token)] = "<image>"
+    words[tiny_config("llava").image_token_id] = "<image>"
     made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(pad_token="<pad>", eos_token="</s>", additional_special_tokens=["<image>"])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, chat_template=CHAT, **special)
 
 
-def processor(kind: str) -> Any:
-    """A processor for the tiny model of a type; of Qwen, whose whole one needs torchvision, that of images alone."""
-    if kind == "llava":
-        size = dict(height=28, width=28)
-        images: Any = transformers.CLIPImageProcessor(size=dict(shortest_edge=28), crop_size=size)
-        return transformers.LlavaProcessor(images, tokenizer(kind), 14, "default", CHAT, num_additional_image_tokens=1)
-    if kind == "llava_next":
-        pinpoints = tiny_config(kind).image_grid_pinpoints
-        size = dict(height=28, width=28)
-        images = transformers.LlavaNextImageProcessor(
-            size=dict(shortest_edge=28), crop_size=size, image_grid_pinpoints=pinpoints
-        )
-        more = dict(num_additional_image_tokens=1, chat_template=CHAT)
-        return transformers.LlavaNextProcessor(images, tokenizer(kind), 14, "default", **more)
-    vision = tiny_config(kind).vision_config
-    return transformers.Qwen2VLImageProcessor(
-        patch_size=vision.patch_size,
-        merge_size=vision.spatial_merge_size,
-        size=dict(shortest_edge=64, longest_edge=1024),
-    )
+def processor() -> Any:
+    """A processor for the tiny LLaVA."""
+    images = transformers.CLIPImageProcessor(size=dict(shortest_edge=28), crop_size=dict(height=28, width=28))
+    return transformers.LlavaProcessor(images, tokenizer(), 14, "default", CHAT, num_additional_image_tokens=1)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each type, as a hub has it."""
-    root = tmp_path_factory.mktemp("models")
-    for kind in ("llava", "llava_next", "qwen2_5_vl"):
-        tiny_config(kind).save_pretrained(root / kind)
-        tokenizer(kind).save_pretrained(root / kind)
-        processor(kind).save_pretrained(root / kind)
-    return root
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny LLaVA without weights, as a hub has it."""
+    path = tmp_path_factory.mktemp("llava")
+    for part in (tiny_config("llava"), tokenizer(), processor()):
+        part.save_pretrained(path)
+    return str(path)
 
 
 def picture(colour: str, width: int, height: int) -> Image.Image:
@@ -127,29 +110,37 @@ def test_sizes_come_from_the_beginning_of_a_file(tmp_path: Path) -> None:
     assert len({each.digest for each in found}) == 3
 
 
-@pytest.mark.parametrize("kind", ["llava_next", "qwen2_5_vl"])
-def test_tokens_are_those_of_the_processor(kind: str, folder: Path, tmp_path: Path) -> None:
-    name = str(folder / kind)
-    words = transformers.AutoTokenizer.from_pretrained(name)
-    gallery = Gallery(name, name, words, max_length=None)
-    assert (gallery.whole is None) == (kind == "qwen2_5_vl")
-    counted = set()
-    for width, height in ((28, 28), (50, 20), (20, 61), (300, 40)):
-        image = Image.effect_noise((width, height), 90).convert("RGB")
-        (seen,) = pictures(content(image), tmp_path)
-        if kind == "llava_next":
-            made = processor(kind)(text=["<image>"], images=[[image]], return_tensors="pt")["input_ids"].numel()
-        else:
-            made = int(processor(kind)(images=[image], return_tensors="pt")["image_grid_thw"].prod()) // 4
-        counted.add(gallery.shown(seen).tokens)
-        assert gallery.shown(seen).tokens == made
-    assert len(counted) > 2
+@pytest.mark.parametrize("kind", processors_offline.KINDS)
+def test_rows_are_as_long_as_the_collators(kind: str, tmp_path: Path) -> None:
+    """Qwen's whole processor needs torchvision: that of images and the record count there."""
+    processor = processors_offline.make_processor(kind)
+    tiny_config(kind).save_pretrained(tmp_path)
+    if kind == "qwen2_5_vl":
+        processor.tokenizer.chat_template = processor.chat_template
+        processor.image_processor.save_pretrained(tmp_path)
+        processor.tokenizer.save_pretrained(tmp_path)
+    else:
+        processor.save_pretrained(tmp_path)
+    gallery = Gallery(str(tmp_path), str(tmp_path), processor.tokenizer, max_length=None)
+    assert kind != "qwen2_5_vl" or gallery.whole is None or find_spec("torchvision")
+    found = set()
+    for width, height in ((28, 28), (50, 20), (20, 61)):
+        images = [processors_offline.picture(1, width, height), processors_offline.picture(2, 40, 40)]
+        messages = [dict(role="user", content=[dict(type="image"), dict(type="text", text="and"), dict(type="image")])]
+        row: dict[str, Any] = dict(prompt=messages, images=images)
+        row |= {name: [dict(role="assistant", content=f"{name} one")] for name in ("chosen", "rejected")}
+        true = flexpatch.Collator(processor).tree(row)
+        layout, shown = gallery.layout(row, pictures([content(image) for image in images], tmp_path), 0)
+        assert layout.answer_lengths == [len(child.ids) for child in true.children]
+        assert len(layout) == len(true.ids) + sum(layout.answer_lengths)
+        found.add(shown[0].tokens)
+    assert (len(found) > 1) == (kind in ("qwen2_5_vl", "llava_next"))
 
 
-def test_counts_are_those_of_a_patched_model(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_are_those_of_a_patched_model(folder: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On TRL's own batches."""
     monkeypatch.setattr("flexpatch.folding.gains", lambda *args: True)
-    name = str(folder / "llava")
+    name = folder
     options = estimate._parser().parse_args([str(data), "--tokenizer", name, "--model", name])
     samples, _ = estimate.read_samples(options)
     rows = [row | dict(images=[Image.open(data.parent / row["images"][0])]) for row in read_rows(data)]
@@ -188,8 +179,8 @@ def test_flops_of_a_tower(kind: str) -> None:
     )
 
 
-def test_the_report(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    name = str(folder / "llava")
+def test_the_report(folder: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = folder
     arguments = [str(data), "--tokenizer", name, "--model", name, "--no-plot", "--batch-size", "4"]
     assert estimate.main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -207,18 +198,18 @@ def test_the_report(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
     assert "the tower's share of FLOPs" in out and "an image" in out and "grey one of its size" in out
 
 
-def test_a_preset_has_no_tower(folder: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert estimate.main([str(data), "--tokenizer", str(folder / "llava"), "--no-plot", "--json"]) == 0
+def test_a_preset_has_no_tower(folder: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert estimate.main([str(data), "--tokenizer", folder, "--no-plot", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result["images"]["tower_share"].values()) == {0.0} and result["layouts"]["padded"]["images"] == 8
 
 
-def test_images_of_tables(folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_of_tables(folder: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_rows(data)[:3]  # a table cannot have both kinds of contents
     data.write_text("\n".join(map(json.dumps, rows)))
     kept = [row | dict(images=[Image.open(data.parent / row["images"][0])]) for row in rows]
     datasets.Dataset.from_list(kept).to_parquet(tmp_path / "data.parquet")
-    name, found = str(folder / "llava"), []
+    name, found = folder, []
     for path in (data, tmp_path / "data.parquet"):
         assert estimate.main([str(path), "--tokenizer", name, "--model", name, "--no-plot", "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["layouts"])
@@ -232,15 +223,15 @@ def test_images_of_tables(folder: Path, data: Path, tmp_path: Path, capsys: pyte
         (dict(images=["a.png", "data.jsonl"]), "image 1: cannot identify image file"),
         (dict(images=["https://example.org/a.png"]), "image 0: https://example.org/a.png is an address"),
         (dict(images=["a.png"], prompt="what is this", chosen="a", rejected="b"), "has places for 0 images, not 1"),
-        (dict(images=["a.png"], prompt=[dict(role="user")]), "the tokenizer failed"),
+        (dict(images=["a.png"], prompt=[dict(role="user")]), "the processor failed"),
     ],
 )
 def test_bad_rows_are_named(
-    change: dict[str, Any], words: str, folder: Path, data: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, Any], words: str, folder: str, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = read_rows(data)
     data.write_text("\n".join(json.dumps(row) for row in [rows[0], rows[1] | change, rows[2]]))
-    arguments = [str(data), "--tokenizer", str(folder / "llava"), "--no-plot"]
+    arguments = [str(data), "--tokenizer", folder, "--no-plot"]
     assert estimate.main(arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "sample 1: " in line and re.search(words, line)
@@ -248,8 +239,8 @@ def test_bad_rows_are_named(
     assert "skipped 1 rows; the first: sample 1: " in capsys.readouterr().out
 
 
-def test_images_need_a_processor(folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer("llava").save_pretrained(tmp_path / "text")
+def test_images_need_a_processor(folder: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer().save_pretrained(tmp_path / "text")
     for options in ([], ["--tokenizer", str(tmp_path / "text")]):
         tokenised = [dict(prompt_ids=[1, 149], chosen_ids=[2], rejected_ids=[3], images=["a.png"])]
         data.write_text(json.dumps(tokenised))
@@ -263,7 +254,7 @@ def test_tokenised_rows(places: int) -> None:
     """With one place for an image, or as many as the processor makes."""
     name = mkdtemp()
     tiny_config("llava").save_pretrained(name)
-    processor("llava").save_pretrained(name)
+    processor().save_pretrained(name)
     gallery = Gallery(name, None, transformers.AutoTokenizer.from_pretrained(name), max_length=None)
     (seen,) = pictures(content(picture("red", 30, 30)), Path(name))
     row = dict(prompt_ids=[7, *[149] * places, 8, *[149] * places, 9], chosen_ids=[5], rejected_ids=[6, 7])
