@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import processors_offline as offline
 from helpers.media import KINDS, drawn, text
+from helpers.needs import needs
 from parameterized import parameterized
 from torch import Tensor, nn
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
@@ -29,6 +30,8 @@ from flexpatch.picture_checks import plain_ids
 from flexpatch.pictures import together
 from flexpatch.reference import reference_logprobs
 from flexpatch.row_images import set_shown, shown_with
+
+pytestmark = needs("transformers", "5.17", "images fold from there on")
 
 BOUND = 1e-10
 WRONG = 1e-2
