@@ -25,7 +25,7 @@ from flexpatch.registry import Adapter
 from flexpatch.row_calls import row_inputs
 from flexpatch.row_sequences import axes_of, blocks_of
 from flexpatch.rows import Rows
-from flexpatch.shown import placeholders_of, tensors_of, types_of
+from flexpatch.tree_images import placeholders_of, tensors_of, types_of
 
 KINDS = ("image", "video")
 
