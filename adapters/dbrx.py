@@ -21,4 +21,4 @@ def reject(config: Any) -> str | None:
     return None
 
 
-register(Adapter(name="DBRX", masks="single", reject=reject, tiny={"dbrx": [TINY]}))
+register(Adapter(name="DBRX", masks="single", reject=reject, since="5.24", tiny={"dbrx": [TINY]}))

@@ -8,6 +8,7 @@ register(
         masks="by_layer_type",
         windows=sliding_windows,
         before_head=("lm_head",),
+        since="5.24",
         # A window is half of this number.
         tiny={"modernbert-decoder": [dict(local_attention=16)]},
     )
