@@ -113,9 +113,7 @@ def check_backend(inner: PreTrainedModel, asked: str) -> None:
     if asked == "fa4":
         check_fa4()
         if adapter_for(inner.config).masks in ("none", "own"):
-            raise UnsupportedModelError(
-                f"{type(inner).__name__} has no attention that other kernels can run: pass backend='auto'"
-            )
+            raise UnsupportedModelError(f"{type(inner).__name__} has no attention for its kernels: pass backend='auto'")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         check_fa4_model(head_dim, getattr(config, "attn_logit_softcapping", None))
     if asked != "dense" and len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1:

@@ -120,7 +120,9 @@ def block_mask(ends: Tensor, positions: Tensor, window: int | None, last: Tensor
     for name, count, index in zip(("kv", "full_kv", "q", "full_q"), counts, indices, strict=True):
         tables |= {f"{name}_num_blocks": count.clone(), f"{name}_indices": index.clone()}
     rule = mask_mod(ends_BL, positions_BL, window, last_BL)
-    return BlockMask(seq_lengths=(padded, padded), **tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule)
+    mask = BlockMask(seq_lengths=(padded, padded), **tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule)
+    mask.ndim = 4  # type: ignore[attr-defined]  # GPT-2 asks its mask for that
+    return mask
 
 
 def dense_mask(ends: Tensor, positions: Tensor, window: int | None, last: Tensor | None = None) -> Tensor:
