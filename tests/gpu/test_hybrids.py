@@ -7,8 +7,10 @@ from parameterized import parameterized
 from flexpatch.models import adapter_of, tiny_model, tiny_types
 from flexpatch.parity import check_parity
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 TYPES = [t for t in tiny_types() if adapter_of(t).unshared]
+if not TYPES:
+    pytest.skip("needs transformers 5.16, from which on hybrids are served", allow_module_level=True)
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 # In 16 bits tiny models are noisy: the unpatched model's own gradients may be off by half, which hides some of the
 # controls. These are caught in float32, so only the other checks are asked there.
 # The unpatched xLSTM fails in 16 bits: it multiplies float32 states by bfloat16 values.

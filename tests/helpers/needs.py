@@ -6,7 +6,7 @@ import pytest
 from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from flexpatch.models import tiny_types
+from flexpatch.models import adapter_of, tiny_types
 from flexpatch.registry import adapters, too_old
 
 
@@ -27,7 +27,7 @@ def needs_type(model_type: str) -> None:
 
 def needs_hybrids() -> None:
     """Skip a file of tests where no model is served whose mixers no mask can cut."""
-    if not any(adapters()[each].branched for each in tiny_types()):
+    if not any(adapter_of(each).branched for each in tiny_types()):
         pytest.skip("needs transformers 5.16, from which on hybrids are served", allow_module_level=True)
 
 
