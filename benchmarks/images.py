@@ -95,7 +95,7 @@ def main() -> None:
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:2])
     add("--parts", nargs="+", choices=("dpo", "grpo"), default=["dpo", "grpo"])
-    add("--modes", nargs="+", choices=(*MODES, "packed"), default=list(MODES), help="of DPO (%(default)s)")
+    add("--modes", nargs="+", choices=(*MODES, "packed"), default=list(MODES), help="of DPO, stock first (%(default)s)")
     add("--pairs", type=int, default=32, help="pairs that are timed, at least one batch (%(default)s)")
     add("--answers", type=int, default=100, help="tokens of an answer of DPO (%(default)s)")
     add("--batch-sizes", nargs="+", type=int, default=[2, 4, 8, 16, 32])
@@ -228,6 +228,8 @@ def tried_until_memory_ends(run: Callable[..., dict[str, Any]], tried: list[dict
         record = run(**setting)
     except torch.OutOfMemoryError:
         record = dict(rate=0.0, failed="out of memory")
+    except ValueError as error:  # FlexpatchError among them: a mode that takes no images
+        record = dict(rate=0.0, failed=str(error)[:200])
     tried.append(setting | record)
     print(tried[-1], flush=True)
     gc.collect()
@@ -365,7 +367,7 @@ def tables(results: dict[str, Any], options: argparse.Namespace) -> str:
         for shape, found in results["dpo"].items():
             cells = [shape, rate_of(found["stock"])]
             for mode in modes:
-                gain = found[mode]["rate"] / found["stock"]["rate"]
+                gain = found[mode]["rate"] / (found["stock"]["rate"] or float("nan"))
                 cells += [rate_of(found[mode]), f"**{gain:.2f}×**"]
             ours = found.get("one line", found[modes[-1]])
             cells += [f"÷ {ours.get('images', 1):.2f}", f"{ours.get('comparing', 0):.2%}"]
@@ -390,6 +392,8 @@ def tables(results: dict[str, Any], options: argparse.Namespace) -> str:
 
 
 def rate_of(record: dict[str, Any]) -> str:
+    if not record["rate"]:
+        return "–"
     return f"{record['rate']:.2f} ({record['batch_size']}, {'on' if record['recompute'] else 'off'})"
 
 

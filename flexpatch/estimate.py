@@ -101,7 +101,7 @@ def report(result: dict[str, Any]) -> str:
     for title, cost in zip([*titles, "packed, shared"], result["layouts"].values(), strict=True):
         share = f"{cost['tokens'] / whole:.1%}"
         layouts.append([title, f"{cost['tokens']:,}", share, f"{cost['flops']:.3g}", f"{cost['speedup']:.2f} x"])
-    layouts_named = [name.replace("_", ", ") for name in result["layouts"]]
+    layouts_named = [name.removeprefix("packed_") for name in result["layouts"]]
     budgets = [["token budget of a row", "shared rows", "empty", "unshared rows"]]
     for b in result["budgets"]:
         budgets.append([f"{b['budget']:,}", f"{b['rows']:,}", f"{b['empty']:.1%}", f"{b['unshared_rows']:,}"])

@@ -11,7 +11,7 @@ from flexpatch.collator import Collator
 from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.image_files import Picture
 from flexpatch.internals import decoder_of
-from flexpatch.layouts import Media, media_of
+from flexpatch.layouts import Media, multimodal_types
 from flexpatch.models import load_config
 from flexpatch.processing import COLUMNS
 from flexpatch.tree import Layout
@@ -89,7 +89,7 @@ def tower_of(config: Any) -> Tower | None:
         Its sizes; ``None`` without a tower.
     """
     vision = getattr(config, "vision_config", None)
-    if media_of(config) is None or vision is None:
+    if config.model_type not in multimodal_types() or vision is None:
         return None
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -149,7 +149,7 @@ class Gallery:
                 raise FlexpatchError(f"{name} has no processor of images: {first_line(error)}") from none
         # The record is needed where there is no whole processor alone.
         self.config = load_config(name, **options) if self.whole is None and self.tower is None else config
-        self.record: Media | None = None if self.config is None else media_of(self.config)
+        self.record: Media | None = None if self.config is None else multimodal_types().get(self.config.model_type)
         token = getattr(self.whole, "image_token", None)
         if token is not None:
             self.placeholder = tokenizer.convert_tokens_to_ids(token)

@@ -55,7 +55,14 @@ def pictures(value: Any, folder: Path) -> list[Picture]:
 
 
 def tried(value: Any, folder: Path) -> list[Picture] | FlexpatchError:
-    """Look at the images of a row, and return the error in place of images that cannot be read."""
+    """Look at the images of a row without raising.
+
+    Args:
+        value, folder: As :func:`pictures` takes them.
+
+    Returns:
+        The images; or the error in place of images that cannot be read.
+    """
     try:
         return pictures(value, folder)
     except FlexpatchError as error:

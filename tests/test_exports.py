@@ -196,7 +196,7 @@ def test_only_some_files_know_transformers_and_flex() -> None:
     stages = {"branching", "calls", "checkpointing", "compiled", "folding", "forward", "row_calls"}
     assert (
         importers("transformers")
-        <= {"internals", "dispatch", "models", "env", "parity", "verify", "callbacks", "trl"} | stages
+        <= {"internals", "dispatch", "models", "env", "parity", "verify", "callbacks", "trl", "image_costs"} | stages
     )
     assert {"internals", "dispatch"} <= importers("transformers")
     assert importers(FLEX) == {"arrival", "attention", "compiled", "dispatch", "masks", "row_calls", "unshare"}

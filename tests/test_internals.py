@@ -64,6 +64,7 @@ PUBLIC = {
     "branching": {"__version__"},
     "callbacks": {"Trainer", "TrainerCallback"},
     "env": {"AutoModelForCausalLM"},
+    "image_costs": {"AutoImageProcessor", "AutoModelForImageTextToText", "AutoProcessor"},
     "models": {
         "AutoConfig", "AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoTokenizer", "CONFIG_MAPPING",
         "GgufConfig", "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "__version__",
