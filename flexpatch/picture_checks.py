@@ -43,8 +43,8 @@ class PictureVerification(Verification):
         texts[2][0] = int(allowed[0])
         texts[3][0] = int(allowed[allowed % 256 > texts[2][0] % 256][0])
         first, second, other = (record.draw(self.config_of_all, number, generator) for number in (0, 1, 0))
-        pixels = record.images.names[0]  # a bright one: to a trained tower all noise looks alike
-        other = other._replace(tensors={**other.tensors, pixels: other.tensors[pixels] / 2 + 1.5})
+        pixels = record.images.names[0]  # made bright: to a trained tower all noise looks alike
+        other = Drawn({**other.tensors, pixels: other.tensors[pixels] / 2 + 1.5}, other.tokens)
         self.equal = picture_trees(record, texts, (first, second, first))
         return picture_trees(record, texts, (first, second, other))
 
@@ -59,7 +59,7 @@ class PictureVerification(Verification):
         for part, inside in (("", True), (", tower", False)):
             names = [each for each in oracle if (each in text) == inside]
             if not names:
-                continue  # it is frozen
+                continue  # parameters that are frozen
             mine, true, own = ({each: gradients[each] for each in names} for gradients in (ours, oracle, stock))
             allowed = max(bound if self.exact else 0.0, FACTOR * distance(own, true)[0])
             error, worst = distance(mine, true)

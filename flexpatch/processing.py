@@ -7,13 +7,11 @@ if no message has one. Answers hold no images.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from transformers import ProcessorMixin
-
 from flexpatch.errors import FlexpatchError
 from flexpatch.layouts import TYPES
 
 COLUMNS = ("images", "image")
-# What a processor makes of text; all else is of images.
+# Names what a processor makes of text; all else is of images.
 TEXT = ("input_ids", "attention_mask", *TYPES)
 
 
@@ -43,11 +41,9 @@ def split_processor(given: Any) -> tuple[Any, Any]:
     Raises:
         FlexpatchError: For a part of a processor that makes no tokens.
     """
-    if isinstance(given, ProcessorMixin):
-        if getattr(given, "tokenizer", None) is None:
-            raise FlexpatchError(f"{type(given).__name__} has no tokenizer; expected a processor of text and images")
+    if getattr(given, "tokenizer", None) is not None:
         return given.tokenizer, given
-    if given is not None and not callable(getattr(given, "encode", None)) and hasattr(given, "image_mean"):
+    if any(getattr(given, name, None) is not None for name in ("image_mean", "image_processor", "sampling_rate")):
         raise FlexpatchError(
             f"{type(given).__name__} makes no tokens: pass the whole processor, AutoProcessor.from_pretrained(...)"
         )

@@ -32,7 +32,7 @@ KINDS = ("image", "video")
 
 @dataclass(frozen=True)
 class Shown:
-    """What a model is shown of rows beside their text.
+    """Arguments that a model is shown of rows beside their text.
 
     Attributes:
         rows: The rows, with two-way blocks.

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.images import rope_positions
@@ -25,7 +24,7 @@ def _mask(index: np.ndarray) -> np.ndarray:
 
 
 def blocks_of(
-    record: Media, inner: PreTrainedModel, batches: Sequence[np.ndarray], types: np.ndarray, shape: Sequence[int]
+    record: Media, inner: Any, batches: Sequence[np.ndarray], types: np.ndarray, shape: Sequence[int]
 ) -> np.ndarray | None:
     """Find where the two-way block of each token ends.
 
@@ -81,7 +80,7 @@ _BROKEN = (
 )
 
 
-def _check_windows(inner: PreTrainedModel, longest: int) -> None:
+def _check_windows(inner: Any, longest: int) -> None:
     windows = adapter_for(inner.config).windows(text_config(inner)).values()
     window = min(filter(None, windows), default=None)
     if window is not None and longest > window:

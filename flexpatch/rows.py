@@ -27,7 +27,7 @@ class Rows:
         position_ids: (B, L) int64, rope positions.
         ends: (B, L) int32, row index at which each token's subtree ends (exclusive). A padding token is a tree alone.
         last: (B, L) int32, row index of the last token of each token's two-way block, for a token outside its own;
-            ``None``: there are no blocks. Those of rows with images are found when a model runs them.
+            ``None``: there are no blocks. In rows with images they are found when a model runs these.
         predictors: (T,) int64, predictor index: the token, of all B * L, that predicts each scored token.
         targets: (T,) int64, ids of the scored tokens, answer by answer.
         answer_tokens: (A, longest answer) int64, indices of each answer's scored tokens in 0 to T - 1; T is padding.

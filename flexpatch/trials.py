@@ -68,7 +68,7 @@ def in_one_batch(model: nn.Module, trees: Sequence[Tree]) -> AnswerLogprobs:
     layouts = [lay_out(tree, sample) for sample, tree in enumerate(trees)]
     record = media_of(pretrained(model).config)
     if any(layout.images for layout in layouts) or (record is not None and record.text_blocks):
-        return separate_logprobs(model, trees)  # what images fill, and which tokens see ahead, ends with a sequence
+        return separate_logprobs(model, trees)  # placeholders and prompts that see ahead cannot be repeated
     sequences = [torch.from_numpy(layout.ids[path]) for layout in layouts for path in layout.answers]
     scored = [length for layout in layouts for length in layout.answer_lengths]
     longest = max(map(len, sequences))

@@ -193,7 +193,7 @@ def test_only_some_files_know_transformers_and_flex() -> None:
     # Stages take its models; env, verify and parity report versions and settings; models loads models; callbacks
     # serves its Trainer.
     # branching asks for its version.
-    stages = {"branching", "calls", "checkpointing", "compiled", "folding", "forward", "row_calls"}
+    stages = {"branching", "calls", "checkpointing", "compiled", "folding", "forward", "row_calls", "row_images"}
     assert (
         importers("transformers")
         <= {"internals", "dispatch", "models", "env", "parity", "verify", "callbacks", "trl", "image_costs"} | stages
@@ -212,7 +212,8 @@ def test_imports_point_one_way() -> None:
         if name != "__init__"
     }
     TopologicalSorter(graph).prepare()
-    assert graph["tree"] == graph["losses"] == graph["packing"] == graph["layouts"] == {"errors"}
+    assert graph["tree"] == {"errors", "illustrated"}
+    assert graph["illustrated"] == graph["losses"] == graph["packing"] == graph["layouts"] == {"errors"}
     assert graph["registry"] == {"errors", "layouts", "settings"}
     with pytest.raises(CycleError):
         TopologicalSorter(graph | {"errors": {"patch"}}).prepare()
