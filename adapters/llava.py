@@ -159,6 +159,7 @@ register_media(
         # A prompt is one block, and padding of its type sees it.
         blocks=lambda config, types: (types == 0) - 1,
         text_blocks=True,
+        first_position=1,
         text_logits=True,
         block_layers=(FULL, SLIDING),
         beyond_windows=True,

@@ -56,7 +56,7 @@ def is_patched(inner: PreTrainedModel, dense: str) -> bool:
         Whether it does.
     """
     name = attention_name(inner)
-    return is_ours(name) or (name == dense and adapter_for(text_config(inner)).masks == "own")
+    return is_ours(name) or (name == dense and adapter_for(inner.config).masks == "own")
 
 
 def is_flash(original: str) -> bool:

@@ -7,7 +7,7 @@ from torch import nn
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.quantized_layers import layer_fault
-from flexpatch.registry import adapter_for
+from flexpatch.registry import adapter_for, decoder_config
 from flexpatch.rows import Rows
 from flexpatch.settings import ropes
 from flexpatch.tuners import as_given, refusal
@@ -140,7 +140,7 @@ def check_rows(config: Any, rows: Rows, placeholders: Sequence[int] = ()) -> Non
     """Refuse rows that this model cannot run exactly.
 
     Args:
-        config: The configuration of the model's text stack.
+        config: The configuration of the model, with that of its text stack.
         rows: Packed rows.
         placeholders: Ids that models never look up.
 
@@ -148,6 +148,7 @@ def check_rows(config: Any, rows: Rows, placeholders: Sequence[int] = ()) -> Non
         FlexpatchError: For ids outside the vocabulary, naming the sample.
         UnsupportedModelError: For router auxiliary losses, or sequences on both sides of longrope's switching length.
     """
+    adapter, config = adapter_for(config), decoder_config(config)
     for i, (sample, largest) in enumerate(zip(rows.samples, rows.largest_ids, strict=True)):
         if largest in placeholders:  # another id may be too large too
             own = rows.input_ids.flatten()[slice(*[*rows.starts, None][i : i + 2])].tolist()
@@ -158,7 +159,7 @@ def check_rows(config: Any, rows: Rows, placeholders: Sequence[int] = ()) -> Non
             )
     if rows.pad_id >= config.vocab_size:
         raise FlexpatchError(f"pad_id={rows.pad_id} is outside the vocabulary of {config.vocab_size} tokens")
-    if (most := adapter_for(config).longest(config)) is not None and rows.depth > most:
+    if (most := adapter.longest(config)) is not None and rows.depth > most:
         raise UnsupportedModelError(
             f"a sequence has {rows.depth} tokens, and this architecture is not exact with more than {most}: it chooses "
             "keys by numbers that equal tokens have in common, and settles ties by the shape of a batch"

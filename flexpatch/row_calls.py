@@ -70,7 +70,10 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     mask = each_mask if adapter.masks == "by_layer_type" else masks.get(FULL, plan)
     if adapter.masks == "single" and plan is not None and mask is not plan:
         setattr(mask, PLAN, plan)  # no layer type has a place for it
-    inputs = dict(input_ids=rows.input_ids, position_ids=rows.position_ids, attention_mask=mask, use_cache=False)
+    positions = rows.position_ids
+    if record is not None and record.first_position:
+        positions = positions + record.first_position  # rope rounds as in an unpatched call
+    inputs = dict(input_ids=rows.input_ids, position_ids=positions, attention_mask=mask, use_cache=False)
     if adapter.masks == "none":
         del inputs["position_ids"]
     return inputs

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.illustrated import Illustrated
 from flexpatch.images import media_obstacle
-from flexpatch.internals import backbone_of, text_config
+from flexpatch.internals import backbone_of
 from flexpatch.layouts import Layout, Media, media_of
 from flexpatch.masks import version
 from flexpatch.plan import in_batches, sequences_of
@@ -55,7 +55,7 @@ def own_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     Raises:
         FlexpatchError, UnsupportedModelError: As that function; and for images that do not fit the text or the model.
     """
-    check_rows(text_config(inner), rows, placeholders_of(inner.config))
+    check_rows(inner.config, rows, placeholders_of(inner.config))
     shown = shown_with(inner, rows)
     return row_inputs(inner, shown.rows, adapter, asked) | shown.arguments
 
