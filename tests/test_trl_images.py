@@ -1,43 +1,47 @@
 """Stock trainers of TRL on datasets with an ``images`` column, in float64: unpatched against one line."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import pytest
 import torch
 import trl
-from helpers.trl_processors import MARKS
 from helpers.trl_images import BOUND, CASES, CONTROL, Outcome, apart, build, faults, train
+from helpers.trl_processors import MARKS
 from packaging.version import Version
+from parameterized import parameterized
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
 import flexpatch
-
-FAST = [("DPO", "qwen2_5_vl")]
 
 pytestmark = [
     pytest.mark.filterwarnings("error::flexpatch.FlexpatchWarning"),
     pytest.mark.usefixtures("nothing_cached"),
     pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="older releases lack some of them"),
 ]
-EVERY = [
-    (case, kind) if (case, kind) in FAST else pytest.param(case, kind, marks=pytest.mark.slow)
-    for case in CASES
-    for kind in MARKS
-]
+
+
+def slow_but(fast: str, every: Iterable[str]) -> list:
+    return [each if each == fast else pytest.param(each, marks=pytest.mark.slow) for each in every]
+
+
+KINDS = slow_but("qwen2_5_vl", MARKS)
 
 
 def both(case: str, kind: str, **settings: object) -> tuple[Outcome, Outcome]:
     return train(build(case, kind, **settings), False), train(build(case, kind, flexpatch.apply, **settings), True)
 
 
-@pytest.mark.parametrize(("case", "kind"), EVERY)
+@pytest.mark.parametrize("case", slow_but("DPO", CASES))
+@pytest.mark.parametrize("kind", KINDS)
 def test_agrees(case: str, kind: str) -> None:
     stock, ours = both(case, kind)
     assert faults(stock, ours) == []
 
 
-@pytest.mark.parametrize(("case", "kind"), EVERY)
+@pytest.mark.parametrize("case", slow_but("DPO", CASES))
+@pytest.mark.parametrize("kind", KINDS)
 def test_images_taken_as_equal_are_noticed(case: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only for images of one size: others would not even fit their placeholders."""
     stock = train(build(case, kind, one_size=True), False)
@@ -70,8 +74,8 @@ def test_lora(adapters: str, kind: str) -> None:
     assert faults(stock, ours) == []
 
 
+@parameterized.expand(list(MARKS))
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", list(MARKS))
 def test_frozen_tower(kind: str) -> None:
     stock = train(build("DPO", kind, frozen), False)
     ours = train(build("DPO", kind, lambda model: flexpatch.apply(frozen(model))), True)
@@ -88,8 +92,8 @@ def test_checkpointing(kind: str, reentrant: bool) -> None:
     assert faults(stock, ours, 1e-5) == []
 
 
+@parameterized.expand(list(MARKS))
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", list(MARKS))
 def test_recomputing_as_memory_demands(kind: str) -> None:
     stock = train(build("DPO", kind, dtype=torch.float32), False)
     again = partial(flexpatch.apply, recompute_layers="auto")

@@ -19,8 +19,8 @@ import flexpatch
 from flexpatch.counts import Savings
 from flexpatch.float64 import Float64
 from flexpatch.trainers import models_of
-from helpers.trl_processors import make_processor, picture, pictured_model
 from helpers.trl_matrix import turn
+from helpers.trl_processors import make_processor, picture, pictured_model
 
 # Largest difference of a step's loss, and of a weight. A broken fold must be ``CONTROL`` bounds off.
 BOUND = 1e-11
