@@ -1,0 +1,170 @@
+"""TRL's trainers of datasets with an ``images`` column, stock and with one line, in float64.
+
+Tiny random models of several classes, processors that are made here, a few steps of plain SGD.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, set_seed
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
+
+import flexpatch
+from flexpatch.counts import Savings
+from flexpatch.float64 import Float64
+from flexpatch.trainers import models_of
+from helpers.trl_matrix import turn
+from helpers.trl_processors import make_processor, picture, pictured_model
+
+# Largest difference of a step's loss, and of a weight. A broken fold must be ``CONTROL`` bounds off.
+BOUND = 1e-11
+CONTROL = 1e8
+
+Prepare = Callable[[PreTrainedModel], Any]
+Row = dict[str, Any]
+
+
+def prompt(number: int, length: int) -> Row:
+    """A question about one or two images. Questions 0 and 2 have one image in common."""
+    shown = [picture(number % 2)] if number % 3 else [picture(number % 2), picture(7, 40, 20)]
+    return dict(prompt=turn("user", number, length), images=shown)
+
+
+def pairs(count: int = 4) -> list[Row]:
+    return [
+        prompt(n, 10 + 13 * n)
+        | dict(chosen=turn("assistant", n + 10, 20 + 5 * n), rejected=turn("assistant", n + 20, 38 - 4 * n))
+        for n in range(count)
+    ]
+
+
+def prompts() -> list[Row]:
+    return [prompt(n, 10 + 13 * n) for n in range(4)]
+
+
+def singles() -> list[Row]:
+    """Each prompt with an answer that is wanted and another."""
+    return [
+        prompt(n, 10 + 13 * n) | dict(completion=turn("assistant", n + 10 * k, 20 + 5 * n), label=bool(k % 2))
+        for n in range(4)
+        for k in (1, 2)
+    ]
+
+
+def distinct(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    """A reward that almost any change of a completion changes."""
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trainer: its classes, its data, arguments, settings, and whether it takes a reference model."""
+
+    trainer: type[Any]
+    config: type[Any]
+    data: Callable[[], list[Row]]
+    given: tuple[Any, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+    reference: bool = False
+
+
+def case(
+    trainer: type[Any], config: type[Any], data: Any, *given: Any, reference: bool = False, **settings: Any
+) -> Case:
+    return Case(trainer, config, data, given, tuple(settings.items()), reference)
+
+
+GROUPS = dict(per_device_train_batch_size=8, num_generations=4, num_iterations=2, max_completion_length=5)
+CASES = {
+    "DPO": case(DPOTrainer, DPOConfig, pairs, reference=True, per_device_train_batch_size=2, max_length=None),
+    "KTO": case(KTOTrainer, KTOConfig, singles, reference=True, per_device_train_batch_size=4, max_length=None),
+    "GRPO": case(GRPOTrainer, GRPOConfig, prompts, distinct, **GROUPS),
+    "RLOO": case(RLOOTrainer, RLOOConfig, prompts, distinct, beta=0.0, **GROUPS),
+}
+
+
+def build(
+    name: str,
+    kind: str,
+    prepare: Prepare = lambda model: model,
+    *,
+    one_size: bool = False,
+    reference: bool = True,
+    peft_config: Any = None,
+    dtype: torch.dtype = torch.float64,
+    **settings: Any,
+) -> Any:
+    """Build a trainer on models that ``prepare`` was called with.
+
+    ``one_size``: prompts keep their first images alone. ``reference``: a model of its own, where the trainer takes one.
+    """
+    case = CASES[name]
+    rows = case.data()
+
+    if one_size:
+        rows = [row | dict(images=row["images"][:1]) for row in rows]
+    common: Row = dict(optim="sgd", learning_rate=0.05, lr_scheduler_type="constant", max_steps=3, logging_steps=1)
+    common |= dict(use_cpu=True, bf16=False, seed=0, gradient_checkpointing=False, max_grad_norm=0.0)
+    common |= dict(output_dir="out", save_strategy="no", report_to="none", disable_tqdm=True)
+    others = dict(ref_model=prepare(pictured_model(kind, dtype, seed=1))) if case.reference and reference else {}
+    others |= {} if peft_config is None else dict(peft_config=copy.deepcopy(peft_config))
+    return case.trainer(
+        prepare(pictured_model(kind, dtype)),
+        *case.given,
+        args=case.config(**common | dict(case.settings) | settings),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=make_processor(kind),
+        **others,
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run: losses of its steps, trained weights before and after, savings of all models that were applied."""
+
+    losses: list[float]
+    before: Tensor
+    after: Tensor
+    savings: dict[str, Savings]
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten().double() for p in model.parameters() if p.requires_grad])
+
+
+def train(trainer: Any, applied: bool) -> Outcome:
+    """Train, and count what was folded if the trainer's models are ``applied``. Float64 models do all in float64."""
+    set_seed(0)
+    before = weights(trainer.model)
+    with Float64() if trainer.model.dtype == torch.float64 else nullcontext():
+        trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    models = models_of(trainer) if applied else {}
+    savings = {name: flexpatch.savings(model) for name, model in models.items()}
+    return Outcome(losses, before, weights(trainer.model), savings)
+
+
+def apart(ours: Outcome, stock: Outcome) -> tuple[float, float]:
+    """Return the largest difference of a step's loss, and of a weight."""
+    losses = max(abs(a - b) for a, b in zip(ours.losses, stock.losses, strict=True))
+    return losses, float((ours.after - stock.after).abs().max())
+
+
+def faults(stock: Outcome, ours: Outcome, bound: float = BOUND) -> list[str]:
+    """What is wrong with a pair of runs."""
+    losses, changed = apart(ours, stock)
+    every = list(ours.savings.values())
+    found = {
+        "losses differ": not losses <= bound,
+        "weights differ": not changed <= bound,
+        "weights hardly move": float((stock.after - stock.before).abs().max()) < 1e-3,
+        "a batch ran as it was given": not every or any(s.folded < s.batches or not s.batches for s in every),
+        "images ran again and again": any(s.images_run > s.images / 2 or not s.images for s in every),
+    }
+    return [fault for fault, there in found.items() if there]
