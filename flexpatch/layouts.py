@@ -253,12 +253,13 @@ def register_media(media: Media) -> Media:
 
 def media_of(config: Any) -> Media | None:
     """Return the record of a configuration's multimodal class; ``None`` for all others."""
+    importlib.import_module("flexpatch.adapters")  # here, because those files import this one
     return _media.get(config.model_type)
 
 
 def multimodal_types() -> dict[str, Media]:
     """Return all types of multimodal classes with a record, in order of registration."""
-    importlib.import_module("flexpatch.adapters")  # here, because those files import this one
+    importlib.import_module("flexpatch.adapters")
     return dict(_media)
 
 
