@@ -405,6 +405,17 @@ def test_paligemma_without_types_runs_as_given() -> None:
         assert torch.equal(logps(model, call), logps(tiny_model("paligemma"), call))
 
 
+@torch.no_grad()
+def test_paligemma_counts_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From elsewhere rope, which is float32, would round otherwise."""
+    model, true = flexpatch.apply(tiny_model("paligemma")), tiny_model("paligemma")
+    pictured = awkward("paligemma", model.config)
+    call, own = call_of("paligemma", model.config, pictured), separately("paligemma", true, pictured)
+    assert apart(read_of(call, logps(model, call)), own) < BOUND
+    with_record(monkeypatch, "paligemma", first_position=0)
+    assert apart(read_of(call, logps(model, call)), own) > 100 * BOUND
+
+
 def test_paligemma_2_is_refused() -> None:
     settings = dict(tiny_config("paligemma").to_dict(), text_config=dict(TINY, model_type="gemma2"))
     with pytest.raises(UnsupportedModelError, match="PaliGemma 2 takes no masks by layer type"):
