@@ -97,6 +97,37 @@ register(
 )
 
 
+# A tower of timm, each of whose blocks is as narrow as it can be.
+NARROW = dict(model_args=dict(channel_multiplier=0.01, msfa_output_resolution=2), vocab_offset=141, vocab_size=9)
+SOUND = dict(
+    vocab_offset=150, vocab_size=1, hidden_size=16, conf_num_attention_heads=2, conf_num_hidden_layers=1,
+    input_feat_size=16, sscp_conv_channel_size=(4, 4),
+)  # fmt: skip
+NARROW_IDS = dict(image_token_id=149, audio_token_id=150, boi_token_id=140, eoi_token_id=148)
+
+register_media(
+    Media(
+        name="Gemma 3n",
+        images=Stacked(),
+        draw=draw_square(lambda config: config.vision_soft_tokens_per_image, side=64),
+        text_logits=True,
+        needs=("timm",),
+        tiny={
+            "gemma3n": [
+                dict(
+                    text_config=dict(SPARSE, num_kv_shared_layers=shared, vocab_size_per_layer_input=141),
+                    vision_config=NARROW,
+                    audio_config=SOUND,
+                    vision_soft_tokens_per_image=4,
+                    **NARROW_IDS,
+                )
+                for shared in (2, 0)
+            ]
+        },
+    )
+)
+
+
 def vision_blocks(config: Any, types: Any) -> Any:
     """Number the runs of image and video tokens, which see themselves in the larger models alone."""
     seen = config.get_text_config().use_bidirectional_attention == "vision"

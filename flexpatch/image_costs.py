@@ -87,10 +87,18 @@ def tower_of(config: Any) -> Tower | None:
 
     Returns:
         Its sizes; ``None`` without a tower.
+
+    Raises:
+        FlexpatchError: For a tower that does not cut images into patches of one size.
     """
     vision = getattr(config, "vision_config", None)
     if config.model_type not in multimodal_types() or vision is None:
         return None
+    if getattr(vision, "patch_size", None) is None:
+        raise FlexpatchError(
+            f"the work of the vision tower of '{config.model_type}' cannot be counted, which takes no patches of one "
+            "size: name a preset of a text model's size as --model, and only tokens of images are counted"
+        )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     text = {id(m) for part in (decoder_of(model), model.get_output_embeddings()) for m in part.modules()}

@@ -8,6 +8,7 @@ type of the multimodal class. They know nothing of its text model, which has an 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -198,6 +199,7 @@ class Media:
         limits: One line for the support table; empty if there are none.
         reject: A call's arguments -> why it cannot be folded, as the end of a sentence, or ``None``.
         since: The release of transformers from which on folding images was found exact. Older ones run as given.
+        needs: Packages without which transformers does not make the class's models.
     """
 
     name: str
@@ -218,10 +220,15 @@ class Media:
     passed: frozenset[str] = field(default_factory=frozenset)
     reject: Callable[[Mapping[str, Any]], str | None] = lambda call: None
     since: str = "5.17"
+    needs: tuple[str, ...] = ()
 
     def layouts(self) -> list[Layout]:
         """Return the layouts of all kinds of media that fold."""
         return [self.images] if self.videos is None else [self.images, self.videos]
+
+    def lacking(self) -> list[str]:
+        """Return the packages of ``needs`` that are not installed."""
+        return [package for package in self.needs if find_spec(package) is None]
 
     def known(self) -> set[str]:
         """Return the arguments of a call that this record speaks of."""
@@ -246,12 +253,13 @@ def register_media(media: Media) -> Media:
 
 def media_of(config: Any) -> Media | None:
     """Return the record of a configuration's multimodal class; ``None`` for all others."""
+    importlib.import_module("flexpatch.adapters")  # here, because those files import this one
     return _media.get(config.model_type)
 
 
 def multimodal_types() -> dict[str, Media]:
     """Return all types of multimodal classes with a record, in order of registration."""
-    importlib.import_module("flexpatch.adapters")  # here, because those files import this one
+    importlib.import_module("flexpatch.adapters")
     return dict(_media)
 
 

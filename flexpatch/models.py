@@ -204,6 +204,8 @@ def check_architecture(name: str) -> None:
     """
     if reason := refused_types().get(name):
         raise UnsupportedModelError(f"model type '{name}': {reason}")
+    if (media := multimodal_types().get(name)) is not None and (lacking := media.lacking()):
+        raise FlexpatchError(f"model type '{name}' needs {' and '.join(lacking)}: pip install {' '.join(lacking)}")
     if name in CONFIG_MAPPING:
         try:
             config = CONFIG_MAPPING[name]()
@@ -224,7 +226,7 @@ def similar_architecture(name: str) -> str | None:
 def tiny_types() -> list[str]:
     """List the types that the installed transformers has: of text models, and of multimodal classes around them."""
     text = [t for t, adapter in adapters().items() if t in CONFIG_MAPPING and too_old(adapter) is None]
-    return [*text, *(t for t in multimodal_types() if t in CONFIG_MAPPING)]
+    return [*text, *(t for t, m in multimodal_types().items() if t in CONFIG_MAPPING and not m.lacking())]
 
 
 def variants(model_type: str) -> Sequence[Mapping[str, Any]]:

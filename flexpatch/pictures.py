@@ -62,21 +62,22 @@ def draw_grid(
 
 
 def draw_square(
-    tokens: Callable[[Any], int], tiles: Sequence[int] = (1,)
+    tokens: Callable[[Any], int], tiles: Sequence[int] = (1,), side: int | None = None
 ) -> Callable[[Any, int, torch.Generator], Drawn]:
     """Make the function that draws images of the one size that a tower takes.
 
     Args:
         tokens: ``config`` -> placeholders of an image, or of a tile.
         tiles: How many make an image, by turns.
+        side: Pixels along a side; ``None``: as the configuration says.
 
     Returns:
         A function as in :class:`flexpatch.layouts.Media`.
     """
 
     def draw(config: Any, number: int, generator: torch.Generator) -> Drawn:
-        side = config.vision_config.image_size
-        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        sides = config.vision_config.image_size if side is None else side
+        height, width = sides if isinstance(sides, (list, tuple)) else (sides, sides)
         count = tiles[number % len(tiles)]
         pixels = _noise(count, 3, height, width, generator=generator)
         return Drawn(dict(pixel_values=pixels), _around(config, [config.image_token_id] * count * tokens(config)))

@@ -179,6 +179,11 @@ def test_flops_of_a_tower(kind: str) -> None:
     )
 
 
+def test_a_tower_of_convolutions_is_not_counted() -> None:
+    with pytest.raises(flexpatch.FlexpatchError, match="the work of the vision tower of 'gemma3n' cannot be counted"):
+        tower_of(transformers.AutoConfig.for_model("gemma3n"))
+
+
 def test_the_report(folder: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = folder
     arguments = [str(data), "--tokenizer", name, "--model", name, "--no-plot", "--batch-size", "4"]

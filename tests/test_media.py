@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import flexpatch
-from flexpatch import FlexpatchWarning, UnsupportedModelError, images, layouts, media
+from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, images, layouts, media
 from flexpatch.float64 import Float64
 from flexpatch.layouts import Drawn, Grid, Media, Stacked, Unit, multimodal_types
-from flexpatch.models import TINY, tiny_config, tiny_model, variants
+from flexpatch.models import TINY, check_architecture, tiny_config, tiny_model, tiny_types, variants
 from flexpatch.registry import FULL, SLIDING, adapter_for
 
 BOUND = 1e-10
@@ -405,6 +405,17 @@ def test_paligemma_without_types_runs_as_given() -> None:
         assert torch.equal(logps(model, call), logps(tiny_model("paligemma"), call))
 
 
+@torch.no_grad()
+def test_paligemma_counts_from_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From elsewhere rope, which is float32, would round otherwise."""
+    model, true = flexpatch.apply(tiny_model("paligemma")), tiny_model("paligemma")
+    pictured = awkward("paligemma", model.config)
+    call, own = call_of("paligemma", model.config, pictured), separately("paligemma", true, pictured)
+    assert apart(read_of(call, logps(model, call)), own) < BOUND
+    with_record(monkeypatch, "paligemma", first_position=0)
+    assert apart(read_of(call, logps(model, call)), own) > 100 * BOUND
+
+
 def test_paligemma_2_is_refused() -> None:
     settings = dict(tiny_config("paligemma").to_dict(), text_config=dict(TINY, model_type="gemma2"))
     with pytest.raises(UnsupportedModelError, match="PaliGemma 2 takes no masks by layer type"):
@@ -412,6 +423,21 @@ def test_paligemma_2_is_refused() -> None:
     text = tiny_config("paligemma").get_text_config()
     with pytest.raises(UnsupportedModelError, match="use_bidirectional_attention=True lets a prompt see its answer"):
         adapter_for(text)
+
+
+def test_gemma_3n() -> None:
+    pytest.importorskip("timm")
+    saved = check_parity("gemma3n")
+    assert (saved.folded, saved.images, saved.images_run) == (1, 14, 6)
+
+
+def test_packages_that_a_class_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them there are no tiny models, and verifying says what to install."""
+    assert "llava" in tiny_types()
+    with_record(monkeypatch, "llava", needs=("nobody_has_this",))
+    assert "llava" not in tiny_types()
+    with pytest.raises(FlexpatchError, match="model type 'llava' needs nobody_has_this: pip install nobody_has_this"):
+        check_architecture("llava")
 
 
 def test_blocks_longer_than_a_window_run_as_given() -> None:
@@ -443,5 +469,5 @@ def test_several_images_of_onevision_run_as_given() -> None:
 
 def test_records_name_each_type_once() -> None:
     record = multimodal_types()["llava"]
-    with pytest.raises(flexpatch.FlexpatchError, match="images of model type 'llava' are already served by LLaVA"):
+    with pytest.raises(FlexpatchError, match="images of model type 'llava' are already served by LLaVA"):
         layouts.register_media(Media(name="Other", tiny=record.tiny, images=Grid(), draw=record.draw))
