@@ -112,6 +112,7 @@ register_media(
         draw=draw_square(lambda config: config.vision_soft_tokens_per_image, side=64),
         text_logits=True,
         needs=("timm",),
+        since="5.24",
         tiny={
             "gemma3n": [
                 dict(
