@@ -253,7 +253,7 @@ class TestCalls:
         last = (call["input_ids"] == token).nonzero()[-1]
         call["input_ids"][last[0], last[1]] = 9
         with pytest.raises(
-            Exception, match="Image features and image tokens do not match|not divisible by patch_size"
+            Exception, match=r"Image features and image tokens do not match|not divisible by patch_size"
         ) as own:
             logps(tiny_model(kind), call)
         with (
