@@ -62,8 +62,8 @@ def _measured(dataset: Any, collate: Callable[[list[Any]], Any], tower: Tower, p
         ) from error
     if len(batch["input_ids"]) != 2 or "completion_mask" not in batch:
         raise FlexpatchError(
-            f"sample {row}: the data collator made {len(batch['input_ids'])} sequences with {', '.join(batch)}; expected "
-            "the chosen and the rejected one, and completion_mask"
+            f"sample {row}: the data collator made {len(batch['input_ids'])} sequences with {', '.join(batch)}; "
+            "expected the chosen and the rejected one, and completion_mask"
         )
     given = batch["attention_mask"].bool()
     prompt = (given & ~batch["completion_mask"].bool())[0].sum()
