@@ -47,7 +47,8 @@ def pictured_lengths(dataset: Any, collate: Callable[[list[Any]], Any], config: 
         )
     per_token = sizes_of(config, config.model_type).flops(Cost(1, 0, 0))
     measure = partial(_measured, dataset, collate, tower, per_token)
-    loader = DataLoader(range(len(dataset)), batch_size=1, collate_fn=measure, num_workers=workers)  # type: ignore[arg-type]
+    rows: Any = range(len(dataset))
+    loader: DataLoader[int] = DataLoader(rows, batch_size=1, collate_fn=measure, num_workers=workers)
     return list(tqdm(loader, "lengths", disable=None))
 
 
