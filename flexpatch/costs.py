@@ -182,7 +182,23 @@ def model_of(name: str, *, trust_remote_code: bool = False) -> Model:
     """
     if name in PRESETS:
         return PRESETS[name]
-    config = load_config(name, trust_remote_code=trust_remote_code).get_text_config().to_dict()
+    return sizes_of(load_config(name, trust_remote_code=trust_remote_code), name)
+
+
+def sizes_of(configuration: Any, name: str) -> Model:
+    """Read the sizes of a model's configuration.
+
+    Args:
+        configuration: Of transformers.
+        name: What to call the model in error messages.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        FlexpatchError: If the configuration lacks a size.
+    """
+    config = configuration.get_text_config().to_dict()
     try:
         hidden, layers, heads = (config[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
         ffn, vocabulary = config["intermediate_size"], config["vocab_size"]

@@ -24,6 +24,7 @@ from flexpatch.errors import FlexpatchError
 from flexpatch.forward import hook_of
 from flexpatch.groups import gather_groups
 from flexpatch.patch import settings_of
+from flexpatch.picture_bins import columns_of_images, pictured_lengths
 from flexpatch.refusals import check_dropout
 
 # Losses of DPOTrainer that are not means over pairs: they average over tokens, or compare pairs with each other.
@@ -42,6 +43,8 @@ class _PackedTrainer(Trainer):
     over the step's samples, as of one batch. Metrics other than the loss stay means over micro-batches.
     """
 
+    takes_images = False
+
     def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         larger = f"micro-batches of {token_budget:,} shared tokens would be padded batches, many times as large"
@@ -54,6 +57,11 @@ class _PackedTrainer(Trainer):
             hook.folding.of_trainer = True  # KTO's asks for no cache, but before TRL 1.16 does not say so
         if not isinstance(self.train_dataset, Sized):
             raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
+        if (shown := columns_of_images(self.train_dataset)) and not self.takes_images:
+            raise FlexpatchError(
+                f"{type(self).__name__} packs no rows with images, and the dataset has a column '{shown[0]}': use the "
+                "stock trainer, whose batches with images fold as well, or PackedDPOTrainer for pairs"
+            )
         self.groups, lengths = self._items(token_budget)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.bins = BinSampler(lengths, token_budget, self.accelerator.num_processes, seed)
@@ -115,14 +123,18 @@ class PackedDPOTrainer(_PackedTrainer, DPOTrainer):
     compares the tokens of a micro-batch, as in stock's gradient accumulation: it is that of the packed micro-batches.
 
     Args:
-        token_budget: Most tokens of a row: prompt, chosen and rejected of all its pairs, each once.
+        token_budget: Most tokens of a row: prompt, chosen and rejected of all its pairs, each once. For rows with
+            images, the work of the vision tower counts too: as many tokens as are equal work for the text model.
         args, kwargs: Arguments of DPOTrainer. Model and reference must fold batches (:func:`flexpatch.apply`).
 
     Raises:
         FlexpatchError: If the model or the reference does not fold, the dataset is streamed, a pair exceeds the
-            budget, or the loss is not a mean over pairs (sft, aot).
+            budget, the loss is not a mean over pairs (sft, aot), or the dataset has images and batches with images of
+            this model do not fold.
         UnsupportedModelError: If dropout is active in training, without ``apply(model, shared_dropout=True)``.
     """
+
+    takes_images = True
 
     def _items(self, token_budget: int) -> tuple[None, list[int]]:
         losses = [self.args.loss_type] if isinstance(self.args.loss_type, str) else self.args.loss_type
@@ -130,6 +142,10 @@ class PackedDPOTrainer(_PackedTrainer, DPOTrainer):
             raise FlexpatchError(
                 f"loss_type {', '.join(sorted(mixed))} is not a mean over pairs: packed batches would change the loss"
             )
+        if columns_of_images(self.train_dataset):
+            config = self.accelerator.unwrap_model(self.model).config
+            workers = self.args.dataloader_num_workers
+            return None, pictured_lengths(self.train_dataset, self.data_collator, config, workers)
         return None, pair_lengths(self.train_dataset, self.args.max_length, self.args.truncation_mode)
 
 

@@ -1,0 +1,175 @@
+"""Packed batches of pairs with images under TRL's DPOTrainer, against the stock trainer of the unpatched model."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from helpers import processors_offline as offline
+from helpers.trl_runs import weights
+from parameterized import parameterized
+from peft import LoraConfig
+from torch import Tensor
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer, KTOConfig
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+import flexpatch
+from flexpatch import Collator, FlexpatchError
+from flexpatch.costs import Cost, sizes_of
+from flexpatch.float64 import Float64
+from flexpatch.image_costs import tower_of
+from flexpatch.models import tiny_model
+from flexpatch.picture_bins import pictured_lengths
+from flexpatch.trl import PackedDPOTrainer, PackedKTOTrainer
+
+# Relative to what a step changes. Stock accumulation of five pairs differs from one batch by 2e-7: backward passes and
+# weights of parts are partly float32.
+EQUAL, BROKEN, BUDGET = 1e-6, 1e-2, 400
+
+
+def said(role: str, text: str) -> list[dict[str, str]]:
+    return [dict(role=role, content=text)]
+
+
+def pairs() -> datasets.Dataset:
+    """One image or two, the same image again, wide and high ones."""
+    shown = [[0], [1], [0, 2], [3], [0]]
+    return datasets.Dataset.from_list(
+        [
+            dict(
+                images=[offline.picture(seed, 16 + 8 * (seed % 2)) for seed in seeds],
+                prompt=said("user", "What is this? " * (n + 1)),
+                chosen=said("assistant", "A cat. " * (5 - n)),
+                rejected=said("assistant", "No. " * (2 + 3 * n)),
+            )
+            for n, seeds in enumerate(shown)
+        ]
+    )
+
+
+def step(trainer: type[Any], kind: str, patched: bool, settings: Any = None, **arguments: Any) -> tuple[Any, Tensor]:
+    """Train one step of all pairs; also returns the weights' change."""
+    model = tiny_model(kind)
+    reference = copy.deepcopy(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p += 0.1 * torch.randn_like(p)
+    if patched:
+        model, reference = flexpatch.apply(model), flexpatch.apply(reference)
+    config = dict(
+        output_dir="out", report_to="none", max_length=None, logging_steps=1, lr_scheduler_type="constant",
+        save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, max_grad_norm=0.0, learning_rate=0.1,
+        gradient_checkpointing=False, num_train_epochs=1, optim="sgd",
+    ) | (settings or {})  # fmt: skip
+    made = trainer(
+        model,
+        args=DPOConfig(**config),
+        train_dataset=pairs(),
+        processing_class=offline.make_processor(kind),
+        **dict(ref_model=reference) | arguments,
+    )
+    before = weights(made.model)
+    with Float64():
+        made.train()
+    return made, weights(made.model) - before
+
+
+def check_step(kind: str) -> None:
+    one, true = step(DPOTrainer, kind, False, dict(per_device_train_batch_size=5))
+    accumulated = dict(gradient_accumulation_steps=100)
+    packed, change = step(PackedDPOTrainer, kind, True, accumulated, token_budget=BUDGET)
+    saved = flexpatch.savings(packed.model)
+    assert saved.folded == saved.batches == len(packed.bins) and len(set(map(len, packed.bins))) > 1
+    assert 0 < saved.images_run <= saved.images // 2, "both sequences of a pair share its images"
+    assert one.state.global_step == packed.state.global_step == 1
+    off = (change - true).norm() / true.norm()
+    assert true.norm() > 0 and off < EQUAL
+    assert packed.state.log_history[0]["loss"] == pytest.approx(one.state.log_history[0]["loss"], abs=1e-4)
+
+    # Without the weights, the same comparison fails.
+    class Unweighted(PackedDPOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return DPOTrainer.compute_loss(self, model, inputs)
+
+    _, unweighted = step(Unweighted, kind, True, accumulated, token_budget=BUDGET)
+    assert (unweighted - true).norm() > BROKEN * true.norm()
+
+
+def test_a_step_is_that_of_all_pairs() -> None:
+    check_step("qwen2_5_vl")
+
+
+@parameterized.expand([(kind,) for kind in offline.KINDS if kind != "qwen2_5_vl"])
+@pytest.mark.slow
+def test_a_step_of_other_layouts(kind: str) -> None:
+    check_step(kind)
+
+
+def test_adapters_off_are_the_reference() -> None:
+    adapted = dict(ref_model=None, peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    accumulated = dict(gradient_accumulation_steps=100)
+
+    def losses(trainer: type[Any], patched: bool, settings: Any, **arguments: Any) -> tuple[float, Tensor]:
+        set_seed(0)
+        trained, change = step(trainer, "qwen2_5_vl", patched, settings, **adapted, **arguments)
+        return trained.state.log_history[0]["loss"], change
+
+    own, true = losses(DPOTrainer, False, dict(per_device_train_batch_size=5))
+    ours, change = losses(PackedDPOTrainer, True, accumulated, token_budget=BUDGET)
+    assert ours == pytest.approx(own, abs=1e-4) and true.norm() > 0
+    assert (change - true).norm() < EQUAL * true.norm()
+
+
+def test_lengths_count_tokens_and_the_tower() -> None:
+    processor, config = offline.make_processor("qwen2_5_vl"), tiny_model("qwen2_5_vl").config
+    collate, data = DataCollatorForVisionPreference(processor), pairs()
+    lengths = pictured_lengths(data, collate, config, 0)
+    assert lengths == pictured_lengths(data, collate, config, 2)
+    tower, model = tower_of(config), sizes_of(config, "tiny")
+    assert tower is not None
+    for length, row in zip(lengths, data, strict=True):
+        layout = Collator(processor).layout(row)
+        images = processor.image_processor(row["images"], return_tensors="pt")
+        grids = images["image_grid_thw"].tolist()
+        patches = [t * h * w for t, h, w in grids]
+        own = sum(tower.flops(n, n, 0) for n in patches)
+        least = len(layout) + own / model.flops(Cost(1, 0, 0))
+        # Where prompt and answers are cut, the trainer shares the prompt alone; and it bounds the projector's work.
+        assert least <= length < least + 2 * len(layout)
+    single = [
+        {"image": row["images"][0]} | {k: v for k, v in row.items() if k != "images"} for row in data.select([0, 1])
+    ]
+    assert pictured_lengths(datasets.Dataset.from_list(single), collate, config, 0) == lengths[:2]
+    without = data.map(lambda row: dict(images=[]))
+    assert all(a < b for a, b in zip(pictured_lengths(without, collate, config, 0), lengths, strict=True))
+
+
+def without_the_fourth(rows: list[Any]) -> Any:
+    """A collator that fails on a row."""
+    if rows[0]["prompt"] == pairs()[3]["prompt"]:
+        raise ValueError("no")
+    return DataCollatorForVisionPreference(offline.make_processor("qwen2_5_vl"))(rows)
+
+
+def test_wrong_use(tmp_path: Path) -> None:
+    def made(trainer: type[Any], settings: Any, kind: str = "qwen2_5_vl", data: Any = None, **arguments: Any) -> Any:
+        options = dict(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+        given = dict(train_dataset=data or pairs(), processing_class=offline.make_processor(kind), token_budget=BUDGET)
+        model, reference = flexpatch.apply(tiny_model(kind)), flexpatch.apply(tiny_model(kind))
+        return trainer(model, ref_model=reference, args=settings(**options), **given | arguments)
+
+    with pytest.raises(FlexpatchError, match=r"sample [0-9] has .* outside 1 to 100"):
+        made(PackedDPOTrainer, DPOConfig, token_budget=100)
+    with pytest.raises(FlexpatchError, match="sample 3: the processor failed"):
+        made(PackedDPOTrainer, DPOConfig, data_collator=without_the_fourth)
+    unpaired = (
+        pairs().map(lambda row: dict(completion=row["chosen"], label=True)).remove_columns(["chosen", "rejected"])
+    )
+    with pytest.raises(FlexpatchError, match="PackedKTOTrainer packs no rows with images"):
+        made(PackedKTOTrainer, KTOConfig, data=unpaired)
+    with pytest.raises(FlexpatchError, match="batches of llama with images do not fold"):
+        pictured_lengths(pairs(), list, tiny_model("llama").config, 0)
