@@ -59,8 +59,8 @@ class _PackedTrainer(Trainer):
             raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
         if (shown := columns_of_images(self.train_dataset)) and not self.takes_images:
             raise FlexpatchError(
-                f"{type(self).__name__} packs no rows with images, and the dataset has a column '{shown[0]}': use the "
-                "stock trainer, whose batches with images fold as well, or PackedDPOTrainer for pairs"
+                f"{type(self).__name__} packs no rows with images, and the dataset has a column '{shown[0]}': "
+                "remove it to train on text, or use PackedDPOTrainer or a stock trainer that takes images"
             )
         self.groups, lengths = self._items(token_budget)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
