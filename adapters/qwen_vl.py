@@ -34,6 +34,7 @@ register(
         name="Qwen2-VL, Qwen2.5-VL (text)",
         masks="by_layer_type",
         windows=lambda config: {FULL: None, SLIDING: config.sliding_window or None},
+        restarts=False,
         tiny={
             "qwen2_vl_text": [dict(QWEN2, model_type="qwen2_vl")],
             "qwen2_5_vl_text": [dict(QWEN2_5, model_type="qwen2_5_vl")],
@@ -43,13 +44,21 @@ register(
 
 register(
     Adapter(
-        name="Qwen3-VL, GLM-4V (text)",
+        name="Qwen3-VL (text)",
         masks="single",
         tiny={
             "qwen3_vl_text": [dict(QWEN3, model_type="qwen3_vl")],
             "qwen3_vl_moe_text": [dict(QWEN3_MOE, model_type="qwen3_vl_moe")],
-            "glm4v_text": [dict(GLM, model_type="glm4v")],
         },
+    )
+)
+
+register(
+    Adapter(
+        name="GLM-4V (text)",
+        masks="single",
+        restarts=False,
+        tiny={"glm4v_text": [dict(GLM, model_type="glm4v")]},
     )
 )
 

@@ -37,7 +37,7 @@ def test_all_models_of_all_processes(model: str, tmp_path: Path) -> None:
     assert told.count("flexpatch: LlamaForCausalLM (model): 2 of 2") == 1
     assert told.count("flexpatch: LlamaForCausalLM (reference): 2 of 2") == 2
     assert len(told) == 9
-    assert [line for line in lines if line.startswith("flexpatch: BloomForCausalLM runs as it is: no adapter for")]
+    assert [line for line in lines if line.startswith("flexpatch: NanoChatForCausalLM runs as it is: no adapter for")]
     assert [line for line in lines if "PeftModelForCausalLM runs as it is: dropout 0.5 in" in line]
 
 

@@ -50,7 +50,9 @@ if __name__ == "__main__":
 
         config = AutoConfig.from_pretrained(folder)
         AutoModelForCausalLM.from_config(copy.deepcopy(config))(BATCH, use_cache=False)
-        AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", n_layer=1, hidden_size=32, n_head=2))
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("nanochat", num_hidden_layers=1, hidden_size=32, num_attention_heads=2)
+        )
         train(LlamaForCausalLM(config), LlamaForCausalLM(config))
         adapted = get_peft_model(
             AutoModelForCausalLM.from_pretrained(folder), LoraConfig(lora_dropout=0.5, task_type="CAUSAL_LM")

@@ -13,8 +13,9 @@ from flexpatch.registry import adapters
 # Types whose modeling files have another layout, or few of these facts. Parity tests alone hold what they compute, and
 # what types with mixers on separate sequences do.
 OTHERWISE = {
-    *("biogpt", "codegen", "ctrl", "diffllama", "dory", "flint", "gpt2", "gpt_bigcode", "gptj", "hrm_text", "jetmoe"),
-    *("kolibri1", "longcat_flash", "mimo_v2_flash", "nemotron", "opt", "persimmon", "stablelm"),
+    *("biogpt", "codegen", "ctrl", "dbrx", "diffllama", "dory", "flint", "gpt2", "gpt_bigcode", "gptj", "hrm_text"),
+    *("jetmoe", "kolibri1", "longcat_flash", "mimo_v2_flash"),
+    *("modernbert-decoder", "nemotron", "opt", "persimmon", "stablelm"),
 }
 
 
