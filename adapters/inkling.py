@@ -4,7 +4,7 @@ from typing import Any
 
 from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, Visible, causal, no_mask, register
 
-TINY = dict(
+SHARED = dict(
     swa_num_attention_heads=4,
     swa_num_key_value_heads=2,
     swa_head_dim=16,
@@ -12,10 +12,13 @@ TINY = dict(
     d_rel=8,
     rel_extent=16,
     log_scaling_n_floor=4,
-    layer_types=["hybrid", "hybrid_sliding"] * 2,
     moe_intermediate_size=32,
     n_routed_experts=4,
     num_experts_per_tok=2,
+)
+TINY = dict(
+    SHARED,
+    layer_types=["hybrid", "hybrid_sliding"] * 2,
     n_shared_experts=1,
     mlp_layer_types=["dense", "sparse"] * 2,
     logits_mup_width_multiplier=1.0,
@@ -43,19 +46,7 @@ register(
 )
 
 TINY2 = dict(
-    unpadded_vocab_size=151,
-    swa_num_attention_heads=4,
-    swa_num_key_value_heads=2,
-    swa_head_dim=16,
-    sliding_window_size=8,
-    d_rel=8,
-    rel_extent=16,
-    log_scaling_n_floor=4,
-    layer_types=["hybrid_sliding", "hybrid"] * 2,
-    moe_intermediate_size=32,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_layers_per_attn_res_block=1,
+    SHARED, unpadded_vocab_size=151, layer_types=["hybrid_sliding", "hybrid"] * 2, n_layers_per_attn_res_block=1
 )
 LOOP = dict(TINY2, loop_layer_index_start=1, loop_layer_index_end=3, loop_num_passes=2, loop_gate_rank=8)
 VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=4, posemb_grid_size=4)

@@ -257,6 +257,13 @@ def media_of(config: Any) -> Media | None:
     return _media.get(config.model_type)
 
 
+def placeholders_of(config: Any) -> list[int]:
+    """List the ids of a configuration's placeholders. They may lie outside the vocabulary."""
+    record = media_of(config)
+    tokens = [] if record is None else [getattr(config, layout.token, None) for layout in record.layouts()]
+    return [token for token in tokens if token is not None]
+
+
 def multimodal_types() -> dict[str, Media]:
     """Return all types of multimodal classes with a record, in order of registration."""
     importlib.import_module("flexpatch.adapters")

@@ -18,12 +18,13 @@ from flexpatch.attention import many_recompiles
 from flexpatch.errors import FlexpatchError
 from flexpatch.fold import lookup
 from flexpatch.internals import head_of, pretrained, text_config
+from flexpatch.layouts import placeholders_of
 from flexpatch.patch import model_inputs, settings_of
 from flexpatch.registry import UNCHANGED, LogitTransform
 from flexpatch.rows import Rows
 from flexpatch.scoring import run_rows
 from flexpatch.tree import Layout, Tree, lay_out
-from flexpatch.tree_images import placeholders_of, sequence_arguments
+from flexpatch.tree_images import sequence_arguments
 
 # Logits of a chunk, by default: 512 MiB in float32, and about five times that with what their gradient needs. Smaller
 # chunks save little more and keep a GPU less busy.

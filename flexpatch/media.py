@@ -15,7 +15,7 @@ import torch
 
 from flexpatch.fold import Folded, predicting_padding
 from flexpatch.images import Held, identities, rope_positions, select
-from flexpatch.layouts import TYPES, Media, Unit, media_of
+from flexpatch.layouts import TYPES, Media, Unit, media_of, placeholders_of
 
 # Keys from here on are no token ids.
 KEYS = 1 << 31
@@ -85,9 +85,8 @@ def placeholders_out(config: Any, ids: np.ndarray) -> np.ndarray:
     Returns:
         (N, S) int64.
     """
-    record = media_of(config)
-    tokens = [] if record is None else [getattr(config, layout.token, None) for layout in record.layouts()]
-    return np.where(np.isin(ids, [token for token in tokens if token is not None]), 0, ids) if tokens else ids
+    tokens = placeholders_of(config)
+    return np.where(np.isin(ids, tokens), 0, ids) if tokens else ids
 
 
 def images_of(

@@ -17,7 +17,7 @@ from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.illustrated import Illustrated
 from flexpatch.images import media_obstacle
 from flexpatch.internals import backbone_of
-from flexpatch.layouts import Layout, Media, media_of
+from flexpatch.layouts import Layout, Media, media_of, placeholders_of
 from flexpatch.masks import version
 from flexpatch.plan import in_batches, sequences_of
 from flexpatch.refusals import check_rows
@@ -25,7 +25,7 @@ from flexpatch.registry import Adapter
 from flexpatch.row_calls import row_inputs
 from flexpatch.row_sequences import axes_of, blocks_of
 from flexpatch.rows import Rows
-from flexpatch.tree_images import placeholders_of, tensors_of, types_of
+from flexpatch.tree_images import tensors_of, types_of
 
 KINDS = ("image", "video")
 

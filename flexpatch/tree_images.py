@@ -24,13 +24,6 @@ def scored_of(tree: Layout) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *(path[len(path) - length :] for path, length in each)])
 
 
-def placeholders_of(config: Any) -> list[int]:
-    """List the ids of a configuration's placeholders. They may lie outside the vocabulary."""
-    record = media_of(config)
-    tokens = [] if record is None else [getattr(config, layout.token, None) for layout in record.layouts()]
-    return [token for token in tokens if token is not None]
-
-
 def types_of(record: Media, config: Any, ids: np.ndarray, scored: np.ndarray | None) -> np.ndarray:
     """Tell the kinds of tokens, as processors do.
 

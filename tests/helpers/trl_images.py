@@ -11,15 +11,12 @@ from typing import Any
 
 import datasets
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
-import flexpatch
-from flexpatch.counts import Savings
 from flexpatch.float64 import Float64
-from flexpatch.trainers import models_of
-from helpers.trl_matrix import turn
+from helpers import trl_matrix
+from helpers.trl_matrix import Outcome, apart, turn
 from helpers.trl_processors import make_processor, picture, pictured_model
 
 # Largest difference of a step's loss, and of a weight. A broken fold must be ``CONTROL`` bounds off.
@@ -124,36 +121,10 @@ def build(
     )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A run: losses of its steps, trained weights before and after, savings of all models that were applied."""
-
-    losses: list[float]
-    before: Tensor
-    after: Tensor
-    savings: dict[str, Savings]
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().double() for p in model.parameters() if p.requires_grad])
-
-
 def train(trainer: Any, applied: bool) -> Outcome:
     """Train, and count what was folded if the trainer's models are ``applied``. Float64 models do all in float64."""
-    set_seed(0)
-    before = weights(trainer.model)
     with Float64() if trainer.model.dtype == torch.float64 else nullcontext():
-        trainer.train()
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    models = models_of(trainer) if applied else {}
-    savings = {name: flexpatch.savings(model) for name, model in models.items()}
-    return Outcome(losses, before, weights(trainer.model), savings)
-
-
-def apart(ours: Outcome, stock: Outcome) -> tuple[float, float]:
-    """Return the largest difference of a step's loss, and of a weight."""
-    losses = max(abs(a - b) for a, b in zip(ours.losses, stock.losses, strict=True))
-    return losses, float((ours.after - stock.after).abs().max())
+        return trl_matrix.train(trainer, applied)
 
 
 def faults(stock: Outcome, ours: Outcome, bound: float = BOUND) -> list[str]:
