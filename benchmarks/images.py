@@ -15,6 +15,9 @@ dpo       LoRA DPOTrainer, reference = adapter off, answers of --answers tokens.
 grpo      Log-probs, forward and backward, of a prompt with --groups answers of --completions tokens. Stock takes the
           group at once, or in parts as large as memory allows, each with and without checkpointing; the fastest counts.
 
+Towers with windows (Qwen2.5-VL's) call attention once for each window on sdpa; both sides run them on torch's varlen
+kernel instead, as with FlashAttention 2 installed, unless --tower-attention sdpa.
+
 Batches wait on the device, where they count as memory: neither loading nor processing of images is timed. *comparing*
 is the time in which a batch's images are compared, for the policy and the reference, as a share of the one line's step.
 Prints each run, and writes images.json and table.md to --output.
@@ -22,6 +25,7 @@ Prints each run, and writes images.json and table.md to --output.
 
 import argparse
 import gc
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -36,9 +40,10 @@ import transformers
 import trl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from trainers import Clock, timed
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 import flexpatch
 from flexpatch.images import held_by
@@ -88,13 +93,15 @@ SHAPES: dict[str, tuple[str, dict[str, Any], Any]] = {
 }  # fmt: skip
 MODES = ("stock", "one line")
 QUESTION = 40  # tokens
+DRAWN: dict[tuple[str, str, int], list[Drawn]] = {}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:2])
-    add("--parts", nargs="+", choices=("dpo", "grpo"), default=["dpo", "grpo"])
+    add("--parts", nargs="*", choices=("dpo", "grpo"), default=["dpo", "grpo"], help="none: tables of --merge alone")
+    add("--merge", nargs="+", type=Path, default=[], help="images.json of earlier runs, whose rows the tables have too")
     add("--modes", nargs="+", choices=(*MODES, "packed"), default=list(MODES), help="of DPO, stock first (%(default)s)")
     add("--pairs", type=int, default=32, help="pairs that are timed, at least one batch (%(default)s)")
     add("--answers", type=int, default=100, help="tokens of an answer of DPO (%(default)s)")
@@ -103,6 +110,8 @@ def main() -> None:
     add("--completions", type=int, default=300, help="tokens of an answer of GRPO (%(default)s)")
     add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
     add("--tower", choices=("lora", "frozen"), default="lora", help="what the vision tower trains (%(default)s)")
+    add("--tower-attention", choices=("varlen", "sdpa"), default="varlen", help="on a GPU (%(default)s)")
+    add("--repeats", type=int, default=5, help="steps of GRPO whose median counts (%(default)s)")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/images"))
@@ -110,23 +119,36 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     conditions = (
-        f"Random weights, {options.dtype}, LoRA on all linear layers, tower {options.tower}, {device}, torch "
+        f"Random weights, {options.dtype}, LoRA on all linear layers, tower {options.tower} (its windows by "
+        f"{options.tower_attention}), {device}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}, peft {peft.__version__}"
         ". `python benchmarks/images.py`"
     )
     results: dict[str, Any] = dict(conditions=conditions, dpo={}, grpo={})
-    for shape in options.shapes:
-        for part in options.parts:
-            print(f"{shape}: {part}", flush=True)
-            if part == "dpo":
-                results[part][shape] = {mode: best_dpo(options, shape, mode) for mode in options.modes}
-            else:
-                for group in options.groups:
-                    found = {mode: best_grpo(options, shape, mode, group) for mode in MODES}
-                    results[part][f"{shape}, {group} × {options.completions}"] = found
-            (options.output / "images.json").write_text(json.dumps(results, indent=1))
-            (options.output / "table.md").write_text(tables(results, options))
+    for earlier in options.merge:
+        found = json.loads(earlier.read_text())
+        assert found["conditions"] == conditions or not options.parts, "runs under other conditions"
+        results = {"conditions": found["conditions"]} | {part: results[part] | found[part] for part in ("dpo", "grpo")}
+    for part, shape in itertools.product(options.parts, options.shapes):
+        print(f"{shape}: {part}", flush=True)
+        if part == "dpo":
+            found = {mode: best_dpo(options, shape, mode) for mode in options.modes}
+            keep(options, results, part, shape, found)
+        for group in options.groups if part == "grpo" else ():
+            found = {mode: best_grpo(options, shape, mode, group) for mode in MODES}
+            keep(options, results, part, f"{shape}, {group} × {options.completions}", found)
+    keep(options, results)
     print(tables(results, options))
+
+
+def keep(
+    options: argparse.Namespace, results: dict[str, Any], part: str = "", name: str = "", found: Any = None
+) -> None:
+    """Write all results so far, with those of one more row."""
+    if part:
+        results[part][name] = found
+    (options.output / "images.json").write_text(json.dumps(results, indent=1))
+    (options.output / "table.md").write_text(tables(results, options))
 
 
 def make_model(options: argparse.Namespace, shape: str) -> Any:
@@ -136,7 +158,23 @@ def make_model(options: argparse.Namespace, shape: str) -> Any:
     with torch.device(options.device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, options.dtype))
     model.config.use_cache = False
+    tower = model.config.vision_config
+    if options.device == "cuda" and options.tower_attention == "varlen" and hasattr(tower, "fullatt_block_indexes"):
+        AttentionInterface.register("flash_varlen", varlen)
+        tower._attn_implementation = "flash_varlen"
     return model
+
+
+def varlen(
+    module: nn.Module, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, attention_mask: None, scaling: float,
+    cu_seq_lens_q: Tensor, max_length_q: int, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attend within the windows of images, all in one call of torch's FlashAttention 2."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHSD, k_BHSD, v_BHSD))
+    bounds = cu_seq_lens_q.to(torch.int32)
+    out = varlen_attn(q, k, v, bounds, bounds, max_length_q, max_length_q, scale=scaling)
+    assert isinstance(out, Tensor)  # a tuple only if more was asked for
+    return out[None], None
 
 
 def lora_of(options: argparse.Namespace) -> peft.LoraConfig:
@@ -157,9 +195,16 @@ class Batches:
         self.config, self.options = config, options
         self.kind, _, self.shown = SHAPES[shape]
         self.record = multimodal_types()[self.kind]
-        self.made: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+        self.made: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
     def images(self, number: int) -> list[Drawn]:
+        """Draw the images of a prompt, or take those of an earlier setting."""
+        key = self.kind, str(self.shown), number
+        if key not in DRAWN:
+            DRAWN[key] = self.draw(number)
+        return DRAWN[key]
+
+    def draw(self, number: int) -> list[Drawn]:
         """Draw the images of a prompt."""
         generator = torch.Generator().manual_seed(number)
         if isinstance(self.shown, int):
@@ -179,7 +224,7 @@ class Batches:
         """Draw ids below those of marks."""
         return [rng.randrange(7, min(140, self.config.get_text_config().vocab_size)) for _ in range(length)]
 
-    def call(self, numbers: list[int], answers: int, length: int, repeat: int = 1) -> dict[str, torch.Tensor]:
+    def call(self, numbers: list[int], answers: int, length: int, repeat: int = 1) -> dict[str, Tensor]:
         """Make the call of some prompts, each with its answers: all first answers, then all second ones.
 
         Args:
@@ -204,7 +249,7 @@ class Batches:
         del call["use_cache"]
         return {name: tensor.to(self.options.device) for name, tensor in call.items()}
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate pairs, as a ``data_collator``."""
         numbers = [int(example["prompt"]) for example in examples]
         if tuple(numbers) not in self.made:
@@ -329,7 +374,7 @@ def grpo(options: argparse.Namespace, shape: str, mode: str, group: int, parts: 
             targets = call["input_ids"][:, -options.completions :]
             (nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) / parts).backward()
 
-    seconds = timed(step, options.device)
+    seconds = timed(step, options.device, options.repeats)
     record: dict[str, Any] = dict(rate=1 / seconds, ms=1e3 * seconds, peak_gb=peak(options))
     if mode != "stock":
         record |= dict(says=str(flexpatch.savings(model)), comparing=comparing(batches, calls[0]) / seconds)
@@ -340,7 +385,7 @@ def peak(options: argparse.Namespace) -> float | None:
     return torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
 
 
-def comparing(batches: Batches, call: dict[str, torch.Tensor]) -> float:
+def comparing(batches: Batches, call: dict[str, Tensor]) -> float:
     """Time how long a call's images take to be compared: fingerprints, their copy to the host, equality, names."""
     ids, mask = call["input_ids"].cpu().numpy(), call["attention_mask"].cpu().numpy().astype(bool)
     record = batches.record
