@@ -229,7 +229,8 @@ def measure_sets(
             )
             break
         if warm:  # compiles kernels of TRL
-            measure(options, "stock", lengths[name], min(options.batch_sizes), True)
+            short = argparse.Namespace(**vars(options) | dict(pairs=1, quick=True))
+            measure(short, "stock", lengths[name], min(options.batch_sizes), True)
             warm = False
         began = time.perf_counter()
         modes[mode] = best(options, mode, name, lengths[name], modes)
