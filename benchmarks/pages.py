@@ -40,11 +40,11 @@ def speed(text: str) -> str:
         for rate, factor in (("one line, pairs/s", "one line"), ("packed, pairs/s", "packed")):
             cells.append(f"{row[rate].split(' (')[0]} ({row[factor]})" if row[rate] else "–")
         lines.append(f"| {' | '.join(cells)} |")
-    found = CONDITIONS.search(text)
-    if found is None:
+    found, kind = CONDITIONS.search(text), re.search("LoRA|full fine-tuning", text)
+    if found is None or kind is None:
         raise SystemExit("the table of benchmarks/trainers.py tells no conditions: no 'Conditions: MODEL shape, ...'")
     model, dtype, card = found.groups()
-    conditions = f"LoRA `DPOTrainer`, {model.replace(' shape', '')}, random weights, {dtype}, one {card}."
+    conditions = f"`DPOTrainer`, {kind[0]}, {model.replace(' shape', '')}, random weights, {dtype}, one {card}."
     return "\n".join([*lines, "", conditions]) + "\n"
 
 
