@@ -85,7 +85,7 @@ def main() -> int:
     add("--whole", choices=train.SHAPES, default="Mistral-7B", help="of whole (%(default)s)")
     add("--micro-pairs", type=int, default=4, help="pairs of a micro-batch without packing (%(default)s)")
     add("--shared-tokens", type=int, default=16384, help="tokens of a packed shared row, at most (%(default)s)")
-    add("--repeats", type=int, default=2, help="timed steps of each layout, after one more (%(default)s)")
+    add("--repeats", type=int, default=3, help="timed steps of each layout, after one more (%(default)s)")
     add("--seconds", type=float, default=540, help="begin no point of a piece after so many seconds (%(default)s)")
     add("--resume", type=Path, nargs="+", default=[], metavar="JSON", help="paper.json of earlier calls")
     add("--dtype", default="bfloat16")

@@ -407,6 +407,7 @@ def reference_pass(job: Job, batches: list[Batch]) -> list[AnswerLogprobs]:
 
 def true_tokens(job: Job, pairs: Any, options: argparse.Namespace) -> Tensor:
     """Compute the log-probs of :func:`train_step` unpatched, in padded pairs, with weights of twice the precision."""
+    job = replace(job, padded_attention="sdpa")  # FlashAttention has no float32
     prepare(job, "padded pairs", False, options.backend)
     wrapped = copy.deepcopy(job.wrapped).to(torch.float64 if options.dtype == "float32" else torch.float32)
     true = replace(job, causal=wrapped if job.mode == "full" else wrapped.get_base_model(), wrapped=wrapped)
