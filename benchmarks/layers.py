@@ -345,7 +345,9 @@ def measure_point(setup: Setup, prompt: int, ratio: float, modules: Sequence[tor
         times |= {} if ms is None else {name: ms}
     best_paired, best_shared = (min((times[n], n) for n in times if n in of)[1] for of in (PAIRED, SHARED))
     layers: dict[str, float | None] = {}
-    for name in {best_paired: 0, "shared, flex": 0, best_shared: 0}:
+    for name in {best_paired: 0, "paired, flex": 0, "shared, flex": 0, best_shared: 0}:
+        if name not in times:
+            continue
         row = paired if name in PAIRED else shared
         layers[name] = attempt(setup, f"layer, {name}", partial(layer_ms, setup, row, layer, rope, name))
     ideal = ideals(setup.shape, prompt, completion)
@@ -354,7 +356,7 @@ def measure_point(setup: Setup, prompt: int, ratio: float, modules: Sequence[tor
         prompt=prompt, completion=completion, ratio=ratio, pairs=pairs, ideal=ideal,
         tokens=[paired.tokens, shared.tokens], padded=[paired.mask.seq_lengths[0], shared.mask.seq_lengths[0]],
         best_paired=best_paired, best_shared=best_shared, mlp_ms=mlps, attention_ms=times, layer_ms=layers,
-        mlp=over(*mlps), attention=speedups, layer=over(layers[best_paired], layers["shared, flex"]),
+        mlp=over(*mlps), attention=speedups, layer=over(layers[best_paired], layers.get("shared, flex")),
         layer_best=over(layers[best_paired], layers[best_shared]), attention_best=speedups[best_shared],
         share={name: speedup / ideal["attention"] for name, speedup in speedups.items()},
         seconds=time.monotonic() - began,

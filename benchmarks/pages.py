@@ -9,6 +9,7 @@ results are made here: ``support`` from the adapters, and ``speed`` (README's sh
 """
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -19,25 +20,32 @@ import flexpatch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONDITIONS = re.compile(r"Conditions: (.+?), random weights, (\w+), NVIDIA (\w+)")
 PART = re.compile(r"(<!-- results/(\w+) -->\n).*?(<!-- end results/\2 -->)", re.DOTALL)
 
 
 def table(text: str) -> list[dict[str, str]]:
     """Read the first Markdown table of a text: a dict for each row, by the names of its columns."""
-    lines = [line for line in text.splitlines() if line.startswith("|")]
+    after = itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), after))
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
 def speed(text: str) -> str:
-    """Shorten the table of benchmarks/trainers.py to four columns."""
+    """Shorten the table of benchmarks/trainers.py to four columns, and name its model and GPU below."""
     lines = ["| lengths like | stock, pairs/s | one line | packed batches |", "|---|---|---|---|"]
     for row in table(text):
         cells = [row["lengths like"], row["stock, pairs/s (batch, checkpointing)"].split(" (")[0]]
         for rate, factor in (("one line, pairs/s", "one line"), ("packed, pairs/s", "packed")):
             cells.append(f"{row[rate].split(' (')[0]} ({row[factor]})" if row[rate] else "–")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    found, kind = CONDITIONS.search(text), re.search("LoRA|full fine-tuning", text)
+    if found is None or kind is None:
+        raise SystemExit("the table of benchmarks/trainers.py tells no conditions: no 'Conditions: MODEL shape, ...'")
+    model, dtype, card = found.groups()
+    conditions = f"`DPOTrainer`, {kind[0]}, {model.replace(' shape', '')}, random weights, {dtype}, one {card}."
+    return "\n".join([*lines, "", conditions]) + "\n"
 
 
 def derived() -> dict[str, str]:

@@ -15,6 +15,7 @@ packed pairs    Every prompt with its answer as a separate sequence, all in one 
                 varlen, FlexAttention; on a CPU a dense mask). Speed-ups are over this layout.
 shared padded   One tree a row, several rows in a call, micro-batches as above: prefix sharing without packing.
 shared packed   All trees in one row.
+padded pairs, flex; packed pairs, flex    The first two on FlexAttention, as what sharing alone gains is over these.
 
 --compile compiles the decoder layers of the two packed layouts (the others have too many shapes), and fills rows of
 packed pairs up to a multiple of 2,048 tokens. Exit code 1 if layouts differ in losses or log-probs beyond rounding.
@@ -71,6 +72,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("mistral", TINY | dict(num_key_value_heads=2, head_dim=16)),
 }
 LAYOUTS = ("padded pairs", "packed pairs", "shared padded", "shared packed")
+FLEX = ("padded pairs, flex", "packed pairs, flex")
 FILL = 2048
 OUT_OF_MEMORY = "out of memory"
 # Classes of kernels by words in their lower-cased names; the first match counts.
@@ -96,17 +98,21 @@ class Job:
     causal: Any  # the model of transformers
     wrapped: Any  # peft's wrapper of it, or the same
     layer_parameters: int
+    padded_attention: str = "sdpa"  # of padded pairs
+    micro_pairs: int | None = None  # pairs of a padded micro-batch; None: as many as --tokens allow
 
 
-def main() -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("lengths", type=Path)
     add("--shapes", nargs="+", choices=SHAPES, default=["Mistral-7B"])
     add("--modes", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     add("--sets", nargs="*", help="default: all")
-    add("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    add("--layouts", nargs="+", choices=(*LAYOUTS, *FLEX), default=LAYOUTS)
     add("--tokens", type=int, default=16384, help="padded tokens of a micro-batch, at most (%(default)s)")
+    add("--micro-pairs", type=int, help="pairs of a padded micro-batch, instead of --tokens")
+    add("--padded-attention", default="sdpa", help="attention of padded pairs, by transformers' name (%(default)s)")
     add("--shared-tokens", type=int, default=8192, help="tokens of the shared row, at most (%(default)s)")
     add(
         "--fixed",
@@ -126,7 +132,11 @@ def main() -> int:
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/train"))
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    options = make_parser().parse_args()
     options.deadline = time.perf_counter() + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
     lengths = json.loads(options.lengths.read_text())
@@ -267,7 +277,8 @@ def make_job(shape: str, mode: str, kernel: str, options: argparse.Namespace) ->
         # Adapters have the weights' dtype, since float32 adapters are fast only under autocast.
         adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
         wrapped = peft.get_peft_model(causal, adapters, autocast_adapter_dtype=False)
-    return Job(shape, mode, kernel, causal, wrapped, parameters)
+    given = {name: getattr(options, name) for name in ("padded_attention", "micro_pairs") if name in options}
+    return Job(shape, mode, kernel, causal, wrapped, parameters, **given)
 
 
 def prepare(job: Job, layout: str, compiled: bool, backend: str) -> None:
@@ -278,10 +289,12 @@ def prepare(job: Job, layout: str, compiled: bool, backend: str) -> None:
         vars(layer).pop("forward", None)
     causal.set_attn_implementation("sdpa")
     own = {"flex": "auto", "sdpa": "dense"}  # packed pairs on backends of flexpatch
-    if layout.startswith("shared") or (layout == "packed pairs" and job.kernel in own):
-        backend = backend if layout.startswith("shared") else own[job.kernel]
+    if layout == "padded pairs":
+        causal.set_attn_implementation(job.padded_attention)
+    elif layout.startswith("shared") or layout in FLEX or job.kernel in own:
+        backend = own[job.kernel] if layout == "packed pairs" else backend
         flexpatch.apply(causal, backend=backend, compile=compiled and "packed" in layout)
-    elif layout == "packed pairs":
+    else:
         causal.set_attn_implementation(f"packed_{job.kernel}")
         if compiled:
             forward = compiled_forward(type(causal.model.layers[0]))
@@ -334,7 +347,7 @@ def make_batches(job: Job, layout: str, pairs: list[list[list[int]]], options: a
     else:
         # Equally many pairs in each micro-batch, as in trainers.
         longest = max(len(tree) for pair in trees for tree in pair)
-        most = max(1, options.tokens // (longest * len(trees[0])))
+        most = job.micro_pairs or max(1, options.tokens // (longest * len(trees[0])))
         size = math.ceil(len(trees) / math.ceil(len(trees) / most))
         groups = [trees[at : at + size] for at in range(0, len(trees), size)]
         calls = [[[tree] for pair in group for tree in pair] for group in groups]
@@ -394,6 +407,7 @@ def reference_pass(job: Job, batches: list[Batch]) -> list[AnswerLogprobs]:
 
 def true_tokens(job: Job, pairs: Any, options: argparse.Namespace) -> Tensor:
     """Compute the log-probs of :func:`train_step` unpatched, in padded pairs, with weights of twice the precision."""
+    job = replace(job, padded_attention="sdpa")  # FlashAttention has no float32
     prepare(job, "padded pairs", False, options.backend)
     wrapped = copy.deepcopy(job.wrapped).to(torch.float64 if options.dtype == "float32" else torch.float32)
     true = replace(job, causal=wrapped if job.mode == "full" else wrapped.get_base_model(), wrapped=wrapped)
@@ -571,9 +585,11 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure, panels = pyplot.subplots(len(titles), figsize=(8, 3.4 * len(titles)), layout="constrained", squeeze=False)
     for axes, title in zip(panels[:, 0], titles, strict=True):
         runs = [run for run in results["runs"] if f"{run['shape']}, {run['mode']}" == title]
-        for i, layout in enumerate(LAYOUTS):
+        measured = [layout for layout in (*LAYOUTS, *FLEX) if any(layout in run["layouts"] for run in runs)]
+        for i, layout in enumerate(measured):
             gains = [speed_up(run, layout, "packed pairs") or 0.0 for run in runs]
-            axes.bar([x + 0.2 * (i - 1.5) for x in range(len(runs))], gains, 0.18, label=layout)
+            places = [x + 0.8 * ((i + 0.5) / len(measured) - 0.5) for x in range(len(runs))]
+            axes.bar(places, gains, 0.72 / len(measured), label=layout)
         edges = [[x + side for x in range(len(runs))] for side in (-0.45, 0.45)]
         axes.hlines([run["token_ratio"] for run in runs], *edges, colors="black", linestyles="--", label="÷ tokens")
         axes.set_xticks(range(len(runs)), [run["set"] for run in runs])

@@ -108,6 +108,27 @@ def test_an_outdated_table_is_noticed() -> None:
     assert pages.filled(page.replace("| hh |", "| hhh |", 1)) == page
 
 
+def test_the_short_table_names_model_and_card() -> None:
+    columns = (
+        "lengths like",
+        "stock, pairs/s (batch, checkpointing)",
+        "one line, pairs/s",
+        "packed, pairs/s",
+        "one line",
+    )
+    head, rule = f"| {' | '.join(columns)} | packed |\n", "|---" * 6 + "|\n"
+    first = "| hh | 2.0 (4, off) | 5.0 (8, off) | 6.0 | **2.50×** | **3.00×** |\n"
+    text = head + rule + first + "\nDPOTrainer, Big, LoRA\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n"
+    made = pages.speed(text + "Conditions: Big shape, 32 layers, random weights, bfloat16, NVIDIA H9, torch 2\n")
+    assert made.splitlines()[2:] == [
+        "| hh | 2.0 | 5.0 (**2.50×**) | 6.0 (**3.00×**) |",
+        "",
+        "`DPOTrainer`, LoRA, Big, 32 layers, random weights, bfloat16, one H9.",
+    ]
+    with pytest.raises(SystemExit, match="no conditions"):
+        pages.speed(text)
+
+
 def test_every_result_is_shown() -> None:
     """Once and only once. Raw measurements of cards are shown by docs/cards.md in another form."""
     shown = [name for path in pages.PAGES for _, name, _ in pages.PART.findall(path.read_text(encoding="utf-8"))]
