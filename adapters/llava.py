@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from flexpatch.layouts import Media, Nested, Stacked, register_media
+from flexpatch.layouts import Drawn, Media, Nested, Stacked, register_media
 from flexpatch.pictures import draw_sized, draw_square, draw_tiled
 from flexpatch.registry import FULL, SLIDING
 
@@ -24,6 +24,19 @@ def mistral_tokens(config: Any, size: Any) -> int:
     """Count the tokens of an image of Mistral 3, of (height, width) pixels."""
     height, width = (int(side) // mistral_side(config) for side in size)
     return height * width
+
+
+def pixtral_tokens(config: Any, size: Any) -> int:
+    """Count the tokens of an image of LLaVA with Pixtral's tower, of (height, width) pixels."""
+    height, width = (int(side) // int(config.vision_config.patch_size) for side in size)
+    return height * width
+
+
+def draw_llava(config: Any, number: int, generator: Any) -> Drawn:
+    """Draw an image of the one size that LLaVA's tower takes, or of several if it takes them."""
+    if config.vision_config.model_type == "pixtral":
+        return draw_sized(lambda config: int(config.vision_config.patch_size))(config, number, generator)
+    return draw_square(lambda config: int(config.image_seq_length))(config, number, generator)
 
 
 def best_resolution(config: Any, height: int, width: int) -> tuple[int, int]:
@@ -88,8 +101,9 @@ def tiles(config: Any, size: Any) -> int:
 register_media(
     Media(
         name="LLaVA",
-        images=Stacked(names=("pixel_values", "image_sizes")),
-        draw=draw_square(lambda config: config.image_seq_length),
+        # Pixtral's tower alone takes images of several sizes, and is told them.
+        images=Stacked(names=("pixel_values", "image_sizes"), sizes=("image_sizes",), tokens=pixtral_tokens, even=True),
+        draw=draw_llava,
         tiny={
             "llava": [
                 dict(
@@ -97,7 +111,14 @@ register_media(
                     vision_config=dict(SIGLIP, model_type="clip_vision_model"),
                     image_token_index=149,
                     image_seq_length=4,
-                )
+                ),
+                dict(
+                    text_config=dict(model_type="mistral", sliding_window=None),
+                    vision_config=dict(SIGLIP, model_type="pixtral", image_size=64, patch_size=4, head_dim=16),
+                    image_token_index=149,
+                    vision_feature_layer=-1,
+                    vision_feature_select_strategy="full",
+                ),
             ]
         },
     )

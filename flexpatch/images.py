@@ -33,21 +33,24 @@ class Held:
     entries: Mapping[str, Tensor]
 
     def numbers(self) -> list[Tensor]:
-        """Return what the host needs: sizes, a fingerprint of each entry, and which entries are left out."""
+        """Return what the host needs: fingerprints, sizes, which entries are left out, and whether all are finite."""
         prints = [fingerprints(tensor) for tensor in self.entries.values()]
         sizes = [self.entries[name].long().flatten() for name in self._sizes()]
         skipped = []
         if self.layout.skips_zeros:
             skipped.append((self.entries[self.layout.names[0]] == 0).flatten(1).all(1).long())
-        return [*prints, *sizes, *skipped]
+        return [*prints, *sizes, *skipped, finite(self.entries).long()[None]]
 
-    def read(self, numbers: Iterator[np.ndarray]) -> tuple[list[np.ndarray], dict[str, np.ndarray], np.ndarray | None]:
-        """Take :meth:`numbers` apart again: fingerprints of each tensor, sizes, entries left out."""
+    def read(
+        self, numbers: Iterator[np.ndarray]
+    ) -> tuple[list[np.ndarray], dict[str, np.ndarray], np.ndarray | None, bool]:
+        """Take :meth:`numbers` apart again: fingerprints of each tensor, sizes, entries left out, whether finite."""
         prints = [next(numbers) for _ in self.entries]
         sizes: dict[str, np.ndarray] = {}
         for name in self._sizes():
             sizes[name] = next(numbers).reshape(tuple(self.entries[name].shape))
-        return prints, sizes, next(numbers) != 0 if self.layout.skips_zeros else None
+        skipped = next(numbers) != 0 if self.layout.skips_zeros else None
+        return prints, sizes, skipped, bool(next(numbers)[0])
 
     def _sizes(self) -> list[str]:
         return [name for name in self.layout.sizes if name in self.entries]
@@ -65,6 +68,22 @@ def held_by(record: Media, call: Mapping[str, Any]) -> list[Held]:
     """
     held = [Held(layout, layout.entries(call)) for layout in record.layouts()]
     return [each for each in held if each.layout.names[0] in each.entries]
+
+
+def finite(entries: Mapping[str, Tensor]) -> Tensor:
+    """Tell whether all numbers of images are finite, without waiting for the device.
+
+    One that is not makes its image's keys and values NaN. Attention hides them by weights of zero, which times NaN are
+    NaN: within a row they would reach all sequences, unpatched their own alone.
+
+    Args:
+        entries: Tensors by name.
+
+    Returns:
+        () bool.
+    """
+    device = next(iter(entries.values())).device
+    return torch.stack([tensor.isfinite().all().to(device) for tensor in entries.values()]).all()
 
 
 def fingerprints(tensor: Tensor) -> Tensor:

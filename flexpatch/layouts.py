@@ -42,6 +42,7 @@ class Layout:
         sizes: Those of them whose numbers tell how many placeholders an image fills.
         token: The entry of the configuration that holds the placeholder's id.
         tokens: ``config``, numbers of an image in each of ``sizes`` -> its placeholders; ``None``: all fill as many.
+        even: Whether they fill as many too in a call without ``sizes``, of a tower that takes images of one size.
         skips_zeros: Whether the model leaves out entries whose pixels are all zero.
     """
 
@@ -49,6 +50,7 @@ class Layout:
     sizes: tuple[str, ...] = ()
     token: str = "image_token_id"
     tokens: Callable[..., int] | None = None
+    even: bool = False
     skips_zeros: bool = False
 
     def entries(self, call: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -75,10 +77,11 @@ class Layout:
         Returns:
             The images in order; ``None`` if the tensors do not fit each other.
         """
-        if len(set(counts.values())) != 1 or not set(self.sizes) <= set(sizes):
+        unsized = not set(self.sizes) <= set(sizes)
+        if len(set(counts.values())) != 1 or (unsized and not self.even):
             return None
         every = range(counts[self.names[0]]) if skipped is None else np.flatnonzero(~skipped).tolist()
-        if self.tokens is None:
+        if self.tokens is None or unsized:
             each = [placeholders // max(len(every), 1)] * len(every)
         else:
             each = [self.tokens(config, *(sizes[name][k] for name in self.sizes)) for k in every]

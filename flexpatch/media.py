@@ -52,7 +52,8 @@ class Images:
 
     def key(self) -> Any:
         """Return what tells these images from others, beside the batch's tokens."""
-        return self.keys.tobytes(), [(kind, *unit) for kind, unit in zip(self.kinds, self.units, strict=True)]
+        units = [(kind, *unit) for kind, unit in zip(self.kinds, self.units, strict=True)]
+        return self.reason, self.keys.tobytes(), units
 
 
 def images_in(config: Any, held: Sequence[Held], numbers: Iterator[np.ndarray], batch: Any) -> Images | None:
@@ -118,20 +119,22 @@ def images_of(
     sizes: dict[str, np.ndarray] = {}
     reason = None
     for kind, each in enumerate(held):
-        prints, own_sizes, skipped = each.read(numbers)
+        prints, own_sizes, skipped, finite = each.read(numbers)
         sizes |= own_sizes
+        if not finite:
+            reason = "with pixels that are NaN or infinite, which would spread to other sequences of a row,"
         placeholders = ids == getattr(config, each.layout.token)
         counts = {name: len(tensor) for name, tensor in each.entries.items()}
         own = each.layout.units(config, counts, own_sizes, skipped, int(placeholders.sum()))
         tokens = np.array([unit.tokens for unit in own or ()], np.int64)
         if not own or tokens.sum() != placeholders.sum() or not tokens.all() or (placeholders & ~seen).any():
-            reason = UNMATCHED
+            reason = reason or UNMATCHED
             continue
         rows, columns = np.nonzero(placeholders)
         stops = np.cumsum(tokens)
         starts = stops - tokens
         if (rows[starts] != rows[stops - 1]).any():
-            reason = UNMATCHED
+            reason = reason or UNMATCHED
             continue
         numbered = identities(each, own, prints)
         unit_of[placeholders] = np.repeat(len(units) + np.arange(len(own)), tokens)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.illustrated import Illustrated
-from flexpatch.images import media_obstacle
+from flexpatch.images import finite, media_obstacle
 from flexpatch.internals import backbone_of
 from flexpatch.layouts import Layout, Media, media_of, placeholders_of
 from flexpatch.masks import version
@@ -181,6 +181,10 @@ class _Found:
         entries = layout.entries(each.given)
         units = []
         if layout.names[0] in entries:
+            if not finite(entries):
+                raise FlexpatchError(
+                    f"{each.name}: its pixels are NaN or infinite, which would make all of its row NaN"
+                )
             sizes = {name: entries[name].numpy(force=True).astype(np.int64) for name in layout.sizes if name in entries}
             skipped = None
             if layout.skips_zeros:

@@ -192,7 +192,7 @@ class TestIdentity:
         names = tuple(tensors[0])
         together = {name: torch.cat([each[name] for each in tensors]) for name in names}
         held = images.Held(Stacked(names=names), together)
-        prints = [each.numpy() for each in held.numbers()]
+        prints, *_ = held.read(each.numpy() for each in held.numbers())
         units = [Unit(1, dict.fromkeys(names, (k, k + 1))) for k in range(len(tensors))]
         return images.identities(held, units, prints).tolist()
 
@@ -263,6 +263,18 @@ class TestCalls:
             logps(model, call)
         assert str(ours.value) == str(own.value)
         assert self.reasons(model) == ["whose images do not match their placeholders"]
+
+    @parameterized.expand([(float("nan"),), (float("inf"),)])
+    @torch.no_grad()
+    def test_pixels_that_are_not_finite(self, number: float) -> None:
+        """They spread in a row, where masks hide them by weights of zero. Folded before, the call is told apart."""
+        model, _, call = self.folded("llava")
+        logps(model, call)
+        call["pixel_values"][2, 0, 0, 0] = number
+        with pytest.warns(FlexpatchWarning, match="pixels that are NaN or infinite"):
+            ours = logps(model, call)
+        assert torch.equal(ours.nan_to_num(1.0), logps(tiny_model("llava"), call).nan_to_num(1.0))
+        assert len(self.reasons(model)) == 1 and 0 < ours.isnan().float().mean() < 0.3
 
     def test_pixels_with_gradients_run_as_given(self) -> None:
         model, _, call = self.folded("llava")
@@ -337,6 +349,22 @@ class TestCalls:
         call = dict(input_ids=ids, pixel_values=torch.randn(2, 3, 28, 28, dtype=torch.float64), use_cache=False)
         with pytest.warns(FlexpatchWarning, match="whose images do not match their placeholders"):
             assert torch.equal(logps(model, call), logps(tiny_model("llava"), call))
+
+    @torch.no_grad()
+    def test_images_of_several_sizes_that_fill_as_many_in_sum(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Taken for equally long, as those of other towers are, LLaVA's with Pixtral's tower would change places."""
+        config = tiny_model("llava", 1).config
+        wide, tall, small, other = drawn("llava", config, (0, 1, 2, 2))
+        bare = [image._replace(tokens=[149] * image.tokens.count(149)) for image in (wide, tall, small, other)]
+        pairs = [(2, 0), (2, 1), (0, 3), (0, 2)]
+        pictured = Pictured(
+            [[3, *bare[a].tokens, 4, *bare[b].tokens, 5 + n] for n, (a, b) in enumerate(pairs)],
+            [[copied(bare[a]), copied(bare[b])] for a, b in pairs],
+            [1] * 4,
+        )
+        assert off("llava", pictured, variant=1) < BOUND
+        with_record(monkeypatch, "llava", images=Stacked(names=("pixel_values", "image_sizes")))
+        assert off("llava", pictured, variant=1) > WRONG
 
     def test_images_that_end_differently(self) -> None:
         """Tokens between the lines of an image are part of it."""

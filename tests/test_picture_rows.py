@@ -226,6 +226,9 @@ def wrong_trees(kind: str) -> dict[str, Tree]:
         "sample 0: the prompt has images\\['sound'\\], which the model does not take": replace(
             good, images={**good.images, "sound": torch.ones(1)}
         ),
+        "sample 0: the prompt: its pixels are NaN or infinite": replace(
+            good, images={**good.images, "pixel_values": good.images["pixel_values"] / 0}
+        ),
         "do not fit each other: pixel_values": replace(good, images=dict(pixel_values=good.images["pixel_values"])),
         "sample 0: the prompt has list as images": replace(good, images=[1]),  # type: ignore[arg-type]
         "sample 0: the prompt has list as images\\['pixel_values'\\]": replace(good, images=dict(pixel_values=[1])),
