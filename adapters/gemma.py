@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from flexpatch.layouts import Media, Stacked, register_media, runs
+from flexpatch.blocks import runs
+from flexpatch.layouts import Media, Stacked, register_media
 from flexpatch.pictures import draw_positioned, draw_square
 from flexpatch.registry import FULL, SLIDING, Adapter, LogitTransform, register, sliding_windows
 

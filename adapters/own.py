@@ -6,6 +6,10 @@ from flexpatch.registry import Adapter, Visible, causal, no_mask, register
 
 ABSOLUTE = "batches padded on the left fold if they have position_ids"
 GIVEN = "batches padded on the left run as they are given"
+OWN: dict[str, Any] = dict(masks="own", since="5.24")
+EAGER = OWN | dict(implementations=("eager",))
+# Their forwards ignore positions, or count them without looking at any.
+UNPOSITIONED = EAGER | dict(restarts=False)
 
 
 def alibi(module: Any) -> Visible:
@@ -31,12 +35,9 @@ def at_random(rate: float) -> str | None:
 register(
     Adapter(
         name="BLOOM",
-        masks="own",
+        **UNPOSITIONED,
         unshared={"BloomAttention": alibi},
-        implementations=("eager",),
-        restarts=False,
         padding="in_front",
-        since="5.24",
         tiny={"bloom": [{}, dict(num_attention_heads=8, apply_residual_connection_post_layernorm=True)]},
     )
 )
@@ -44,12 +45,9 @@ register(
 register(
     Adapter(
         name="MPT",
-        masks="own",
+        **UNPOSITIONED,
         unshared={"MptAttention": last_keys},
-        implementations=("eager",),
-        restarts=False,
         padding="in_front",
-        since="5.24",
         tiny={"mpt": [dict(max_seq_len=512)]},
     )
 )
@@ -59,9 +57,8 @@ FALCON = dict(num_kv_heads=2, ffn_hidden_size=96)
 register(
     Adapter(
         name="Falcon",
-        masks="own",
+        **OWN,
         unshared={"FalconAttention": alibi_in_mask},
-        since="5.24",
         tiny={
             "falcon": [
                 FALCON,
@@ -76,13 +73,11 @@ register(
 register(
     Adapter(
         name="GPT-Neo",
-        masks="own",
+        **EAGER,
         # Windows of local layers are the module's own.
         unshared={"GPTNeoSelfAttention": causal},
-        implementations=("eager",),
         begins="position",
         padding="in_front",
-        since="5.24",
         tiny={"gpt_neo": [dict(attention_types=[[["global", "local"], 2]], window_size=8)]},
         limits=ABSOLUTE,
     )
@@ -91,11 +86,9 @@ register(
 register(
     Adapter(
         name="GPT-NeoX-Japanese",
-        masks="own",
+        **EAGER,
         unshared={"GPTNeoXJapaneseAttention": causal},
-        implementations=("eager",),
         padding="masked",
-        since="5.24",
         tiny={"gpt_neox_japanese": [dict(attention_dropout=0.0, intermediate_multiple_size=2)]},
         limits="load it with attention_dropout=0.0",
     )
@@ -104,13 +97,10 @@ register(
 register(
     Adapter(
         name="GPT",
-        masks="own",
+        **UNPOSITIONED,
         unshared={"Attention": causal},
-        implementations=("eager",),
-        restarts=False,
         begins="position",
         padding="masked",
-        since="5.24",
         tiny={"openai-gpt": [dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)]},
         limits=ABSOLUTE,
     )
@@ -119,14 +109,11 @@ register(
 register(
     Adapter(
         name="XGLM",
-        masks="own",
+        **UNPOSITIONED,
         unshared={"XGLMAttention": causal},
-        implementations=("eager",),
-        restarts=False,
         reject=lambda config: at_random(config.layerdrop),
         begins="position",
         padding="masked",
-        since="5.24",
         tiny={"xglm": [dict(ffn_dim=96, attention_dropout=0.0, dropout=0.0)]},
         limits=f"load it with attention_dropout=0.0, dropout=0.0; {ABSOLUTE}",
     )
@@ -135,7 +122,7 @@ register(
 register(
     Adapter(
         name="TrOCR (decoder)",
-        masks="own",
+        **UNPOSITIONED,
         # Positions are counted in the row, which no argument changes.
         unshared={
             "TrOCRAttention": causal,
@@ -143,10 +130,7 @@ register(
             "TrOCRSinusoidalPositionalEmbedding": no_mask,
         },
         reject=lambda config: at_random(config.decoder_layerdrop),
-        implementations=("eager",),
-        restarts=False,
         begins="column",
-        since="5.24",
         tiny={
             "trocr": [
                 dict(decoder_ffn_dim=96, dropout=0.0, cross_attention_hidden_size=64),

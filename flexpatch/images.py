@@ -164,18 +164,20 @@ def rope_positions(
     types: np.ndarray | None,
     sizes: Mapping[str, np.ndarray],
     record: Media,
-) -> Tensor | None:
+) -> tuple[Tensor | None, Tensor | None]:
     """Let the model's own method compute the rope positions of a batch, on the host: it reads them token by token.
 
     Args:
-        backbone: The backbone. Its ``rope_deltas`` are set as an unpatched call sets them.
-        call: The batch's call.
+        backbone: The backbone. Its ``rope_deltas``, which the method sets, are put back: only the model's own calls,
+            and batches that stand for them, may leave any for generation.
+        call: The batch's call; of its arguments those that the record passes on.
         ids, mask, types: (N, S) of the batch, on the host.
         sizes: Of its images, by the names of arguments.
         record: Of the multimodal class.
 
     Returns:
-        (axes, N, S) int64 on the host; ``None`` where the model counts columns.
+        (axes, N, S) int64, and the ``rope_deltas`` that an unpatched call would leave, on the host; ``None`` where the
+        model counts columns, and leaves none.
     """
     method = backbone.compute_3d_position_ids
     known: dict[str, Any] = {name: torch.from_numpy(numbers) for name, numbers in sizes.items()}
@@ -185,11 +187,12 @@ def rope_positions(
     for name in record.passed:
         value = call.get(name)
         known[name] = value.cpu() if isinstance(value, Tensor) else value
-    positions: Tensor | None = method(**{name: known.get(name) for name in signature(method).parameters})
-    deltas = getattr(backbone, "rope_deltas", None)
-    if isinstance(deltas, Tensor):
-        backbone.rope_deltas = deltas.to(call["input_ids"].device)
-    return positions
+    earlier, backbone.rope_deltas = getattr(backbone, "rope_deltas", None), None
+    try:
+        positions: Tensor | None = method(**{name: known.get(name) for name in signature(method).parameters})
+        return positions, backbone.rope_deltas
+    finally:
+        backbone.rope_deltas = earlier
 
 
 def media_obstacle(record: Media, backbone: nn.Module, call: Mapping[str, Any]) -> str | None:

@@ -271,17 +271,3 @@ def multimodal_types() -> dict[str, Media]:
     """Return all types of multimodal classes with a record, in order of registration."""
     importlib.import_module("flexpatch.adapters")
     return dict(_media)
-
-
-def runs(inside: np.ndarray) -> np.ndarray:
-    """Number the runs of marked tokens in each sequence.
-
-    Args:
-        inside: (N, S) bool.
-
-    Returns:
-        (N, S) int64, -1 for other tokens.
-    """
-    before = np.zeros_like(inside)
-    before[:, 1:] = inside[:, :-1]
-    return np.where(inside, np.cumsum(inside & ~before, 1) - 1, -1)

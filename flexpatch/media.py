@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flexpatch.blocks import firsts_of, stops_of
 from flexpatch.fold import Folded, predicting_padding
 from flexpatch.images import Held, identities, rope_positions, select
 from flexpatch.layouts import TYPES, Media, Unit, media_of, placeholders_of
@@ -150,9 +151,12 @@ def images_of(
         kinds += [kind] * len(own)
     last = None
     if record.blocks is not None and types is not None:
-        last, split = _name_blocks(record.blocks(config, types), seen, ids, keys, names)
+        stops, split = stops_of(np.where(seen, record.blocks(config, types), -1))
         if split and reason is None:
             reason = "with two-way blocks that padding or other tokens interrupt"
+        for row, first in zip(*firsts_of(stops), strict=True):  # the first token of a block names all of it
+            last, block = stops, keys[row, first : stops[row, first] + 1]
+            keys[row, first] = names.of(("block", block.tobytes()), ids[row, first])
     originals = np.array(names.originals, np.int64)
     beyond = 0
     if last is not None and record.beyond_windows:
@@ -174,30 +178,6 @@ class _Names:
             self._numbers[what] = KEYS + len(self.originals)
             self.originals.append(int(token))
         return self._numbers[what]
-
-
-def _name_blocks(
-    blocks: np.ndarray, seen: np.ndarray, ids: np.ndarray, keys: np.ndarray, names: _Names
-) -> tuple[np.ndarray | None, bool]:
-    """Let the first token of each two-way block name all of it. ``keys`` are changed in place.
-
-    Returns:
-        The column of the last token of each token's block (-1 outside), ``None`` without blocks; and whether one is in
-        several pieces.
-    """
-    blocks = np.where(seen, blocks, -1)
-    edge = np.full((len(blocks), 1), -1)
-    begins = (blocks >= 0) & (blocks != np.hstack([edge, blocks[:, :-1]]))
-    ends = (blocks >= 0) & (blocks != np.hstack([blocks[:, 1:], edge]))
-    (rows, firsts), lasts = np.nonzero(begins), np.nonzero(ends)[1]
-    if not len(rows):
-        return None, False
-    split = len({*zip(rows.tolist(), blocks[rows, firsts].tolist(), strict=True)}) < len(rows)
-    column = np.full(blocks.shape, -1)
-    for row, start, stop in zip(rows, firsts, lasts, strict=True):
-        column[row, start : stop + 1] = stop
-        keys[row, start] = names.of(("block", keys[row, start : stop + 1].tobytes()), ids[row, start])
-    return column, split
 
 
 @dataclass(frozen=True)
@@ -293,8 +273,10 @@ def row_arguments(
     picked = [row.picked[images.kinds[row.picked] == kind] for kind in range(len(held))]
     shown = select(held, [[images.units[k] for k in own] for own in picked])
     if record.three_axes and call.get("position_ids") is None:
-        positions = rope_positions(backbone, call, batch.ids, batch.mask, images.types, images.sizes, record)
+        positions, deltas = rope_positions(backbone, call, batch.ids, batch.mask, images.types, images.sizes, record)
         if positions is not None:
+            if deltas is not None:
+                backbone.rope_deltas = deltas.to(call["input_ids"].device)  # as an unpatched call leaves them
             flat = positions.flatten(1)
             if not row.agree(flat.numpy()):
                 return "whose equal tokens have different rope positions"

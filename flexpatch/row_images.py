@@ -203,7 +203,7 @@ class _Found:
         self.unit_of[at] = np.repeat(len(self.kinds) + np.arange(len(units)), filled)
         self.kinds += [kind] * len(units)
         for unit in units:
-            own = {name: slice(*unit.spans[name]) for name in layout.sizes}
+            own = {name: slice(*unit.spans[name]) for name in sizes}
             self.sizes.append({name: sizes[name][span] for name, span in own.items()})
 
     def sizes_in(self, index: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -212,6 +212,6 @@ class _Found:
         units = np.where(mask, self.unit_of[index], -1)
         for kind, layout in enumerate(self.layouts):
             order = [u for row in units for u in dict.fromkeys(row[row >= 0].tolist()) if self.kinds[u] == kind]
-            for name in layout.sizes if order else ():
+            for name in self.sizes[order[0]] if order else ():
                 found[name] = np.concatenate([self.sizes[u][name] for u in order])
         return found

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
+from flexpatch.blocks import stops_of
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.images import rope_positions
 from flexpatch.internals import text_config
@@ -49,17 +49,11 @@ def blocks_of(
     for index in batches:
         mask = _mask(index)
         blocks = np.where(mask, record.blocks(inner.config, types[index]), -1)
-        before = np.full(blocks.shape, -1)
-        before[:, 1:] = blocks[:, :-1]
-        rows, columns = np.nonzero((blocks >= 0) & (blocks != before))
-        if len(set(zip(rows.tolist(), blocks[rows, columns].tolist(), strict=True))) < len(rows):
+        columns, split = stops_of(blocks)
+        if split:
             raise FlexpatchError(_BROKEN)
-        ends = np.ones(index.shape, bool)
-        ends[:, :-1] = blocks[:, 1:] != blocks[:, :-1]
-        columns = np.where(ends, np.arange(index.shape[1]), index.shape[1])
-        columns = np.minimum.accumulate(columns[:, ::-1], 1)[:, ::-1]
-        stops = np.where(blocks >= 0, np.take_along_axis(index, columns, 1), index)
-        inside = (blocks >= 0) & mask
+        inside = columns >= 0
+        stops = np.where(inside, np.take_along_axis(index, np.maximum(columns, 0), 1), index)
         if (stops - index != columns - np.arange(index.shape[1]))[inside].any():
             raise FlexpatchError(_BROKEN)
         last[index[mask]] = stops[mask]
@@ -101,7 +95,7 @@ def axes_of(
     """Let the model's own method compute rope positions of all sequences.
 
     Args:
-        backbone: The backbone. Its ``rope_deltas`` stay as they are: generation goes on from a call of its own.
+        backbone: The backbone.
         record: Of the multimodal class.
         batches: As in :func:`blocks_of`.
         ids, types: (B * L,) of the rows.
@@ -113,16 +107,12 @@ def axes_of(
     Raises:
         FlexpatchError: If sequences give a token that they share different positions.
     """
-    deltas, call = getattr(backbone, "rope_deltas", None), dict(input_ids=torch.empty(0))
     each: list[tuple[np.ndarray, np.ndarray, np.ndarray | None]] = []
-    try:
-        for index in batches:
-            mask = _mask(index)
-            sizes = sizes_in(index, mask)
-            positions = rope_positions(backbone, call, ids[index], mask, types[index], sizes, record) if sizes else None
-            each.append((index, mask, None if positions is None else positions.numpy()))
-    finally:
-        backbone.rope_deltas = deltas
+    for index in batches:
+        mask, positions = _mask(index), None
+        if sizes := sizes_in(index, mask):
+            positions, _ = rope_positions(backbone, {}, ids[index], mask, types[index], sizes, record)
+        each.append((index, mask, None if positions is None else positions.numpy()))
     axes = next((len(positions) for *_, positions in each if positions is not None), None)
     if axes is None:
         return None
