@@ -1,5 +1,6 @@
 """Qwen2-VL to Qwen3-VL and GLM-4V: their images are grids of patches, and rope has three axes."""
 
+from dataclasses import replace
 from typing import Any
 
 from flexpatch.layouts import Grid, Media, register_media, videos_like
@@ -64,7 +65,7 @@ register(
 
 register_media(
     Media(
-        name="Qwen2-VL, Qwen2.5-VL, Qwen3-VL, GLM-4V",
+        name="Qwen2-VL, Qwen2.5-VL, Qwen3-VL",
         images=Grid(),
         videos=videos_like(Grid()),
         draw=draw_grid(),
@@ -76,7 +77,20 @@ register_media(
             "qwen2_5_vl": [QWEN2_5],
             "qwen3_vl": [QWEN3],
             "qwen3_vl_moe": [QWEN3_MOE],
-            "glm4v": [GLM],
         },
+    )
+)
+
+register_media(
+    Media(
+        name="GLM-4V",
+        images=Grid(),
+        # Frames of its videos fill placeholders of images, between other tokens.
+        videos=replace(videos_like(Grid()), token="image_token_id"),
+        draw=draw_grid(),
+        types="mm_token_type_ids",
+        three_axes=True,
+        limits="rows of your own take no videos, whose placeholders are those of images",
+        tiny={"glm4v": [GLM]},
     )
 )

@@ -229,6 +229,10 @@ class Media:
         """Return the layouts of all kinds of media that fold."""
         return [self.images] if self.videos is None else [self.images, self.videos]
 
+    def one_token(self) -> bool:
+        """Tell whether images and videos fill the same placeholders, so that no call has both."""
+        return self.videos is not None and self.videos.token == self.images.token
+
     def lacking(self) -> list[str]:
         """Return the packages of ``needs`` that are not installed."""
         return [package for package in self.needs if find_spec(package) is None]

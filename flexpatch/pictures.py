@@ -220,7 +220,7 @@ def call_with_images(
     for kind, layout in enumerate(record.layouts(), 1):
         tensors = together(layout, images)
         call |= {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
-        types[ids == getattr(config, layout.token, -1)] = kind
+        types[(ids == getattr(config, layout.token, -1)) & (types == 0)] = kind
     if record.text_blocks:  # types tell answers from prompts
         types[:] = 0
         for row, sequence, answer in zip(types, sequences, answers, strict=True):

@@ -117,15 +117,17 @@ def _key(inner: PreTrainedModel, rows: Rows) -> Any:
 def _shown(inner: PreTrainedModel, rows: Rows, record: Media) -> Shown:
     config, backbone = inner.config, backbone_of(inner)
     ids, ends = (x.numpy(force=True).astype(np.int64) for x in (rows.input_ids, rows.ends))
-    found = _Found(record, config, rows, ids.ravel())
-    arguments = tensors_of(record, rows.images, _dtype(inner))
     types = types_of(record, config, ids.ravel(), None if rows.scored is None else rows.scored.numpy(force=True))
     kinds = {} if record.types is None else {record.types: torch.from_numpy(types)[None]}
     for each in rows.images:
         passed = sorted(each.given.keys() & record.passed) if record.three_axes else []
         reason = f"{passed[0]}, which moves rope positions" if passed else record.reject(dict(each.given) | kinds)
+        if record.one_token() and record.layouts()[1].names[0] in each.given:
+            reason = "videos of this model, whose placeholders are those of images"
         if reason is not None:
             raise UnsupportedModelError(f"{each.name}: rows cannot run with {reason}. Ordinary batches can")
+    found = _Found(record, config, rows, ids.ravel())
+    arguments = tensors_of(record, rows.images, _dtype(inner))
     if (reason := media_obstacle(record, backbone, arguments)) is not None:
         raise UnsupportedModelError(f"rows cannot run with {reason}")
     batches = in_batches(sequences_of(ends))
@@ -159,7 +161,7 @@ class _Found:
         self.unit_of = np.full(ids.size, -1)
         self.kinds: list[int] = []
         self.sizes: list[dict[str, np.ndarray]] = []
-        for kind, layout in enumerate(record.layouts()):
+        for kind, layout in enumerate(self.layouts[:1] if record.one_token() else self.layouts):
             token = getattr(config, layout.token, None)
             for each in rows.images:
                 at = each.start + np.flatnonzero(ids[each.start : each.stop] == token)
@@ -210,7 +212,7 @@ class _Found:
         """Return the sizes of a batch's images, sequence by sequence, as a call holds them."""
         found: dict[str, np.ndarray] = {}
         units = np.where(mask, self.unit_of[index], -1)
-        for kind, layout in enumerate(self.layouts):
+        for kind in range(len(self.layouts)):
             order = [u for row in units for u in dict.fromkeys(row[row >= 0].tolist()) if self.kinds[u] == kind]
             for name in self.sizes[order[0]] if order else ():
                 found[name] = np.concatenate([self.sizes[u][name] for u in order])

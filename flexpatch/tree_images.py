@@ -41,7 +41,7 @@ def types_of(record: Media, config: Any, ids: np.ndarray, scored: np.ndarray | N
         types[[] if scored is None else scored] = 1
         return types
     for kind, layout in enumerate(record.layouts(), 1):
-        types[ids == getattr(config, layout.token, -1)] = kind
+        types[(ids == getattr(config, layout.token, -1)) & (types == 0)] = kind
     return types
 
 
