@@ -243,25 +243,34 @@ def fold_obstacle(batch: Batch, folded: Folded, config: Any, adapter: Adapter) -
     return None
 
 
-def gains(config: Any, counts: Counts, columns: int, mask_dtype: torch.dtype | None) -> bool:
+def gains(
+    config: Any, counts: Counts, columns: int, mask_dtype: torch.dtype | None, tower: int = 0, tower_run: int = 0
+) -> bool:
     """Tell whether one row of ``counts.computed`` tokens costs at most ``WORTH`` of the batch.
 
     Block masks skip what is hidden. The dense backend computes all pairs of the row: to a layer of D hidden units a
-    pair costs 4 D FLOPs, a token about 24 D^2.
+    pair costs 4 D FLOPs, a token about 24 D^2. A vision tower runs on the row's images alone.
 
     Args:
         config: The configuration of the model's text stack.
         counts: Tokens of the batch and of the row.
         columns: S.
         mask_dtype: ``None`` for block masks; another for the dense backend.
+        tower: FLOPs of a vision tower for all images of the batch.
+        tower_run: For those of the row.
 
     Returns:
         Whether to fold the batch.
     """
-    if mask_dtype is None:
+    if mask_dtype is None and not tower:
         return counts.computed <= WORTH * counts.padded
     token = 6 * config.hidden_size
-    return counts.computed * (token + counts.computed) <= WORTH * counts.padded * (token + columns)
+    pairs, given = (0, 0) if mask_dtype is None else (counts.computed, columns)
+    row, batch = float(counts.computed * (token + pairs)), float(counts.padded * (token + given))
+    if tower:
+        pair = 4 * config.hidden_size * config.num_hidden_layers
+        row, batch = row + tower_run / pair, batch + tower / pair
+    return row <= WORTH * batch
 
 
 @torch.compiler.assume_constant_result

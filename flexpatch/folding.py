@@ -39,6 +39,7 @@ from flexpatch.padding_free import VARLEN, find_starts, fold_sequences
 from flexpatch.refusals import check_mode, longrope_limit, scaling_limit
 from flexpatch.registry import adapter_for
 from flexpatch.row_calls import row_inputs
+from flexpatch.towers import TowerWorks, Works
 
 Exit = Callable[[Any], None]
 
@@ -72,6 +73,7 @@ class Folding:
         self.padding_skipped: bool | None = None
         self.counts: deque[Counts] = deque(maxlen=10_000)
         self.latest: _Latest | None = None
+        self.works = TowerWorks()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the latest batch out of copies of a model: masks hold functions that cannot be pickled."""
@@ -187,7 +189,7 @@ class Folding:
         )  # fmt: skip
         latest = self.latest
         if watched or latest is None or latest.key != key or not np.array_equal(latest.arrays, arrays):
-            latest = _folded(backbone, config, batch, dtype, device)
+            latest = _folded(backbone, config, batch, dtype, device, self.works.of(backbone, held, batch.images))
             self.latest = latest = replace(latest, key=key, arrays=arrays)
         return latest, batch
 
@@ -223,14 +225,19 @@ def _decline_cache(backbone: PreTrainedModel, config: Any, call: dict[str, Any],
     return cached
 
 
-def _folded(backbone: PreTrainedModel, config: Any, batch: Batch, dtype: Any, device: torch.device) -> _Latest:
+def _folded(
+    backbone: PreTrainedModel, config: Any, batch: Batch, dtype: Any, device: torch.device, works: Works
+) -> _Latest:
     """Fold a batch to a row on ``device``, if that is exact and gains. ``dtype``: as of :func:`mask_dtype`."""
     ids, mask, adapter = batch.ids, batch.mask, adapter_for(backbone.config)
     check_ids(placeholders_out(backbone.config, ids), mask, config.vocab_size)
     ids = ids if batch.images is None else batch.images.keys
 
+    def gain(counts: Counts, *tower: int) -> bool:
+        return gains(config, counts, ids.shape[1], dtype, *tower)
+
     def worth(counts: Counts) -> bool:
-        return gains(config, counts, ids.shape[1], dtype)
+        return gain(counts) or gain(counts, works())  # at most: which images are left is known later
 
     folded, reason = None, batch_obstacle(batch)
     if reason is None and batch.restarts():
@@ -249,6 +256,8 @@ def _folded(backbone: PreTrainedModel, config: Any, batch: Batch, dtype: Any, de
         if isinstance(outcome, str):
             return _Latest(Counts(ids.size, ids.size, ids.size, outcome))
         folded, placed = outcome
+        if not gain(folded.counts) and not gain(folded.counts, works(), works(placed.picked)):
+            return _Latest(Counts(ids.size, ids.size, ids.size, LITTLE))
     reason = fold_obstacle(batch, folded, config, adapter)
     eager_rows = dtype is not None and dtype.is_floating_point
     if is_flash(batch.original) and eager_rows and mask is not None and predicting_padding(mask).any():

@@ -10,10 +10,10 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from flexpatch.collator import Collator
 from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.image_files import Picture
-from flexpatch.internals import decoder_of
 from flexpatch.layouts import Media, multimodal_types
 from flexpatch.models import load_config
 from flexpatch.processing import COLUMNS
+from flexpatch.towers import Tower, measured
 from flexpatch.tree import Layout
 
 KEYS = 1 << 30  # keys of images in place of token ids, from here on
@@ -31,52 +31,6 @@ class Shown(NamedTuple):
     key: int
     tokens: int
     flops: int
-
-
-class Tower(NamedTuple):
-    """Sizes of a vision tower that FLOPs depend on.
-
-    Attributes:
-        blocks: Weights of the linear layers of all its blocks, which each patch passes.
-        others: Matrices around them, which each token passes.
-        patch: Weights of the embedding of patches.
-        depth: Number of blocks.
-        width: Width of the hidden states.
-        side: Pixels along a patch.
-        frames: Frames in a patch.
-        window: Patches of a window of attention; 0: there are no windows.
-        full: Number of blocks without windows.
-    """
-
-    blocks: int
-    others: int
-    patch: int
-    depth: int
-    width: int
-    side: int
-    frames: int
-    window: int
-    full: int
-
-    def patches(self, pixels: torch.Tensor) -> tuple[int, int]:
-        """Count the patches of an image that a processor made, and of a tile of it."""
-        every = pixels.numel() // (3 * self.frames * self.side**2)
-        tiles = pixels.shape[:-3].numel() if pixels.ndim > 3 else 1
-        return every, every // max(tiles, 1)
-
-    def flops(self, patches: int, tile: int, tokens: int) -> int:
-        """Return the FLOPs of an image's forward pass.
-
-        Args:
-            patches: Of the image.
-            tile: Patches that see each other in blocks without windows.
-            tokens: That come out.
-
-        Returns:
-            Their number.
-        """
-        pairs = self.full * patches * tile + (self.depth - self.full) * patches * min(tile, self.window or tile)
-        return 2 * ((self.blocks + self.patch) * patches + self.others * tokens) + 4 * self.width * pairs
 
 
 def tower_of(config: Any) -> Tower | None:
@@ -100,30 +54,7 @@ def tower_of(config: Any) -> Tower | None:
             "size: name a preset of a text model's size as --model, and only tokens of images are counted"
         )
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    text = {id(m) for part in (decoder_of(model), model.get_output_embeddings()) for m in part.modules()}
-    tower = [m for m in model.modules() if id(m) not in text]
-    lists = [m for m in tower if isinstance(m, torch.nn.ModuleList)]
-    blocks = list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))
-    inside = {id(m) for block in blocks for m in block.modules()}
-    linear = [m for m in tower if isinstance(m, torch.nn.Linear)]
-    others = [m for m in tower if not isinstance(m, torch.nn.Embedding) and id(m) not in inside]
-    window, side = getattr(vision, "window_size", 0) or 0, _one(vision.patch_size)
-    return Tower(
-        blocks=sum(m.weight.numel() for m in linear if id(m) in inside),
-        others=sum(p.numel() for m in others for p in m.parameters(recurse=False) if p.ndim == 2),
-        patch=sum(m.weight.numel() for m in tower if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))),
-        depth=len(blocks),
-        width=next((p.numel() for block in blocks for p in block.parameters() if p.ndim == 1), 0),
-        side=side,
-        frames=getattr(vision, "temporal_patch_size", 1) or 1,
-        window=(window // side) ** 2,
-        full=len(getattr(vision, "fullatt_block_indexes", None) or blocks),
-    )
-
-
-def _one(size: Any) -> int:
-    return int(size[0] if isinstance(size, (list, tuple)) else size)
+        return measured(AutoModelForImageTextToText.from_config(config))
 
 
 class Gallery:

@@ -146,7 +146,7 @@ def test_the_documentation_shows_the_support_table() -> None:
 def test_adapters_are_data() -> None:
     for name, source in ADAPTERS.items():
         others = {module for module in imports(source) if module.split(".")[0] not in sys.stdlib_module_names}
-        allowed = {f"flexpatch.{module}" for module in ("registry", "layouts", "pictures", "tiny")}
+        allowed = {f"flexpatch.{module}" for module in ("registry", "layouts", "blocks", "pictures", "tiny")}
         assert others and others <= allowed, name
 
 
@@ -196,7 +196,8 @@ def test_only_some_files_know_transformers_and_flex() -> None:
     stages = {"branching", "calls", "checkpointing", "compiled", "folding", "forward", "row_calls", "row_images"}
     assert (
         importers("transformers")
-        <= {"internals", "dispatch", "models", "env", "parity", "verify", "callbacks", "trl", "image_costs"} | stages
+        <= {"internals", "dispatch", "models", "env", "parity", "verify", "callbacks", "trl", "image_costs", "towers"}
+        | stages
     )
     assert {"internals", "dispatch"} <= importers("transformers")
     assert importers(FLEX) == {"arrival", "attention", "compiled", "dispatch", "masks", "row_calls", "unshare"}

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 import flexpatch
-from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, images, layouts, media
+from flexpatch import FlexpatchError, FlexpatchWarning, UnsupportedModelError, images, layouts, media, towers
+from flexpatch.calls import LITTLE
 from flexpatch.float64 import Float64
 from flexpatch.layouts import Drawn, Grid, Media, Stacked, Unit, multimodal_types
 from flexpatch.models import TINY, check_architecture, tiny_config, tiny_model, tiny_types, variants
@@ -44,7 +45,9 @@ WRONG = 1e-2
 
 
 @pytest.fixture(autouse=True)
-def _fold_always(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fold_always(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "real_gains" in request.keywords:
+        return
     monkeypatch.setattr("flexpatch.folding.gains", lambda *args: True)
 
 
@@ -404,6 +407,28 @@ class TestCalls:
         assert apart(ours, theirs) < BOUND
         saved = flexpatch.savings(model)
         assert (saved.folded, saved.images, saved.images_run) == (1, 6, 3)
+
+
+@pytest.mark.real_gains
+@torch.no_grad()
+def test_work_of_the_tower_is_a_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense row of this pair computes almost as many tokens and pairs as its batch, but its image is run once."""
+    model = flexpatch.apply(tiny_model("llava"))
+    one, other = drawn("llava", model.config, [0, 0])
+    answers = [text(np.random.default_rng(n), 12) for n in range(2)]
+
+    def reasons(*shown: Drawn) -> dict[str, int]:
+        flexpatch.remove(model)
+        flexpatch.apply(model)
+        each = zip(shown, answers, strict=True)
+        pictured = Pictured([image.tokens + answer for image, answer in each], [[image] for image in shown], [12] * 2)
+        logps(model, call_of("llava", model.config, pictured))
+        return dict(flexpatch.savings(model).reasons)
+
+    assert reasons(one, copied(one)) == {}
+    assert reasons(one, other) == {LITTLE: 1}
+    monkeypatch.setattr(towers, "measured", lambda backbone: None)
+    assert reasons(one, copied(one)) == {LITTLE: 1}
 
 
 @parameterized.expand([("llava_next",), ("llava_onevision",)])
