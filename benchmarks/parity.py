@@ -1,6 +1,7 @@
 """Checks parity of every registered architecture, rows and folded batches, and writes the tables of the documentation.
 
     python benchmarks/parity.py                                # CPU, float64
+    python benchmarks/parity.py --images                       # prompts with images alone, of multimodal classes
     python benchmarks/parity.py --device cuda --dtype bfloat16 --jobs 14 --reports runs/parity.jsonl --minutes 8
 
 Each row is the worst of an architecture's tiny random models (one per mask, window and rope variant). First variants
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from flexpatch.layouts import multimodal_types
 from flexpatch.models import tiny_model, tiny_types, variants
 from flexpatch.parity import Check, Report, check_parity
 
@@ -27,13 +29,20 @@ HEAD = (
     "error (bound) | folded | controls off by |\n|---|---|---|---|---|---|---|---|"
 )
 
+IMAGES_HEAD = (
+    "| `model_type` | variants | leaking tokens | log-probs, rows: error, nats | folded | gradients of text, rows: error "
+    "| folded | of the tower, rows | folded | images taken as equal, nats | weakest control |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float64", choices=["float64", "float32", "bfloat16"])
     parser.add_argument("--backend", default="auto", choices=["auto", "flex", "dense"])
-    parser.add_argument("--types", nargs="+", choices=tiny_types(), default=tiny_types(), metavar="TYPE")
+    parser.add_argument("--types", nargs="+", choices=tiny_types(), metavar="TYPE", help="default: all")
+    parser.add_argument("--images", action="store_true", help="print the checks on prompts with images")
     parser.add_argument("--variants", type=int, help="most variants of each type")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument(
@@ -42,6 +51,7 @@ def main() -> int:
     parser.add_argument("--reports", type=Path, help="JSON Lines file: read its reports, and append the missing ones")
     parser.add_argument("--table", type=Path, help="write settings and table to this file too")
     options = parser.parse_args()
+    options.types = options.types or [t for t in tiny_types() if not options.images or t in multimodal_types()]
     how = dict(device=options.device, dtype=options.dtype, backend=options.backend)
     cases = [(t, v) for t in options.types for v in range(len(variants(t)))[: options.variants]]
     cases.sort(key=lambda case: case[1])
@@ -70,7 +80,7 @@ def main() -> int:
             if options.minutes and seconds > 60 * options.minutes:
                 pool.shutdown(wait=False, cancel_futures=True)
     done = {case: done[case] for case in cases if case in done}
-    text = table(options.types, done)
+    text = table(options.types, done, images=options.images)
     print(text)
     if options.table:
         options.table.parent.mkdir(parents=True, exist_ok=True)
@@ -112,15 +122,15 @@ def keep(path: Path, how: dict[str, Any], case: tuple[str, int], report: Report)
         print(json.dumps(dict(how=how, type=case[0], variant=case[1], report=report.as_dict())), file=file)
 
 
-def table(types: list[str], done: dict[tuple[str, int], Report]) -> str:
+def table(types: list[str], done: dict[tuple[str, int], Report], images: bool = False) -> str:
     """Write settings, and a row for each type, as Markdown for the documentation."""
     if not done:
         return "nothing was verified"
     settings = next(iter(done.values())).settings
-    lines = [" · ".join(f"{key} {value}" for key, value in settings.items()), "", HEAD]
+    lines = [" · ".join(f"{key} {value}" for key, value in settings.items()), "", IMAGES_HEAD if images else HEAD]
     for model_type in types:
         if reports := [report for (name, _), report in done.items() if name == model_type]:
-            lines.append(row(model_type, reports))
+            lines.append((images_row if images else row)(model_type, reports))
     return "\n".join(lines)
 
 
@@ -139,6 +149,24 @@ def row(model_type: str, variants: list[Report]) -> str:
             )
             cells.append(f"{worst.error:.0e} ({worst.bound:.0e})")
     cells.append(f"≥ {min(c.error / c.bound for c in checks if c.margin and c.bound):.0e} × bound")
+    if not all(report.passed for report in variants):
+        cells[0] += " **FAILS**"
+    return f"| {' | '.join(cells)} |"
+
+
+def images_row(model_type: str, variants: list[Report]) -> str:
+    """Find the worst of a multimodal class's variants on prompts with images."""
+    checks = [check for report in variants for check in report.checks if ", images" in check.name]
+    parity, controls = ([c for c in checks if (c.margin is None) == right] for right in (True, False))
+    cells = [f"`{model_type}`", str(len(variants))]
+    cells.append(f"{max(check.error for check in parity if check.name.startswith('leak')):.0f}")
+    for kind, tower in (("log-probs", False), ("gradients", False), ("gradients", True)):
+        some = [c for c in parity if c.name.startswith(kind) and ("tower" in c.name) == tower]
+        for folded in (False, True):
+            cells.append(f"{max(c.error for c in some if ('folded' in c.name) == folded):.0e}")
+    equal = [check.error for check in controls if "taken as equal" in check.name]
+    cells.append(f"{min(equal):.1f}")
+    cells.append(f"≥ {min(c.error / c.bound for c in controls if c.bound):.0e} × bound")
     if not all(report.passed for report in variants):
         cells[0] += " **FAILS**"
     return f"| {' | '.join(cells)} |"

@@ -172,7 +172,7 @@ def rope_positions(
             and batches that stand for them, may leave any for generation.
         call: The batch's call; of its arguments those that the record passes on.
         ids, mask, types: (N, S) of the batch, on the host.
-        sizes: Of its images, by the names of arguments.
+        sizes: Of its images, by the names of arguments; of rows with what the record passes on.
         record: Of the multimodal class.
 
     Returns:
@@ -184,9 +184,8 @@ def rope_positions(
     known["input_ids"] = torch.from_numpy(ids)
     known["attention_mask"] = None if mask is None else torch.from_numpy(mask.astype(np.int64))
     known[record.types or ""] = None if types is None else torch.from_numpy(types)
-    for name in record.passed:
-        value = call.get(name)
-        known[name] = value.cpu() if isinstance(value, Tensor) else value
+    for name in record.passed & call.keys():
+        known[name] = call[name].cpu() if isinstance(call[name], Tensor) else call[name]
     earlier, backbone.rope_deltas = getattr(backbone, "rope_deltas", None), None
     try:
         positions: Tensor | None = method(**{name: known.get(name) for name in signature(method).parameters})

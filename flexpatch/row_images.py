@@ -120,8 +120,7 @@ def _shown(inner: PreTrainedModel, rows: Rows, record: Media) -> Shown:
     types = types_of(record, config, ids.ravel(), None if rows.scored is None else rows.scored.numpy(force=True))
     kinds = {} if record.types is None else {record.types: torch.from_numpy(types)[None]}
     for each in rows.images:
-        passed = sorted(each.given.keys() & record.passed) if record.three_axes else []
-        reason = f"{passed[0]}, which moves rope positions" if passed else record.reject(dict(each.given) | kinds)
+        reason = record.reject(dict(each.given) | kinds)
         if record.one_token() and record.layouts()[1].names[0] in each.given:
             reason = "videos of this model, whose placeholders are those of images"
         if reason is not None:
@@ -181,7 +180,7 @@ class _Found:
                 f"{each.name} has images[{unknown[0]!r}], which the model does not take; it takes {takes}"
             )
         entries = layout.entries(each.given)
-        units = []
+        units, sizes = [], dict[str, np.ndarray]()
         if layout.names[0] in entries:
             if not finite(entries):
                 raise FlexpatchError(
@@ -202,11 +201,19 @@ class _Found:
                 f"{each.name}: its {len(units)} {KINDS[kind]}s fill {sum(filled)} placeholders, and its text holds "
                 f"{len(at)} (id {getattr(config, layout.token, None)}): pass all ids that the processor made with them"
             )
+        if record.three_axes and units and layout is self.layouts[-1]:  # lengths of frames, which rope counts
+            for name in record.passed & each.given.keys():
+                sizes[name] = each.given[name].numpy(force=True)
+                if sizes[name].shape != (len(units),):
+                    raise FlexpatchError(
+                        f"{each.name}: {name} has shape {sizes[name].shape}; expected one number for each of its "
+                        f"{len(units)} {KINDS[kind]}s"
+                    )
         self.unit_of[at] = np.repeat(len(self.kinds) + np.arange(len(units)), filled)
         self.kinds += [kind] * len(units)
-        for unit in units:
-            own = {name: slice(*unit.spans[name]) for name in sizes}
-            self.sizes.append({name: sizes[name][span] for name, span in own.items()})
+        for k, unit in enumerate(units):
+            spans = {name: slice(*unit.spans.get(name, (k, k + 1))) for name in sizes}
+            self.sizes.append({name: sizes[name][span] for name, span in spans.items()})
 
     def sizes_in(self, index: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
         """Return the sizes of a batch's images, sequence by sequence, as a call holds them."""

@@ -70,7 +70,17 @@ def tensors_of(record: Media, images: Sequence[Illustrated], dtype: torch.dtype)
             if entries.keys() != names:
                 raise FlexpatchError(f"{each.name} has {sorted(entries)}, and {held[0][0].name} has {sorted(names)}")
         joined |= layout.join({name: _joined(name, [(x, entries[name]) for x, entries in held]) for name in names})
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in joined.items()}
+    arguments = {name: x.to(dtype) if x.is_floating_point() else x for name, x in joined.items()}
+    pixels = record.layouts()[-1].names[0]
+    for name in record.passed:
+        shown = [each for each in images if pixels in each.tensors]
+        lacking = [each for each in shown if name not in each.tensors]
+        having = [each for each in shown if name in each.tensors]
+        if having and lacking:
+            raise FlexpatchError(f"{having[0].name} has {name}, and {lacking[0].name} has none")
+        if having:
+            arguments[name] = torch.cat([each.tensors[name] for each in having])
+    return arguments
 
 
 def _joined(name: str, held: Sequence[tuple[Illustrated, Tensor]]) -> Tensor:

@@ -1,5 +1,6 @@
 """Batches with videos of every class that declares them: log-probs and gradients of separate, unpatched sequences."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -136,3 +137,34 @@ def test_videos_of_rows_with_the_placeholders_of_images() -> None:
     rows = flexpatch.build_rows([[flexpatch.Tree(shown.tokens, [flexpatch.Tree([7])], images=shown.tensors)]])
     with pytest.raises(flexpatch.UnsupportedModelError, match="videos of this model, whose placeholders are those of"):
         flexpatch.model_inputs(model, rows)
+
+
+@pytest.mark.skipif("qwen2_5_vl" not in FILMED, reason="this release has no Qwen2.5-VL")
+@torch.no_grad()
+def test_seconds_of_frames_in_rows() -> None:
+    """They move rope positions: of separate sequences, and of rows."""
+    model = tiny_model("qwen2_5_vl")
+
+    def trees(*seconds: float) -> list[flexpatch.Tree]:
+        found = []
+        for number, each in enumerate(seconds):
+            shown = film("qwen2_5_vl", model.config, 3, 0, number)
+            tensors = {**shown.tensors, "second_per_grid_ts": torch.tensor([each])}
+            answers = [flexpatch.Tree(text(np.random.default_rng(k), 4)) for k in range(2)]
+            found.append(flexpatch.Tree([5, *shown.tokens, 9], answers, images=tensors))
+        return found
+
+    with Float64():
+        right, wrong = (flexpatch.separate_logprobs(model, trees(*each)).tokens for each in ((0.5, 4.0), (4.0, 0.5)))
+        flexpatch.apply(model)
+        ours = flexpatch.answer_logprobs(model, flexpatch.build_rows([trees(0.5, 4.0)])).tokens
+    assert (ours - right).abs().max() < BOUND and (wrong - right).abs().max() > WRONG
+    first, second = trees(0.5, 4.0)
+    bare = replace(second, images={k: x for k, x in (second.images or {}).items() if k != "second_per_grid_ts"})
+    long = replace(second, images={**(second.images or {}), "second_per_grid_ts": torch.ones(2)})
+    for tree, message in (
+        (bare, "has second_per_grid_ts, and sample 1"),
+        (long, "one number for each of its 1 videos"),
+    ):
+        with pytest.raises(flexpatch.FlexpatchError, match=message):
+            flexpatch.model_inputs(model, flexpatch.build_rows([[first, tree]]))
