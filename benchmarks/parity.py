@@ -30,8 +30,8 @@ HEAD = (
 )
 
 IMAGES_HEAD = (
-    "| `model_type` | variants | leaking tokens | log-probs, rows: error, nats | folded | gradients of text, rows: error "
-    "| folded | of the tower, rows | folded | images taken as equal, nats | weakest control |\n"
+    "| `model_type` | variants | leaking tokens | log-probs, rows: error, nats | folded | gradients of text, rows: "
+    "error | folded | of the tower, rows | folded | images taken as equal, nats | weakest control |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
