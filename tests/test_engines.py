@@ -10,7 +10,7 @@ from helpers.engines import needs_engines
 from helpers.example_runs import small_run
 from helpers.oracle import float64_norm, float64_rope
 from helpers.processes import PROGRAMS, ROOT, start_python, torchrun
-from programs import tensor_ranks
+from programs import picture_ranks, tensor_ranks
 from programs.engine_ranks import CASES, Weights, save_model, train, vector
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -164,6 +164,66 @@ def test_ranks_of_other_engines_train_it_too(engine: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_other_cases(engine: str, tmp_path: Path) -> None:
     check(engine, tmp_path, [name for name in cases_of(engine) if name not in FAST])
+
+
+# PackedDPOTrainer weights micro-batches in float32.
+PACKED = 1e-6
+PICTURES = {
+    "qwen2_5_vl": [f"qwen2_5_vl, {name}" for name in ("one line", "own rows", "taken as equal", "lora", "packed")],
+    "qwen2_5_vl, more": ["qwen2_5_vl, frozen tower", "qwen2_5_vl, as given on a rank"],
+    "recomputation": ["qwen2_5_vl, recompute layers", "qwen2_5_vl, recompute layers auto"],
+    "compiled": ["qwen2_5_vl, compile", "gemma3, compile"],
+    "others": [
+        f"{kind}, {name}" for kind in ("gemma3", "llava") for name in ("one line", "own rows", "taken as equal")
+    ],
+    "images on a rank": ["qwen2_5_vl, images on a rank"],
+}
+
+
+def runs_pictures(engine: str, group: str) -> bool:
+    """Whether an engine has these cases. FSDP2 and ZeRO-3 gather a tower's weights on all ranks at once, and so fail in
+    stock training where one of them has no images; ZeRO-3 refuses compiled layers."""
+    return engine == "ddp" or (group != "images on a rank" and (engine, group) != ("zero3", "compiled"))
+
+
+@needs_engines
+@pytest.mark.slow
+@pytest.mark.parametrize("group", PICTURES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_images(engine: str, group: str, tmp_path: Path) -> None:
+    """Losses and weights of the unpatched model under the same engine: in float64; under ZeRO-3, which is float32, no
+    further from one rank's in float64 than twice as far as those."""
+    if not runs_pictures(engine, group):
+        return
+    names, wide = PICTURES[group], engine != "zero3"
+    dtype = torch.float64 if wide else torch.float32
+    picture_ranks.save_models(tmp_path, dtype, {picture_ranks.CASES[name].kind for name in names})
+    script = PROGRAMS / "picture_ranks.py"
+    launch(engine, script, str(dtype).removeprefix("torch."), tmp_path, tmp_path, *names)
+    for name in names:
+        case = picture_ranks.CASES[name]
+        losses, before, weights = torch.load(tmp_path / f"{name}.pt")
+        stock_losses, _, stock = torch.load(tmp_path / f"{picture_ranks.stock_name(name)}.pt")
+        if not wide:
+            true_losses, before, true = picture_ranks.train(case.stock(), tmp_path, torch.float64)
+        else:
+            true_losses, true = stock_losses, stock
+        changed = vector(true, list(true)) - vector(before, list(true))
+        assert weights.keys() == stock.keys() == true.keys() and changed.norm() > 0.1
+        found, own = (
+            [
+                float((vector(each, list(true)) - vector(true, list(true))).norm() / changed.norm()),
+                max(abs(a - b) for a, b in zip(logged, true_losses, strict=True)),
+            ]
+            for logged, each in ((losses, weights), (stock_losses, stock))
+        )
+        print("ERRORS", engine, name, [f"{error:.1e}" for error in found], [f"{error:.1e}" for error in own])
+        exact = PACKED if case.trainer == "packed" else EXACT
+        bounds = [max(exact, 2 * error) for error in own] if wide else [2 * max(own)] * 2
+        if case.equal:
+            assert all(error > CONTROL * bound for error, bound in zip(found, bounds, strict=True)), found
+        else:
+            assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), (name, found, own)
 
 
 def distance(ours: Any, true: Any) -> float:

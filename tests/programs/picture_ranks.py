@@ -21,6 +21,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from helpers.flex import let_flex_train_on_cpu
 from helpers.trl_images import float64_training, turn
 from helpers.trl_processors import make_processor, picture, pictured_model
@@ -80,33 +81,36 @@ class Case:
         return replace(self, trainer=trainer, patched=False, given=False, equal=False, options={}, settings={})
 
 
-def case(kind: str, **changes: Any) -> dict[str, Case]:
-    """A case by its name."""
-    values = [name if value is True else value for name, value in changes.items() if isinstance(value, (str, bool))]
-    settings = [f"{k}={v}" for name in ("options", "settings") for k, v in changes.get(name, {}).items()]
-    return {", ".join([kind, *values, *settings]): Case(kind, **changes)}
+def cases_of(kind: str, **changes: Case) -> dict[str, Case]:
+    return {f"{kind}, {name.replace('_', ' ')}": replace(case, kind=kind) for name, case in changes.items()}
 
 
 CHECKPOINTS = dict(gradient_checkpointing=True)
 # DDP's search for unused parameters and reentrant checkpointing do not go together, in stock training either.
-REENTRANT = dict(gradient_checkpointing_kwargs=dict(use_reentrant=True), ddp_find_unused_parameters=False)
+REENTRANT = CHECKPOINTS | dict(gradient_checkpointing_kwargs=dict(use_reentrant=True), ddp_find_unused_parameters=False)
+COMMON = dict(one_line=Case(), own_rows=Case(trainer="loop"), taken_as_equal=Case(equal=True))
 CASES = {
-    name: each
-    for kind in ("qwen2_5_vl", "gemma3", "llava")
-    for name, each in (
-        case(kind)
-        | case(kind, lora=True)
-        | case(kind, frozen=True)
-        | case(kind, trainer="packed", lora=True)
-        | case(kind, trainer="loop")
-        | case(kind, given=True)
-        | case(kind, alone=True)
-        | case(kind, options=dict(recompute_layers=1), settings=CHECKPOINTS)
-        | case(kind, options=dict(recompute_layers="auto"), settings=CHECKPOINTS | REENTRANT)
-        | case(kind, options=dict(backend="flex", compile=True))
-        | case(kind, equal=True)
-    ).items()
+    **cases_of(
+        "qwen2_5_vl",
+        **COMMON,
+        lora=Case(lora=True),
+        frozen_tower=Case(frozen=True),
+        packed=Case(trainer="packed", lora=True),
+        as_given_on_a_rank=Case(given=True),
+        recompute_layers=Case(options=dict(recompute_layers=1), settings=CHECKPOINTS),
+        recompute_layers_auto=Case(options=dict(recompute_layers="auto"), settings=REENTRANT),
+        compile=Case(options=dict(backend="flex", compile=True)),
+        images_on_a_rank=Case(alone=True),
+    ),
+    **cases_of("gemma3", **COMMON, compile=Case(options=dict(backend="flex", compile=True))),
+    **cases_of("llava", **COMMON),
 }
+
+
+def stock_name(name: str) -> str:
+    """The name of the unpatched training that a case is compared with."""
+    twin = CASES[name].stock()
+    return "stock, " + next(other for other, case in CASES.items() if case.stock() == twin)
 
 
 def rows(alone: bool) -> list[dict[str, Any]]:
@@ -114,7 +118,11 @@ def rows(alone: bool) -> list[dict[str, Any]]:
     found = []
     for n in range(PAIRS):
         shown = [picture(n // 4 % 2 + 2 * (n % 2))] + [picture(5, 16, 24)] * (n % 3 == 0)
-        prompt, wanted, other = ("user", n, 6 + n % 4), ("assistant", n + 10, 5 + 3 * (n % 5)), (n + 20, 12 - 2 * (n % 4))
+        prompt, wanted, other = (
+            ("user", n, 6 + n % 4),
+            ("assistant", n + 10, 5 + 3 * (n % 5)),
+            (n + 20, 12 - 2 * (n % 4)),
+        )
         texts = dict(prompt=turn(*prompt), chosen=turn(*wanted), rejected=turn("assistant", *other))
         found.append(texts | dict(images=[] if alone and n // 4 % 2 else shown))
     return found
@@ -187,7 +195,8 @@ def check_savings(case: Case, saved: Any) -> None:
 def with_loop(case: Case, folder: Path, dtype: torch.dtype) -> tuple[list[float], Weights, Weights]:
     """A plain loop; explicit rows where patched, else padded sequences."""
     AcceleratorState._reset_state(reset_partial_state=True)  # as a trainer's arguments do
-    accelerator = Accelerator()
+    # LLaVA reads the last but one layer of its tower: the last gets no gradients.
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:  # accelerate reads it from a data loader otherwise
         plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=1, zero_allow_untested_optimizer=True)
@@ -246,13 +255,12 @@ def main(dtype: torch.dtype, models: Path, folder: Path, names: list[str]) -> No
     warnings.simplefilter("error", flexpatch.FlexpatchWarning)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         warnings.filterwarnings("ignore", GATHERS[:60], flexpatch.FlexpatchWarning)
-    for name in names:
-        print(f"{name}: starts", flush=True)
-        for part, each in (("stock", CASES[name].stock()), ("ours", CASES[name])):
-            result = train(each, models, dtype)
-            if RANK == 0:
-                torch.save(result, folder / f"{name}, {part}.pt")
-                print(f"{name}, {part}: trained, losses {result[0]}", flush=True)
+    trainings = {stock_name(name): CASES[name].stock() for name in names} | {name: CASES[name] for name in names}
+    for name, case in trainings.items():
+        result = train(case, models, dtype)
+        if RANK == 0:
+            torch.save(result, folder / f"{name}.pt")
+            print(f"{name}: trained", flush=True)
     if RANKS > 1:
         distributed.barrier()
         distributed.destroy_process_group()  # else NCCL warns of it
