@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import processors_offline as offline
 from helpers.tokenizers_offline import make_tokenizer
+from helpers.trl_images import all_equal, float64_training
 from helpers.trl_runs import weights
 from parameterized import parameterized
 from peft import LoraConfig
@@ -21,7 +22,6 @@ import flexpatch
 from flexpatch import Collator, FlexpatchError
 from flexpatch.bins import BinDataset
 from flexpatch.costs import Cost, sizes_of
-from flexpatch.float64 import Float64
 from flexpatch.image_costs import tower_of
 from flexpatch.models import tiny_config, tiny_model
 from flexpatch.picture_bins import Pictured, check_images, pictured_rows
@@ -82,15 +82,15 @@ def step(
         save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, max_grad_norm=0.0, learning_rate=0.1,
         gradient_checkpointing=False, num_train_epochs=1, optim="sgd",
     ) | (settings or {})  # fmt: skip
-    made = trainer(
-        model,
-        args=config(**given),
-        train_dataset=pairs() if data is None else data,
-        processing_class=offline.make_processor(kind),
-        **dict(ref_model=reference) | arguments,
-    )
-    before = weights(made.model)
-    with Float64():
+    with float64_training():
+        made = trainer(
+            model,
+            args=config(**given),
+            train_dataset=pairs() if data is None else data,
+            processing_class=offline.make_processor(kind),
+            **dict(ref_model=reference) | arguments,
+        )
+        before = weights(made.model)
         made.train()
     return made, weights(made.model) - before
 
@@ -124,6 +124,25 @@ def test_a_step_is_that_of_all_pairs() -> None:
 @pytest.mark.slow
 def test_a_step_of_other_layouts(kind: str) -> None:
     check_step(kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [None, False, True], ids=["no checkpoints", "not reentrant", "reentrant"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
+def test_compiled_layers(
+    kind: str, checkpoints: bool | None, flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(gradient_checkpointing_kwargs=dict(use_reentrant=checkpoints))
+    settings = {} if checkpoints is None else settings | dict(gradient_checkpointing=True)
+    _, true = step(DPOTrainer, kind, False, settings | dict(per_device_train_batch_size=5))
+    settings |= dict(gradient_accumulation_steps=100)
+    compiled = dict(backend="flex", compile=True, recompute_layers=1)
+    packed, change = step(PackedDPOTrainer, kind, True, settings, options=compiled, token_budget=BUDGET)
+    assert flexpatch.savings(packed.model).folded == len(packed.bins) > 1
+    assert true.norm() > 0 and (change - true).norm() < EQUAL * true.norm()
+    monkeypatch.setattr("flexpatch.media.identities", all_equal)
+    _, wrong = step(PackedDPOTrainer, kind, True, settings, options=compiled, token_budget=BUDGET)
+    assert (wrong - true).norm() > BROKEN * true.norm()
 
 
 def test_adapters_off_are_the_reference() -> None:

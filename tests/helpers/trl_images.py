@@ -4,7 +4,7 @@ Tiny random models of several classes, processors that are made here, a few step
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -159,3 +159,10 @@ def faults(stock: Outcome, ours: Outcome, bound: float = BOUND) -> list[str]:
         "images ran again and again": any(s.images_run > s.images / 2 or not s.images for s in every),
     }
     return [fault for fault, there in found.items() if there]
+
+
+def all_equal(held: Any, units: Sequence[Any], prints: Any) -> list[int]:
+    """Take images of one size as equal: others would not fit their placeholders."""
+    first: dict[Any, int] = {}
+    sizes = [tuple(stop - start for start, stop in unit.spans.values()) for unit in units]
+    return [first.setdefault((unit.tokens, size), k) for k, (unit, size) in enumerate(zip(units, sizes, strict=True))]

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from helpers.flex import let_flex_train_on_cpu
-from helpers.trl_images import float64_training, turn
+from helpers.trl_images import all_equal, float64_training, turn
 from helpers.trl_processors import make_processor, picture, pictured_model
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
@@ -225,13 +225,6 @@ def with_loop(case: Case, folder: Path, dtype: torch.dtype) -> tuple[list[float]
     return losses, before, whole(accelerator.get_state_dict(model))
 
 
-def _all_equal(held: Any, units: Sequence[Any], prints: Any) -> list[int]:
-    """Take images of one size as equal: others would not fit their placeholders."""
-    first: dict[Any, int] = {}
-    sizes = [tuple(stop - start for start, stop in unit.spans.values()) for unit in units]
-    return [first.setdefault((unit.tokens, size), k) for k, (unit, size) in enumerate(zip(units, sizes, strict=True))]
-
-
 @contextmanager
 def changed(case: Case) -> Iterator[None]:
     """Whatever is unlike on the last rank, and stand-ins for CUDA's memory and settings."""
@@ -239,7 +232,7 @@ def changed(case: Case) -> Iterator[None]:
         if case.kind in LAYERS:
             stack.enter_context(mock.patch.dict(os.environ, FSDP_TRANSFORMER_CLS_TO_WRAP=LAYERS[case.kind]))
         if case.equal and LAST:
-            stack.enter_context(mock.patch("flexpatch.media.identities", _all_equal))
+            stack.enter_context(mock.patch("flexpatch.media.identities", all_equal))
         if case.given and LAST:
             stack.enter_context(mock.patch("flexpatch.folding.gains", lambda *_: False))
         if "recompute_layers" in case.options and not torch.cuda.is_available():
