@@ -141,7 +141,7 @@ def test_compiled_layers(
     assert flexpatch.savings(packed.model).folded == len(packed.bins) > 1
     assert true.norm() > 0 and (change - true).norm() < EQUAL * true.norm()
     monkeypatch.setattr("flexpatch.media.identities", all_equal)
-    _, wrong = step(PackedDPOTrainer, kind, True, settings, options=compiled, token_budget=BUDGET)
+    _, wrong = step(PackedDPOTrainer, kind, True, settings, options=compiled, token_budget=10 * BUDGET)
     assert (wrong - true).norm() > BROKEN * true.norm()
 
 
