@@ -1,12 +1,11 @@
 """Tokens of images by the model's processor, and the work of its vision tower."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoImageProcessor, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from flexpatch.collator import Collator
 from flexpatch.errors import FlexpatchError, first_line
@@ -100,9 +99,8 @@ def tower_of(config: Any) -> Tower | None:
             f"the work of the vision tower of '{config.model_type}' cannot be counted, which takes no patches of one "
             "size: name a preset of a text model's size as --model, and only tokens of images are counted"
         )
-    # By its class: under ZeRO-3 from_config would shard it, which fails without weights.
     with torch.device("meta"):
-        model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](copy.deepcopy(config))
+        model = AutoModelForImageTextToText.from_config(config)
     text = {id(m) for part in (decoder_of(model), model.get_output_embeddings()) for m in part.modules()}
     tower = [m for m in model.modules() if id(m) not in text]
     lists = [m for m in tower if isinstance(m, torch.nn.ModuleList)]

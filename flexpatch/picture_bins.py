@@ -73,18 +73,40 @@ def pictured_rows(
     return list(tqdm(loader, "lengths", disable=None))
 
 
-def check_images(rows: Sequence[Pictured], shards: bool) -> None:
+def shards(accelerator: Any, fsdp: bool) -> bool:
+    """Tell whether ranks hold parts of a model.
+
+    Args:
+        accelerator: The trainer's.
+        fsdp: Whether it has FSDP.
+
+    Returns:
+        Whether they do.
+
+    Raises:
+        FlexpatchError: Under ZeRO-3, where transformers shards every model that is made: a tower cannot be measured.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise FlexpatchError(
+            "packed batches with images cannot be measured under DeepSpeed's ZeRO-3: use FSDP2 or DDP, or the stock "
+            "trainer with flexpatch.apply(model)"
+        )
+    return accelerator.num_processes > 1 and (fsdp or plugin is not None)
+
+
+def check_images(rows: Sequence[Pictured], sharded: bool) -> None:
     """Refuse a dataset of which some micro-batches may have no images, where ranks gather a tower's weights together.
 
     Args:
         rows: Lengths of all rows.
-        shards: Whether ranks hold parts of the model.
+        sharded: Whether ranks hold parts of the model.
 
     Raises:
-        FlexpatchError: If some rows have images, some have none, and ``shards``.
+        FlexpatchError: If some rows have images, some have none, and ``sharded``.
     """
     without = next((i for i, row in enumerate(rows) if not row.images), None)
-    if shards and without is not None and any(row.images for row in rows):
+    if sharded and without is not None and any(row.images for row in rows):
         raise FlexpatchError(
             f"sample {without} has no image, and others have: under FSDP and DeepSpeed a rank whose micro-batch has "
             "none would leave the others waiting in the vision tower. Train with DDP, or give every row an image"

@@ -24,7 +24,7 @@ from flexpatch.errors import FlexpatchError
 from flexpatch.forward import hook_of
 from flexpatch.groups import gather_groups
 from flexpatch.patch import settings_of
-from flexpatch.picture_bins import Pictured, check_images, columns_of_images, pictured_rows
+from flexpatch.picture_bins import Pictured, check_images, columns_of_images, pictured_rows, shards
 from flexpatch.refusals import check_dropout
 
 # Losses of DPOTrainer that are not means over pairs: they average over tokens, or compare pairs with each other.
@@ -72,11 +72,11 @@ class _PackedTrainer(Trainer):
 
     def _pictured(self, sequences: int) -> list[Pictured]:
         """Measure rows with images, of each of which the collator makes so many sequences."""
+        sharded = shards(self.accelerator, self.is_fsdp_enabled)
         config = self.accelerator.unwrap_model(self.model).config
         workers = self.args.dataloader_num_workers
         rows = pictured_rows(self.train_dataset, self.data_collator, config, workers, sequences)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        check_images(rows, sharded and self.accelerator.num_processes > 1)
+        check_images(rows, sharded)
         return rows
 
     def get_train_dataloader(self) -> DataLoader:
@@ -139,7 +139,7 @@ class PackedDPOTrainer(_PackedTrainer, DPOTrainer):
     Raises:
         FlexpatchError: If the model or the reference does not fold, the dataset is streamed, a pair exceeds the
             budget, the loss is not a mean over pairs (sft, aot), or the dataset has images and batches with images of
-            this model do not fold, or some rows have none and ranks shard the model.
+            this model do not fold, some rows have none and ranks shard the model, or ZeRO-3 is on.
         UnsupportedModelError: If dropout is active in training, without ``apply(model, shared_dropout=True)``.
     """
 

@@ -172,21 +172,22 @@ def test_the_other_cases(engine: str, tmp_path: Path) -> None:
 PACKED = 1e-6
 PICTURED = dict(qwen2_5_vl="Qwen2.5-VL", gemma3="Gemma 3", llava="LLaVA")
 PICTURES = {
-    "qwen2_5_vl": [f"qwen2_5_vl, {name}" for name in ("one line", "own rows", "taken as equal", "lora", "packed")],
+    "qwen2_5_vl": [f"qwen2_5_vl, {name}" for name in ("one line", "own rows", "taken as equal", "lora")],
     "qwen2_5_vl, more": ["qwen2_5_vl, frozen tower", "qwen2_5_vl, as given on a rank"],
     "recomputation": ["qwen2_5_vl, recompute layers", "qwen2_5_vl, recompute layers auto"],
     "compiled": ["qwen2_5_vl, compile", "gemma3, compile"],
     "others": [
         f"{kind}, {name}" for kind in ("gemma3", "llava") for name in ("one line", "own rows", "taken as equal")
     ],
+    "packed": ["qwen2_5_vl, packed"],
     "images on a rank": ["qwen2_5_vl, images on a rank"],
 }
 
 
 def pictures_of(engine: str) -> list[str]:
     """The groups of an engine. FSDP2 and ZeRO-3 gather a tower's weights on all ranks at once, and so fail in stock
-    training where one of them has no images; ZeRO-3 refuses compiled layers."""
-    without = dict(ddp=[], fsdp2=["images on a rank"], zero3=["images on a rank", "compiled"])[engine]
+    training where one of them has no images; ZeRO-3 refuses compiled layers and packed images."""
+    without = dict(ddp=[], fsdp2=["images on a rank"], zero3=["images on a rank", "compiled", "packed"])[engine]
     return [group for group in PICTURES if group not in without]
 
 
@@ -255,6 +256,15 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
             assert min(errors.values()) > CONTROL * EXACT, errors
         else:
             assert max(errors.values()) < EXACT, (name, errors)
+
+
+@needs_engines
+@needs_deepspeed
+@pytest.mark.slow
+def test_packed_images_under_zero3_are_refused(tmp_path: Path) -> None:
+    picture_ranks.save_models(tmp_path, torch.float32, ["qwen2_5_vl"])
+    arguments = ("float32", tmp_path, tmp_path, "qwen2_5_vl, packed")
+    assert "ZeRO-3: use FSDP2 or DDP" in launch("zero3", PROGRAMS / "picture_ranks.py", *arguments, fails=True)
 
 
 @needs_engines

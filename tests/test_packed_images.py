@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -24,7 +25,7 @@ from flexpatch.bins import BinDataset
 from flexpatch.costs import Cost, sizes_of
 from flexpatch.image_costs import tower_of
 from flexpatch.models import tiny_config, tiny_model
-from flexpatch.picture_bins import Pictured, check_images, pictured_rows
+from flexpatch.picture_bins import Pictured, check_images, pictured_rows, shards
 from flexpatch.trl import PackedDPOTrainer, PackedKTOTrainer, PackedRewardTrainer
 
 # Relative to what a step changes. Stock accumulation of five pairs differs from one batch by 2e-7: backward passes and
@@ -225,8 +226,19 @@ def test_datasets_that_leave_ranks_waiting() -> None:
     some, none = Pictured(b"a", 9, 9, True), Pictured(b"b", 5, 9, False)
     with pytest.raises(FlexpatchError, match=r"sample 1 has no image.*DDP, or give every row an image"):
         check_images([some, none], True)
-    for rows, shards in (([some, some], True), ([none, none], True), ([some, none], False)):
-        check_images(rows, shards)
+    for rows, sharded in (([some, some], True), ([none, none], True), ([some, none], False)):
+        check_images(rows, sharded)
+
+
+def test_ranks_that_shard() -> None:
+    def ranks(count: int, stage: int | None) -> Any:
+        plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+        return SimpleNamespace(num_processes=count, state=SimpleNamespace(deepspeed_plugin=plugin))
+
+    assert shards(ranks(2, None), True) and shards(ranks(2, 2), False)
+    assert not shards(ranks(1, None), True) and not shards(ranks(2, None), False)
+    with pytest.raises(FlexpatchError, match="ZeRO-3: use FSDP2 or DDP"):
+        shards(ranks(2, 3), False)
 
 
 def totals(rows: list[Pictured]) -> list[int]:
