@@ -226,7 +226,7 @@ def test_images(engine: str, group: str, tmp_path: Path) -> None:
         exact = PACKED if case.trainer == "packed" else EXACT
         bounds = [max(exact, 2 * error) for error in own] if wide else [2 * max(own)] * 2
         if case.equal:
-            assert all(error > CONTROL * bound for error, bound in zip(found, bounds, strict=True)), found
+            assert found[0] > CONTROL * bounds[0] and found[1] > 10 * bounds[1], found
         else:
             assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), (name, found, own)
 
