@@ -3,7 +3,7 @@
 An **item** is one or more dataset rows that share a prompt. A bin holds items up to a budget of shared tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -77,12 +77,29 @@ def prompt_groups(dataset: Any, max_length: int | None, token_budget: int) -> tu
     Returns:
         Row numbers of each group, and its tokens with the prompt counted once.
     """
+
+    def cut(ids: Sequence[int]) -> int:
+        return min(len(ids), max_length or len(ids))
+
+    read = _read(dataset, ["prompt_ids", "completion_ids"])
+    rows = ((np.asarray(prompt, np.int64).tobytes(), cut(prompt), cut(completion)) for prompt, completion in read)
+    return group_by_prompt(rows, token_budget)
+
+
+def group_by_prompt(rows: Iterable[tuple[bytes, int, int]], token_budget: int) -> tuple[list[list[int]], list[int]]:
+    """Group rows by their prompts.
+
+    Args:
+        rows: Of each, a key that is its prompt's alone, and the tokens of prompt and completion.
+        token_budget: Most tokens of a group.
+
+    Returns:
+        As :func:`prompt_groups`.
+    """
     groups: list[list[int]] = []
     lengths: list[int] = []
     latest: dict[bytes, int] = {}
-    for row, (prompt, completion) in enumerate(_read(dataset, ["prompt_ids", "completion_ids"])):
-        key = np.asarray(prompt, np.int64).tobytes()
-        prompt_tokens, tokens = (min(len(ids), max_length or len(ids)) for ids in (prompt, completion))
+    for row, (key, prompt_tokens, tokens) in enumerate(rows):
         group = latest.get(key)
         if group is None or lengths[group] + tokens > token_budget:
             latest[key] = len(groups)

@@ -1,8 +1,9 @@
-"""Lengths of pairs with images, for bins: what the trainer's own collator makes of a pair, and its tower's work."""
+"""Lengths of rows with images, for bins: what the trainer's own collator makes of a row, and its tower's work."""
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
@@ -12,7 +13,7 @@ from flexpatch.costs import Cost, sizes_of
 from flexpatch.errors import FlexpatchError, first_line
 from flexpatch.image_costs import Tower, tower_of
 from flexpatch.layouts import media_of
-from flexpatch.processing import COLUMNS
+from flexpatch.processing import COLUMNS, TEXT
 
 
 def columns_of_images(dataset: Any) -> list[str]:
@@ -20,20 +21,40 @@ def columns_of_images(dataset: Any) -> list[str]:
     return [name for name in COLUMNS if name in (getattr(dataset, "column_names", None) or ())]
 
 
-def pictured_lengths(dataset: Any, collate: Callable[[list[Any]], Any], config: Any, workers: int) -> list[int]:
-    """Count the tokens of each pair with images in a shared row, and its tower's work as tokens.
+class Pictured(NamedTuple):
+    """Lengths of a dataset row with images, as tokens.
 
-    The work of a pair's images is that of as many tokens as pass the text model's layers with equally many FLOPs,
-    forward and without attention, rounded up. An image that several pairs of a bin share is counted for each.
+    Attributes:
+        prompt: Digest of the prompt's ids and images. Equal prompts have equal ones.
+        shared: Tokens of the prompt, and the work of its images: that of as many tokens as pass the text model's layers
+            with equally many FLOPs, forward and without attention, rounded up.
+        answers: Tokens of all its answers.
+        images: Whether it has any.
+    """
+
+    prompt: bytes
+    shared: int
+    answers: int
+    images: bool
+
+
+def pictured_rows(
+    dataset: Any, collate: Callable[[list[Any]], Any], config: Any, workers: int, sequences: int = 2
+) -> list[Pictured]:
+    """Measure each row of a dataset with images, its prompt counted once.
+
+    An image that several rows of a bin share is counted for each, unless their prompts are one.
 
     Args:
         dataset: Dataset of rows with images. All are read, and processed once.
-        collate: Makes a batch of a list of rows: first the prompt with the chosen answer, then with the rejected one.
+        collate: Makes a batch of a list of rows: for two ``sequences`` first the prompt with the chosen answer, then
+            with the rejected one.
         config: Configuration of the model.
         workers: Processes that read images.
+        sequences: Sequences that ``collate`` makes of a row.
 
     Returns:
-        Tokens of each pair, its prompt counted once, and the work of its images.
+        The lengths of each row.
 
     Raises:
         FlexpatchError: If batches with images of this model do not fold, a size is missing in its configuration, or a
@@ -46,13 +67,55 @@ def pictured_lengths(dataset: Any, collate: Callable[[list[Any]], Any], config: 
             "times as large: use the stock trainer"
         )
     per_token = sizes_of(config, config.model_type).flops(Cost(1, 0, 0))
-    measure = partial(_measured, dataset, collate, tower, per_token)
+    measure = partial(_measured, dataset, collate, tower, per_token, sequences)
     rows: Any = range(len(dataset))
     loader: DataLoader[int] = DataLoader(rows, batch_size=1, collate_fn=measure, num_workers=workers)
     return list(tqdm(loader, "lengths", disable=None))
 
 
-def _measured(dataset: Any, collate: Callable[[list[Any]], Any], tower: Tower, per_token: int, rows: list[int]) -> int:
+def shards(accelerator: Any, fsdp: bool) -> bool:
+    """Tell whether ranks hold parts of a model.
+
+    Args:
+        accelerator: The trainer's.
+        fsdp: Whether it has FSDP.
+
+    Returns:
+        Whether they do.
+
+    Raises:
+        FlexpatchError: Under ZeRO-3, where transformers shards every model that is made: a tower cannot be measured.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise FlexpatchError(
+            "packed batches with images cannot be measured under DeepSpeed's ZeRO-3: use FSDP2 or DDP, or the stock "
+            "trainer with flexpatch.apply(model)"
+        )
+    return accelerator.num_processes > 1 and (fsdp or plugin is not None)
+
+
+def check_images(rows: Sequence[Pictured], sharded: bool) -> None:
+    """Refuse a dataset of which some micro-batches may have no images, where ranks gather a tower's weights together.
+
+    Args:
+        rows: Lengths of all rows.
+        sharded: Whether ranks hold parts of the model.
+
+    Raises:
+        FlexpatchError: If some rows have images, some have none, and ``sharded``.
+    """
+    without = next((i for i, row in enumerate(rows) if not row.images), None)
+    if sharded and without is not None and any(row.images for row in rows):
+        raise FlexpatchError(
+            f"sample {without} has no image, and others have: under FSDP and DeepSpeed a rank whose micro-batch has "
+            "none would leave the others waiting in the vision tower. Train with DDP, or give every row an image"
+        )
+
+
+def _measured(
+    dataset: Any, collate: Callable[[list[Any]], Any], tower: Tower, per_token: int, sequences: int, rows: list[int]
+) -> Pictured:
     """Measure one row."""
     (row,) = rows
     try:
@@ -61,24 +124,39 @@ def _measured(dataset: Any, collate: Callable[[list[Any]], Any], tower: Tower, p
         raise FlexpatchError(
             f"sample {row}: the processor failed: {type(error).__name__}: {first_line(error)}"
         ) from error
-    if len(batch["input_ids"]) != 2 or "completion_mask" not in batch:
+    if len(batch["input_ids"]) != sequences or "completion_mask" not in batch:
+        expected = "the chosen and the rejected one" if sequences == 2 else "one"
         raise FlexpatchError(
             f"sample {row}: the data collator made {len(batch['input_ids'])} sequences with {', '.join(batch)}; "
-            "expected the chosen and the rejected one, and completion_mask"
+            f"expected {expected}, and completion_mask"
         )
     given = batch["attention_mask"].bool()
-    prompt = (given & ~batch["completion_mask"].bool())[0].sum()
-    work = _work(batch, tower, int(batch["input_ids"].shape[1]))
-    return int(given.sum() - prompt) + -(-work // (2 * per_token))  # both sequences have the images
+    prompt = (given & ~batch["completion_mask"].bool())[0]
+    tokens, images = int(prompt.sum()), _images(batch)
+    digest = hashlib.sha256(batch["input_ids"][0][prompt].numpy().tobytes())
+    for name, tensor in sorted(images.items()):
+        numbers = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + numbers)
+    work = _work(batch, tower, sequences * int(batch["input_ids"].shape[1]))
+    # All sequences have the images.
+    shared = tokens + -(-work // (sequences * per_token))
+    return Pictured(digest.digest(), shared, int(given.sum()) - sequences * tokens, bool(work))
+
+
+def _images(batch: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a batch's images."""
+    text = (*TEXT, "completion_mask", "label")
+    tensors = {name: x for name, x in batch.items() if isinstance(x, torch.Tensor)}
+    return {name: x for name, x in tensors.items() if name not in text and not name.startswith("KL_")}
 
 
 def _work(batch: Any, tower: Tower, tokens: int) -> int:
-    """Return the FLOPs of the tower for all images of a batch, of which at most ``tokens`` tokens of each come out."""
+    """Return the FLOPs of the tower for all images of a batch, of which at most ``tokens`` tokens come out."""
     pixels: torch.Tensor | None = batch.get("pixel_values")
     if pixels is None:
         return 0
     patches, tile = tower.patches(pixels)
     grids = batch.get("image_grid_thw")
     if grids is None:
-        return tower.flops(patches, tile, 2 * tokens)
-    return sum(tower.flops(t * h * w, h * w, 0) for t, h, w in grids.tolist()) + tower.flops(0, 0, 2 * tokens)
+        return tower.flops(patches, tile, tokens)
+    return sum(tower.flops(t * h * w, h * w, 0) for t, h, w in grids.tolist()) + tower.flops(0, 0, tokens)

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 
-from flexpatch.bins import BinDataset, BinSampler, pair_lengths, prompt_groups, sequence_lengths
+from flexpatch.bins import BinDataset, BinSampler, group_by_prompt, pair_lengths, prompt_groups, sequence_lengths
 from flexpatch.errors import FlexpatchError
 from flexpatch.forward import hook_of
 from flexpatch.groups import gather_groups
 from flexpatch.patch import settings_of
-from flexpatch.picture_bins import columns_of_images, pictured_lengths
+from flexpatch.picture_bins import Pictured, check_images, columns_of_images, pictured_rows, shards
 from flexpatch.refusals import check_dropout
 
 # Losses of DPOTrainer that are not means over pairs: they average over tokens, or compare pairs with each other.
@@ -59,8 +59,8 @@ class _PackedTrainer(Trainer):
             raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
         if (shown := columns_of_images(self.train_dataset)) and not self.takes_images:
             raise FlexpatchError(
-                f"{type(self).__name__} packs no rows with images, and the dataset has a column '{shown[0]}': "
-                "remove it to train on text, or use PackedDPOTrainer or a stock trainer that takes images"
+                f"{type(self).__name__} packs no rows with images, as TRL's takes none, and the dataset has a column "
+                f"'{shown[0]}': remove it to train on text, or train with PackedDPOTrainer or PackedKTOTrainer"
             )
         self.groups, lengths = self._items(token_budget)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -69,6 +69,15 @@ class _PackedTrainer(Trainer):
     def _items(self, token_budget: int) -> tuple[list[list[int]] | None, list[int]]:
         """Return the rows of each item of the dataset (``None``: one), and its length in a shared row."""
         raise NotImplementedError
+
+    def _pictured(self, sequences: int) -> list[Pictured]:
+        """Measure rows with images, of each of which the collator makes so many sequences."""
+        sharded = shards(self.accelerator, self.is_fsdp_enabled)
+        config = self.accelerator.unwrap_model(self.model).config
+        workers = self.args.dataloader_num_workers
+        rows = pictured_rows(self.train_dataset, self.data_collator, config, workers, sequences)
+        check_images(rows, sharded)
+        return rows
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader whose batches are the bins of the epoch."""
@@ -130,7 +139,7 @@ class PackedDPOTrainer(_PackedTrainer, DPOTrainer):
     Raises:
         FlexpatchError: If the model or the reference does not fold, the dataset is streamed, a pair exceeds the
             budget, the loss is not a mean over pairs (sft, aot), or the dataset has images and batches with images of
-            this model do not fold.
+            this model do not fold, some rows have none and ranks shard the model, or ZeRO-3 is on.
         UnsupportedModelError: If dropout is active in training, without ``apply(model, shared_dropout=True)``.
     """
 
@@ -143,9 +152,7 @@ class PackedDPOTrainer(_PackedTrainer, DPOTrainer):
                 f"loss_type {', '.join(sorted(mixed))} is not a mean over pairs: packed batches would change the loss"
             )
         if columns_of_images(self.train_dataset):
-            config = self.accelerator.unwrap_model(self.model).config
-            workers = self.args.dataloader_num_workers
-            return None, pictured_lengths(self.train_dataset, self.data_collator, config, workers)
+            return None, [row.shared + row.answers for row in self._pictured(2)]
         return None, pair_lengths(self.train_dataset, self.args.max_length, self.args.truncation_mode)
 
 
@@ -159,7 +166,7 @@ class PackedRewardTrainer(_PackedTrainer, RewardTrainer):
         args, kwargs: Arguments of RewardTrainer. The model must fold batches (:func:`flexpatch.apply`).
 
     Raises:
-        FlexpatchError: If the model does not fold, the dataset is streamed, or a pair exceeds the budget.
+        FlexpatchError: If the model does not fold, the dataset is streamed or has images, or a pair exceeds the budget.
     """
 
     def _items(self, token_budget: int) -> tuple[None, list[int]]:
@@ -177,15 +184,17 @@ class PackedKTOTrainer(_PackedTrainer, KTOTrainer):
     ``loss_type="apo_zero_unpaired"`` has no such estimate: any packing gives the same gradient.
 
     Args:
-        token_budget: Most tokens of a row: prompts and completions, each once. Rotated completions fill rows of their
-            own, equally long.
+        token_budget: Most tokens of a row: prompts and completions, each once, and the work of the vision tower as in
+            :class:`PackedDPOTrainer`. Rotated completions fill rows of their own, equally long.
         args, kwargs: Arguments of KTOTrainer. Model and reference must fold batches (:func:`flexpatch.apply`).
 
     Raises:
         FlexpatchError: If the model or the reference does not fold, the dataset is streamed, a completion with its
             prompt exceeds the budget, or with ``loss_type="kto"``, if a micro-batch would hold the completions of one
-            prompt alone, or the reference's log-probs are precomputed.
+            prompt alone, or the reference's log-probs are precomputed. For images as :class:`PackedDPOTrainer`.
     """
+
+    takes_images = True
 
     def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
         super().__init__(*args, token_budget=token_budget, **kwargs)
@@ -204,6 +213,9 @@ class PackedKTOTrainer(_PackedTrainer, KTOTrainer):
             )
 
     def _items(self, token_budget: int) -> tuple[list[list[int]], list[int]]:
+        if columns_of_images(self.train_dataset):
+            rows = [(row.prompt, row.shared, row.answers) for row in self._pictured(1)]
+            return group_by_prompt(rows, token_budget)
         return prompt_groups(self.train_dataset, self.args.max_length, token_budget)
 
     @staticmethod

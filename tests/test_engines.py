@@ -10,7 +10,7 @@ from helpers.engines import needs_engines
 from helpers.example_runs import small_run
 from helpers.oracle import float64_norm, float64_rope
 from helpers.processes import PROGRAMS, ROOT, start_python, torchrun
-from programs import tensor_ranks
+from programs import picture_ranks, tensor_ranks
 from programs.engine_ranks import CASES, Weights, save_model, train, vector
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
@@ -80,6 +80,8 @@ def table() -> str:
         more = ", ".join(option for name, option in options.items() if name in names)
         types = [title for kind, title in hybrids.items() if {f"{kind}, unshared", f"{kind}, branched"} <= set(names)]
         more += f", mixers on separate sequences and states that branch ({', '.join(types)})"
+        shown = {picture_ranks.CASES[name].kind for group in pictures_of(engine) for name in PICTURES[group]}
+        more += f", images ({', '.join(title for kind, title in PICTURED.items() if kind in shown)})"
         lines.append(f"| {title} | {trainers} | {more} | {bound} |")
     kinds = {"batches": "batches of a plain loop", "rows": "rows of your own"}
     split = ", ".join(kind for name, kind in kinds.items() if name in tensor_ranks.CASES)
@@ -166,6 +168,69 @@ def test_the_other_cases(engine: str, tmp_path: Path) -> None:
     check(engine, tmp_path, [name for name in cases_of(engine) if name not in FAST])
 
 
+# PackedDPOTrainer weights micro-batches in float32.
+PACKED = 1e-6
+PICTURED = dict(qwen2_5_vl="Qwen2.5-VL", gemma3="Gemma 3", llava="LLaVA")
+PICTURES = {
+    "qwen2_5_vl": [f"qwen2_5_vl, {name}" for name in ("one line", "own rows", "taken as equal", "lora")],
+    "qwen2_5_vl, more": ["qwen2_5_vl, frozen tower", "qwen2_5_vl, as given on a rank"],
+    "recomputation": ["qwen2_5_vl, recompute layers", "qwen2_5_vl, recompute layers auto"],
+    "compiled": ["qwen2_5_vl, compile", "gemma3, compile"],
+    "others": [
+        f"{kind}, {name}" for kind in ("gemma3", "llava") for name in ("one line", "own rows", "taken as equal")
+    ],
+    "packed": ["qwen2_5_vl, packed"],
+    "images on a rank": ["qwen2_5_vl, images on a rank"],
+}
+
+
+def pictures_of(engine: str) -> list[str]:
+    """The groups of an engine. FSDP2 and ZeRO-3 gather a tower's weights on all ranks at once, and so fail in stock
+    training where one of them has no images; ZeRO-3 refuses compiled layers and packed images."""
+    without = dict(ddp=[], fsdp2=["images on a rank"], zero3=["images on a rank", "compiled", "packed"])[engine]
+    return [group for group in PICTURES if group not in without]
+
+
+@needs_engines
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "group"),
+    [pytest.param(*each.values, group, marks=each.marks) for each in ENGINES for group in pictures_of(*each.values)],
+)
+def test_images(engine: str, group: str, tmp_path: Path) -> None:
+    """Losses and weights of the unpatched model under the same engine: in float64; under ZeRO-3, which is float32, no
+    further from one rank's in float64 than twice as far as those."""
+    names, wide = PICTURES[group], engine != "zero3"
+    dtype = torch.float64 if wide else torch.float32
+    picture_ranks.save_models(tmp_path, dtype, {picture_ranks.CASES[name].kind for name in names})
+    script = PROGRAMS / "picture_ranks.py"
+    launch(engine, script, str(dtype).removeprefix("torch."), tmp_path, tmp_path, *names)
+    for name in names:
+        case = picture_ranks.CASES[name]
+        losses, before, weights = torch.load(tmp_path / f"{name}.pt")
+        stock_losses, _, stock = torch.load(tmp_path / f"{picture_ranks.stock_name(name)}.pt")
+        if not wide:
+            true_losses, before, true = picture_ranks.train(case.stock(), tmp_path, torch.float64)
+        else:
+            true_losses, true = stock_losses, stock
+        changed = vector(true, list(true)) - vector(before, list(true))
+        assert weights.keys() == stock.keys() == true.keys() and changed.norm() > 0.1
+        found, own = (
+            [
+                float((vector(each, list(true)) - vector(true, list(true))).norm() / changed.norm()),
+                max(abs(a - b) for a, b in zip(logged, true_losses, strict=True)),
+            ]
+            for logged, each in ((losses, weights), (stock_losses, stock))
+        )
+        print("ERRORS", engine, name, [f"{error:.1e}" for error in found], [f"{error:.1e}" for error in own])
+        exact = PACKED if case.trainer == "packed" else EXACT
+        bounds = [max(exact, 2 * error) for error in own] if wide else [2 * max(own)] * 2
+        if case.equal:
+            assert found[0] > CONTROL * bounds[0] and found[1] > 10 * bounds[1], found
+        else:
+            assert all(error <= bound for error, bound in zip(found, bounds, strict=True)), (name, found, own)
+
+
 def distance(ours: Any, true: Any) -> float:
     """The relative distance of two results: of all numbers in a list, or of all tensors by name."""
     if isinstance(true, dict):
@@ -191,6 +256,15 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
             assert min(errors.values()) > CONTROL * EXACT, errors
         else:
             assert max(errors.values()) < EXACT, (name, errors)
+
+
+@needs_engines
+@needs_deepspeed
+@pytest.mark.slow
+def test_packed_images_under_zero3_are_refused(tmp_path: Path) -> None:
+    picture_ranks.save_models(tmp_path, torch.float32, ["qwen2_5_vl"])
+    arguments = ("float32", tmp_path, tmp_path, "qwen2_5_vl, packed")
+    assert "ZeRO-3: use FSDP2 or DDP" in launch("zero3", PROGRAMS / "picture_ranks.py", *arguments, fails=True)
 
 
 @needs_engines

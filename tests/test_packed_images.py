@@ -2,28 +2,31 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
 import torch
 from helpers import processors_offline as offline
+from helpers.tokenizers_offline import make_tokenizer
+from helpers.trl_images import all_equal, float64_training
 from helpers.trl_runs import weights
 from parameterized import parameterized
 from peft import LoraConfig
 from torch import Tensor
-from transformers import set_seed
-from trl import DPOConfig, DPOTrainer, KTOConfig
+from transformers import AutoModelForSequenceClassification, set_seed
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 import flexpatch
 from flexpatch import Collator, FlexpatchError
+from flexpatch.bins import BinDataset
 from flexpatch.costs import Cost, sizes_of
-from flexpatch.float64 import Float64
 from flexpatch.image_costs import tower_of
-from flexpatch.models import tiny_model
-from flexpatch.picture_bins import pictured_lengths
-from flexpatch.trl import PackedDPOTrainer, PackedKTOTrainer
+from flexpatch.models import tiny_config, tiny_model
+from flexpatch.picture_bins import Pictured, check_images, pictured_rows, shards
+from flexpatch.trl import PackedDPOTrainer, PackedKTOTrainer, PackedRewardTrainer
 
 # Relative to what a step changes. Stock accumulation of five pairs differs from one batch by 2e-7: backward passes and
 # weights of parts are partly float32.
@@ -50,30 +53,45 @@ def pairs() -> datasets.Dataset:
     )
 
 
-def step(trainer: type[Any], kind: str, patched: bool, settings: Any = None, **arguments: Any) -> tuple[Any, Tensor]:
-    """Train one step of all pairs; also returns the weights' change."""
+def step(
+    trainer: type[Any],
+    kind: str,
+    patched: bool,
+    settings: Any = None,
+    *,
+    config: type[Any] = DPOConfig,
+    data: Any = None,
+    options: Any = None,
+    swapped: bool = False,
+    **arguments: Any,
+) -> tuple[Any, Tensor]:
+    """Train one step of all rows; also returns the weights' change.
+
+    ``options``: of ``flexpatch.apply``. ``swapped``: the reference is trained, and the model is its reference.
+    """
     model = tiny_model(kind)
     reference = copy.deepcopy(model)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in reference.parameters():
             p += 0.1 * torch.randn_like(p)
+    model, reference = (reference, model) if swapped else (model, reference)
     if patched:
-        model, reference = flexpatch.apply(model), flexpatch.apply(reference)
-    config = dict(
+        model, reference = flexpatch.apply(model, **options or {}), flexpatch.apply(reference)
+    given = dict(
         output_dir="out", report_to="none", max_length=None, logging_steps=1, lr_scheduler_type="constant",
         save_strategy="no", use_cpu=True, disable_tqdm=True, bf16=False, max_grad_norm=0.0, learning_rate=0.1,
         gradient_checkpointing=False, num_train_epochs=1, optim="sgd",
     ) | (settings or {})  # fmt: skip
-    made = trainer(
-        model,
-        args=DPOConfig(**config),
-        train_dataset=pairs(),
-        processing_class=offline.make_processor(kind),
-        **dict(ref_model=reference) | arguments,
-    )
-    before = weights(made.model)
-    with Float64():
+    with float64_training():
+        made = trainer(
+            model,
+            args=config(**given),
+            train_dataset=pairs() if data is None else data,
+            processing_class=offline.make_processor(kind),
+            **dict(ref_model=reference) | arguments,
+        )
+        before = weights(made.model)
         made.train()
     return made, weights(made.model) - before
 
@@ -109,6 +127,25 @@ def test_a_step_of_other_layouts(kind: str) -> None:
     check_step(kind)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", [None, False, True], ids=["no checkpoints", "not reentrant", "reentrant"])
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3"])
+def test_compiled_layers(
+    kind: str, checkpoints: bool | None, flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(gradient_checkpointing_kwargs=dict(use_reentrant=checkpoints))
+    settings = {} if checkpoints is None else settings | dict(gradient_checkpointing=True)
+    _, true = step(DPOTrainer, kind, False, settings | dict(per_device_train_batch_size=5))
+    settings |= dict(gradient_accumulation_steps=100)
+    compiled = dict(backend="flex", compile=True, recompute_layers=1)
+    packed, change = step(PackedDPOTrainer, kind, True, settings, options=compiled, token_budget=BUDGET)
+    assert flexpatch.savings(packed.model).folded == len(packed.bins) > 1
+    assert true.norm() > 0 and (change - true).norm() < EQUAL * true.norm()
+    monkeypatch.setattr("flexpatch.media.identities", all_equal)
+    _, wrong = step(PackedDPOTrainer, kind, True, settings, options=compiled, token_budget=10 * BUDGET)
+    assert (wrong - true).norm() > BROKEN * true.norm()
+
+
 def test_adapters_off_are_the_reference() -> None:
     adapted = dict(ref_model=None, peft_config=LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     accumulated = dict(gradient_accumulation_steps=100)
@@ -124,11 +161,95 @@ def test_adapters_off_are_the_reference() -> None:
     assert (change - true).norm() < EQUAL * true.norm()
 
 
+def singles() -> datasets.Dataset:
+    """Each prompt with the answer that is wanted, later with the other. Two prompts have equal words, not images."""
+    rows = list(pairs())
+    rows[4] |= dict(prompt=rows[1]["prompt"])
+    answers = [(row, key) for key in ("chosen", "rejected") for row in rows]
+    return datasets.Dataset.from_list(
+        [
+            dict(images=row["images"], prompt=row["prompt"], completion=row[key], label=key == "chosen")
+            for row, key in answers
+        ]
+    )
+
+
+def kto(trainer: type[Any], kind: str, patched: bool, settings: dict[str, Any], **arguments: Any) -> tuple[Any, Tensor]:
+    """Swapped, as otherwise the estimate of the KL divergence would be negative, and taken as 0."""
+    given = dict(config=KTOConfig, data=singles(), swapped=True) | arguments
+    return step(trainer, kind, patched, dict(beta=0.01) | settings, **given)
+
+
+def check_kto(kind: str) -> None:
+    """A loss without an estimate of the KL divergence is a mean over completions, however they are packed."""
+    unpaired = dict(loss_type="apo_zero_unpaired")
+    one, true = kto(KTOTrainer, kind, False, unpaired | dict(per_device_train_batch_size=10))
+    many = unpaired | dict(gradient_accumulation_steps=100)
+    packed, change = kto(PackedKTOTrainer, kind, True, many, token_budget=BUDGET)
+    saved = flexpatch.savings(packed.model)
+    assert saved.folded == saved.batches == len(packed.bins) > 1
+    assert 0 < saved.images_run <= saved.images // 2, "both completions of a prompt share its images"
+    assert sorted(map(len, packed.groups)) == [2] * 5
+    assert true.norm() > 0 and (change - true).norm() < EQUAL * true.norm()
+    assert packed.state.log_history[0]["loss"] == pytest.approx(one.state.log_history[0]["loss"], abs=1e-4)
+
+    class Unweighted(PackedKTOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return KTOTrainer.compute_loss(self, model, inputs)
+
+    _, unweighted = kto(Unweighted, kind, True, many, token_budget=BUDGET)
+    assert (unweighted - true).norm() > BROKEN * true.norm()
+
+
+def check_kl(kind: str) -> None:
+    """With an estimate, a micro-batch's loss is the stock trainer's on a batch of its rows, in its order."""
+    packed, change = kto(PackedKTOTrainer, kind, True, {}, token_budget=4000)
+    (items,) = packed.bins
+    order = BinDataset(singles(), packed.bins, packed.groups).rows(items)
+    batch = dict(per_device_train_batch_size=10)
+    one, true = kto(KTOTrainer, kind, False, batch, data=singles().select(order))
+    assert true.norm() > 0 and (change - true).norm() < EQUAL * true.norm()
+    assert packed.state.log_history[0]["kl"] == pytest.approx(one.state.log_history[0]["kl"], abs=1e-4) != 0
+    _, other = kto(KTOTrainer, kind, False, batch, data=singles().select(sorted(order)))
+    assert (other - true).norm() > 1e-4 * true.norm(), "other rotations would be as good"
+
+
+@parameterized.expand([(kind,) for kind in offline.KINDS])
+@pytest.mark.slow
+def test_kto(kind: str) -> None:
+    check_kto(kind)
+    check_kl(kind)
+
+
+def test_datasets_that_leave_ranks_waiting() -> None:
+    """Ranks that shard a model gather the tower's weights together, and some micro-batches have no images."""
+    some, none = Pictured(b"a", 9, 9, True), Pictured(b"b", 5, 9, False)
+    with pytest.raises(FlexpatchError, match=r"sample 1 has no image.*DDP, or give every row an image"):
+        check_images([some, none], True)
+    for rows, sharded in (([some, some], True), ([none, none], True), ([some, none], False)):
+        check_images(rows, sharded)
+
+
+def test_ranks_that_shard() -> None:
+    def ranks(count: int, stage: int | None) -> Any:
+        plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+        return SimpleNamespace(num_processes=count, state=SimpleNamespace(deepspeed_plugin=plugin))
+
+    assert shards(ranks(2, None), True) and shards(ranks(2, 2), False)
+    assert not shards(ranks(1, None), True) and not shards(ranks(2, None), False)
+    with pytest.raises(FlexpatchError, match="ZeRO-3: use FSDP2 or DDP"):
+        shards(ranks(2, 3), False)
+
+
+def totals(rows: list[Pictured]) -> list[int]:
+    return [row.shared + row.answers for row in rows]
+
+
 def test_lengths_count_tokens_and_the_tower() -> None:
     processor, config = offline.make_processor("qwen2_5_vl"), tiny_model("qwen2_5_vl").config
     collate, data = DataCollatorForVisionPreference(processor), pairs()
-    lengths = pictured_lengths(data, collate, config, 0)
-    assert lengths == pictured_lengths(data, collate, config, 2)
+    lengths = totals(pictured_rows(data, collate, config, 0))
+    assert lengths == totals(pictured_rows(data, collate, config, 2))
     tower, model = tower_of(config), sizes_of(config, "tiny")
     assert tower is not None
     for length, row in zip(lengths, data, strict=True):
@@ -143,9 +264,10 @@ def test_lengths_count_tokens_and_the_tower() -> None:
     single = [
         {"image": row["images"][0]} | {k: v for k, v in row.items() if k != "images"} for row in data.select([0, 1])
     ]
-    assert pictured_lengths(datasets.Dataset.from_list(single), collate, config, 0) == lengths[:2]
+    assert totals(pictured_rows(datasets.Dataset.from_list(single), collate, config, 0)) == lengths[:2]
     without = data.map(lambda row: dict(images=[]))
-    assert all(a < b for a, b in zip(pictured_lengths(without, collate, config, 0), lengths, strict=True))
+    plain = pictured_rows(without, collate, config, 0)
+    assert all(a < b for a, b in zip(totals(plain), lengths, strict=True)) and not any(row.images for row in plain)
 
 
 def without_the_fourth(rows: list[Any]) -> Any:
@@ -166,10 +288,14 @@ def test_wrong_use(tmp_path: Path) -> None:
         made(PackedDPOTrainer, DPOConfig, token_budget=100)
     with pytest.raises(FlexpatchError, match="sample 3: the processor failed"):
         made(PackedDPOTrainer, DPOConfig, data_collator=without_the_fourth)
-    unpaired = (
-        pairs().map(lambda row: dict(completion=row["chosen"], label=True)).remove_columns(["chosen", "rejected"])
-    )
-    with pytest.raises(FlexpatchError, match="PackedKTOTrainer packs no rows with images"):
-        made(PackedKTOTrainer, KTOConfig, data=unpaired)
+    with pytest.raises(FlexpatchError, match=r"completions of one prompt alone.*raise it"):
+        made(PackedKTOTrainer, KTOConfig, data=singles(), token_budget=200)
+    (config := tiny_config("llama")).num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(FlexpatchError, match="'images': remove it to train on text, or train with PackedDPOTrainer or"):
+        PackedRewardTrainer(
+            flexpatch.apply(model), args=RewardConfig("out", report_to="none", use_cpu=True, bf16=False),
+            train_dataset=pairs(), processing_class=make_tokenizer(), token_budget=BUDGET,
+        )  # fmt: skip
     with pytest.raises(FlexpatchError, match="batches of llama with images do not fold"):
-        pictured_lengths(pairs(), list, tiny_model("llama").config, 0)
+        pictured_rows(pairs(), list, tiny_model("llama").config, 0)

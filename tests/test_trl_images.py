@@ -2,18 +2,23 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
 import trl
 from helpers.trl_images import BOUND, CASES, CONTROL, Outcome, apart, build, faults, train
-from helpers.trl_processors import MARKS
+from helpers.trl_processors import MARKS, pictured_model
 from packaging.version import Version
 from parameterized import parameterized
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
 import flexpatch
+from flexpatch.checkpointing import Memory, Recomputation
+from flexpatch.compiled import _recording
+from flexpatch.internals import backbone_of, layers_of
 
 pytestmark = [
     pytest.mark.filterwarnings("error::flexpatch.FlexpatchWarning"),
@@ -82,23 +87,76 @@ def test_frozen_tower(kind: str) -> None:
     assert faults(stock, ours) == []
 
 
+class Noted(Recomputation):
+    """Notes how many layers each call keeps, on a device with room for all."""
+
+    kept_layers: ClassVar[list[int]] = []
+
+    def __init__(self, setting: int | str) -> None:
+        super().__init__(setting, lambda device: Memory(100, 100, 10**12))
+
+    def __call__(self, backbone: PreTrainedModel, call: dict[str, Any]) -> Any:
+        result = super().__call__(backbone, call)
+        if backbone.training and torch.is_grad_enabled():
+            self.kept_layers.append(len(self.kept))
+        return result
+
+
+@pytest.fixture
+def kept_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    monkeypatch.setattr("flexpatch.forward.Recomputation", Noted)
+    monkeypatch.setattr(Noted, "kept_layers", [])
+    return Noted.kept_layers
+
+
+CHECKPOINTS = {
+    "none": {},
+    "not reentrant": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False)),
+    "reentrant": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=True)),
+}
+COMPILED = dict(backend="flex", compile=True)
+FEW = ["qwen2_5_vl", "gemma3", "llava"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("checkpoints", ["not reentrant", "reentrant"])
 @pytest.mark.parametrize("kind", list(MARKS))
-def test_checkpointing(kind: str, reentrant: bool) -> None:
-    """In float32: models of float64 compute some steps in float32 when backward recomputes them."""
-    options = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
-    stock, ours = both("DPO", kind, dtype=torch.float32, **options)
-    assert faults(stock, ours, 1e-5) == []
+def test_checkpointing(kind: str, checkpoints: str) -> None:
+    stock, ours = both("DPO", kind, **CHECKPOINTS[checkpoints])
+    assert faults(stock, ours) == []
 
 
-@parameterized.expand(list(MARKS))
 @pytest.mark.slow
-def test_recomputing_as_memory_demands(kind: str) -> None:
-    stock = train(build("DPO", kind, dtype=torch.float32), False)
-    again = partial(flexpatch.apply, recompute_layers="auto")
-    ours = train(build("DPO", kind, again, dtype=torch.float32), True)
-    assert faults(stock, ours, 1e-5) == []
+@pytest.mark.parametrize("setting", [1, "auto"])
+@pytest.mark.parametrize("checkpoints", ["not reentrant", "reentrant"])
+@pytest.mark.parametrize("kind", FEW)
+def test_recomputing_some_layers(kind: str, checkpoints: str, setting: int | str, kept_layers: list[int]) -> None:
+    """Of the text model: the tower recomputes all of its own. ``"auto"`` keeps all from the second step on."""
+    settings = CHECKPOINTS[checkpoints]
+    stock = train(build("DPO", kind, **settings), False)
+    ours = train(build("DPO", kind, partial(flexpatch.apply, recompute_layers=setting), **settings), True)
+    assert faults(stock, ours) == []
+    layers = len(layers_of(backbone_of(pictured_model(kind))))
+    assert kept_layers == ([layers - 1] * 3 if setting == 1 else [1, layers, layers])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
+@pytest.mark.parametrize("kind", FEW)
+def test_compiled_layers(
+    kind: str, checkpoints: str, kept_layers: list[int], flex_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With "auto", of three steps the first recomputes layers and the others none. And the control."""
+    settings, options = CHECKPOINTS[checkpoints], COMPILED | dict(recompute_layers="auto")
+    compiled = mock.Mock(wraps=_recording)
+    monkeypatch.setattr("flexpatch.compiled._recording", compiled)
+    stock = train(build("DPO", kind, one_size=True, **settings), False)
+    ours = train(build("DPO", kind, partial(flexpatch.apply, **options), one_size=True, **settings), True)
+    assert faults(stock, ours) == [] and compiled.call_count >= 6  # layers of policy and reference, three times
+    assert settings == {} or kept_layers[0] < kept_layers[1]
+    monkeypatch.setattr("flexpatch.media.identities", lambda held, units, prints: [0] * len(units))
+    wrong = train(build("DPO", kind, partial(flexpatch.apply, **options), one_size=True, **settings), True)
+    assert max(apart(wrong, stock)) > CONTROL * BOUND
 
 
 def test_faults_are_found() -> None:

@@ -4,13 +4,15 @@ Tiny random models of several classes, processors that are made here, a few step
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import datasets
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
@@ -123,8 +125,26 @@ def build(
 
 def train(trainer: Any, applied: bool) -> Outcome:
     """Train, and count what was folded if the trainer's models are ``applied``. Float64 models do all in float64."""
-    with Float64() if trainer.model.dtype == torch.float64 else nullcontext():
+    with float64_training():
         return trl_matrix.train(trainer, applied)
+
+
+@contextmanager
+def float64_training() -> Iterator[None]:
+    """Compute all of float64 models in float64, of layers that are recomputed in backward too.
+
+    Models must be built within, and checkpointing be switched on.
+    """
+
+    def wide(function: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with Float64():  # torch suspends modes within backward
+                return function(*args, **kwargs)
+
+        return checkpoint(run, *args, **kwargs)
+
+    with mock.patch("transformers.modeling_utils.checkpoint", wide), Float64():
+        yield
 
 
 def faults(stock: Outcome, ours: Outcome, bound: float = BOUND) -> list[str]:
@@ -139,3 +159,10 @@ def faults(stock: Outcome, ours: Outcome, bound: float = BOUND) -> list[str]:
         "images ran again and again": any(s.images_run > s.images / 2 or not s.images for s in every),
     }
     return [fault for fault, there in found.items() if there]
+
+
+def all_equal(held: Any, units: Sequence[Any], prints: Any) -> list[int]:
+    """Take images of one size as equal: others would not fit their placeholders."""
+    first: dict[Any, int] = {}
+    sizes = [tuple(stop - start for start, stop in unit.spans.values()) for unit in units]
+    return [first.setdefault((unit.tokens, size), k) for k, (unit, size) in enumerate(zip(units, sizes, strict=True))]
