@@ -1,19 +1,21 @@
 """Stock trainers of TRL on datasets with an ``images`` column, in float64: unpatched against one line."""
 
+import re
 from collections.abc import Iterable
 from functools import partial
 
 import pytest
 import torch
 import trl
-from helpers.trl_images import BOUND, CASES, CONTROL, Outcome, apart, build, faults, train
-from helpers.trl_processors import MARKS
+from helpers.processors_offline import MADE
+from helpers.trl_images import BOUND, CASES, CONTROL, STOCK_RAISES, Outcome, apart, build, faults, train
 from packaging.version import Version
 from parameterized import parameterized
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
 import flexpatch
+from flexpatch.layouts import multimodal_types
 
 pytestmark = [
     pytest.mark.filterwarnings("error::flexpatch.FlexpatchWarning"),
@@ -21,27 +23,40 @@ pytestmark = [
     pytest.mark.skipif(Version(trl.__version__) < Version("1.16"), reason="older releases lack some of them"),
 ]
 
+# One of each layout, with two-way blocks, rope of three axes, sizes, tiles, positions, and states that branch.
+LAYOUTS = ["llava", "gemma3", "gemma4", "qwen2_5_vl", "qwen3_vl", "idefics3", "mistral3", "internvl", "qwen3_5"]
 
-def slow_but(fast: str, every: Iterable[str]) -> list:
-    return [each if each == fast else pytest.param(each, marks=pytest.mark.slow) for each in every]
 
-
-KINDS = slow_but("qwen2_5_vl", MARKS)
+def crossed(kinds: Iterable[str]) -> list:
+    """Every trainer with every class that stock can train so. All but one are slow."""
+    pairs = [(case, kind) for case in CASES for kind in kinds if (case, kind) not in STOCK_RAISES]
+    return [p if p == ("DPO", "qwen2_5_vl") else pytest.param(*p, marks=pytest.mark.slow) for p in pairs]
 
 
 def both(case: str, kind: str, **settings: object) -> tuple[Outcome, Outcome]:
     return train(build(case, kind, **settings), False), train(build(case, kind, flexpatch.apply, **settings), True)
 
 
-@pytest.mark.parametrize("case", slow_but("DPO", CASES))
-@pytest.mark.parametrize("kind", KINDS)
+def test_every_class_has_a_processor() -> None:
+    assert set(multimodal_types()) == set(MADE)
+
+
+@pytest.mark.parametrize(("case", "kind"), crossed(MADE))
 def test_agrees(case: str, kind: str) -> None:
     stock, ours = both(case, kind)
     assert faults(stock, ours) == []
 
 
-@pytest.mark.parametrize("case", slow_but("DPO", CASES))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "kind"), list(STOCK_RAISES))
+def test_stock_cannot(case: str, kind: str) -> None:
+    """Unpatched, and patched likewise."""
+    for prepare in (lambda model: model, flexpatch.apply):
+        with pytest.raises((TypeError, ValueError), match=re.compile(STOCK_RAISES[case, kind], re.DOTALL)):
+            train(build(case, kind, prepare), False)
+
+
+@pytest.mark.parametrize(("case", "kind"), crossed(LAYOUTS))
 def test_images_taken_as_equal_are_noticed(case: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only for images of one size: others would not even fit their placeholders."""
     stock = train(build(case, kind, one_size=True), False)
@@ -74,7 +89,7 @@ def test_lora(adapters: str, kind: str) -> None:
     assert faults(stock, ours) == []
 
 
-@parameterized.expand(list(MARKS))
+@parameterized.expand(LAYOUTS)
 @pytest.mark.slow
 def test_frozen_tower(kind: str) -> None:
     stock = train(build("DPO", kind, frozen), False)
@@ -84,7 +99,7 @@ def test_frozen_tower(kind: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", list(MARKS))
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_checkpointing(kind: str, reentrant: bool) -> None:
     """In float32: models of float64 compute some steps in float32 when backward recomputes them."""
     options = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
@@ -92,7 +107,7 @@ def test_checkpointing(kind: str, reentrant: bool) -> None:
     assert faults(stock, ours, 1e-5) == []
 
 
-@parameterized.expand(list(MARKS))
+@parameterized.expand(LAYOUTS)
 @pytest.mark.slow
 def test_recomputing_as_memory_demands(kind: str) -> None:
     stock = train(build("DPO", kind, dtype=torch.float32), False)
