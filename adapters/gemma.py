@@ -156,6 +156,7 @@ register_media(
         types="mm_token_type_ids",
         blocks=vision_blocks,
         text_logits=True,
+        rounds_late=True,
         block_layers=(SLIDING,),
         tiny={
             "gemma4": [

@@ -70,6 +70,8 @@ def tensors_of(record: Media, images: Sequence[Illustrated], dtype: torch.dtype)
             if entries.keys() != names:
                 raise FlexpatchError(f"{each.name} has {sorted(entries)}, and {held[0][0].name} has {sorted(names)}")
         joined |= layout.join({name: _joined(name, [(x, entries[name]) for x, entries in held]) for name in names})
+    if record.rounds_late:
+        return joined
     return {name: x.to(dtype) if x.is_floating_point() else x for name, x in joined.items()}
 
 

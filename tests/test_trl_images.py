@@ -1,6 +1,7 @@
 """Stock trainers of TRL on datasets with an ``images`` column, in float64: unpatched against one line."""
 
 import re
+import warnings
 from collections.abc import Iterable
 from functools import partial
 
@@ -97,14 +98,24 @@ def test_frozen_tower(kind: str) -> None:
     assert faults(stock, ours) == []
 
 
+def rounding(kind: str, stock: Outcome) -> float:
+    """The bound of a comparison in float32. Qwen3.5, whose states branch, is held to stock's distance from float64."""
+    return max(1e-5, *apart(stock, train(build("DPO", kind), False))) if kind == "qwen3_5" else 1e-5
+
+
+# Gemma 4's last layers use keys of earlier ones, to which reentrant checkpointing gives no gradient: it is refused.
+CHECKPOINTED = [
+    (kind, reentrant) for kind in LAYOUTS for reentrant in (False, True) if kind != "gemma4" or not reentrant
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize(("kind", "reentrant"), CHECKPOINTED)
 def test_checkpointing(kind: str, reentrant: bool) -> None:
     """In float32: models of float64 compute some steps in float32 when backward recomputes them."""
     options = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
     stock, ours = both("DPO", kind, dtype=torch.float32, **options)
-    assert faults(stock, ours, 1e-5) == []
+    assert faults(stock, ours, rounding(kind, stock)) == []
 
 
 @parameterized.expand(LAYOUTS)
@@ -113,7 +124,22 @@ def test_recomputing_as_memory_demands(kind: str) -> None:
     stock = train(build("DPO", kind, dtype=torch.float32), False)
     again = partial(flexpatch.apply, recompute_layers="auto")
     ours = train(build("DPO", kind, again, dtype=torch.float32), True)
-    assert faults(stock, ours, 1e-5) == []
+    assert faults(stock, ours, rounding(kind, stock)) == []
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_truncated_images_are_stocks_own_error(kind: str) -> None:
+    """Where ``max_length`` cuts placeholders off."""
+    said = []
+    for prepare in (lambda model: model, flexpatch.apply):
+        with (
+            warnings.catch_warnings(),
+            pytest.raises(ValueError, match=r"image placeholder tokens .* truncated") as raised,
+        ):
+            warnings.simplefilter("ignore", flexpatch.FlexpatchWarning)  # the batch runs as it was given
+            train(build("DPO", kind, prepare, max_length=16), False)
+        said.append(str(raised.value))
+    assert said[0] == said[1]
 
 
 def test_faults_are_found() -> None:

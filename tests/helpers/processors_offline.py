@@ -6,14 +6,16 @@ Tokens have the ids of the tiny models' configurations. Parts for videos, which 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
+import torch
 import transformers
 from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
-from flexpatch.models import tiny_config
+from flexpatch.models import tiny_config, tiny_model
 from helpers.needs import needs_packages
 
 PLAIN = {"<|pad|>": 0, "<|begin|>": 1, "<|end|>": 2, "<|unknown|>": 3}
@@ -301,6 +303,18 @@ def make_processor(kind: str) -> Any:
     """The processor of a tiny model's type."""
     needs_packages(MADE[kind].needs, f"the processor of {kind}")
     return MADE[kind].make(tiny_config(kind), make_tokenizer(kind), chat_template(kind))
+
+
+def make_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model that takes pixels of any precision, and whose images fit its windows."""
+    config = tiny_config(kind)
+    if kind == "gemma4_unified":  # its processor makes at least 54 tokens of an image
+        config.text_config.sliding_window = 96
+    with mock.patch("flexpatch.models.tiny_config", lambda *_: config):
+        made = tiny_model(kind, dtype=dtype, seed=seed)
+    if kind == "kimi_k25":  # the one class that leaves this to autocast, which knows no float64
+        made.model.vision_tower.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
+    return made
 
 
 def picture(seed: int, width: int = 16, height: int = 24) -> Image.Image:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import datasets
 import torch
@@ -16,9 +15,8 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from flexpatch.float64 import Float64
-from flexpatch.models import tiny_config, tiny_model
 from helpers import trl_matrix
-from helpers.processors_offline import make_processor, picture
+from helpers.processors_offline import make_model, make_processor, picture
 from helpers.trl_matrix import Outcome, apart, turn
 
 # Largest difference of a step's loss, and of a weight. A broken fold must be ``CONTROL`` bounds off.
@@ -110,18 +108,6 @@ def single(kind: str) -> bool:
     return kind == "llava_onevision"
 
 
-def model(kind: str, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
-    """A tiny random model that takes pixels of any precision, and whose images fit its windows."""
-    config = tiny_config(kind)
-    if kind == "gemma4_unified":  # its processor makes at least 54 tokens of an image
-        config.text_config.sliding_window = 96
-    with mock.patch("flexpatch.models.tiny_config", lambda *_: config):
-        made = tiny_model(kind, dtype=dtype, seed=seed)
-    if kind == "kimi_k25":  # the one class that leaves this to autocast, which knows no float64
-        made.model.vision_tower.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
-    return made
-
-
 def build(
     name: str,
     kind: str,
@@ -135,21 +121,24 @@ def build(
 ) -> Any:
     """Build a trainer on models that ``prepare`` was called with.
 
-    ``one_size``: prompts keep their first images alone. ``reference``: a model of its own, where the trainer takes one.
+    ``one_size``: prompts are of one length, since GRPO takes the padding of some processors for text, and keep their
+    first images alone. ``reference``: a model of its own, where the trainer takes one.
     """
     case = CASES[name]
     rows = case.data()
 
     if one_size or single(kind):
         rows = [row | dict(images=row["images"][:1]) for row in rows]
+    if one_size:
+        rows = [row | dict(prompt=turn("user", n, 10)) for n, row in enumerate(rows)]
     common: Row = dict(optim="sgd", learning_rate=0.05, lr_scheduler_type="constant", max_steps=3, logging_steps=1)
     common |= dict(use_cpu=True, bf16=False, seed=0, gradient_checkpointing=False, max_grad_norm=0.0)
     common |= {} if kind not in RATES else dict(learning_rate=RATES[kind])
     common |= dict(output_dir="out", save_strategy="no", report_to="none", disable_tqdm=True)
-    others = dict(ref_model=prepare(model(kind, dtype, 1))) if case.reference and reference else {}
+    others = dict(ref_model=prepare(make_model(kind, dtype, 1))) if case.reference and reference else {}
     others |= {} if peft_config is None else dict(peft_config=copy.deepcopy(peft_config))
     return case.trainer(
-        prepare(model(kind, dtype)),
+        prepare(make_model(kind, dtype)),
         *case.given,
         args=case.config(**common | dict(case.settings) | settings),
         train_dataset=datasets.Dataset.from_list(rows),
