@@ -177,6 +177,7 @@ register_media(
         text_logits=True,
         block_layers=(FULL, SLIDING),
         beyond_windows=True,
+        limits="images of more tokens than a window, where they see themselves, run as they are given",
         tiny={
             "gemma4_unified": [
                 dict(text_config=SHARED, vision_config=PATCHES, audio_config=None, **MEDIA),
