@@ -110,7 +110,7 @@ register_media(
         name="Gemma 3n",
         images=Stacked(),
         draw=draw_square(lambda config: config.vision_soft_tokens_per_image, side=64),
-        types="token_type_ids",  # its processor makes them, and its model ignores them
+        types="token_type_ids",  # made by its processor, and ignored by its model
         text_logits=True,
         needs=("timm",),
         since="5.24",
