@@ -42,14 +42,14 @@ def test_every_class_has_a_processor() -> None:
     assert set(multimodal_types()) == set(MADE)
 
 
-@pytest.mark.parametrize(("case", "kind"), crossed(MADE))
+@pytest.mark.parametrize(("case", "kind"), crossed(MADE), ids=str)
 def test_agrees(case: str, kind: str) -> None:
     stock, ours = both(case, kind)
     assert faults(stock, ours) == []
 
 
+@parameterized.expand(list(STOCK_RAISES))
 @pytest.mark.slow
-@pytest.mark.parametrize(("case", "kind"), list(STOCK_RAISES))
 def test_stock_cannot(case: str, kind: str) -> None:
     """Unpatched, and patched likewise."""
     for prepare in (lambda model: model, flexpatch.apply):
@@ -109,8 +109,8 @@ CHECKPOINTED = [
 ]
 
 
+@parameterized.expand(CHECKPOINTED)
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "reentrant"), CHECKPOINTED)
 def test_checkpointing(kind: str, reentrant: bool) -> None:
     """In float32: models of float64 compute some steps in float32 when backward recomputes them."""
     options = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))

@@ -19,10 +19,10 @@ def needs(package: str, since: str, why: str) -> pytest.MarkDecorator:
 
 
 def needs_packages(packages: Iterable[str], why: str) -> None:
-    """Skip a test that needs packages of the extra test-all."""
+    """Skip a test that needs packages which no extra brings."""
     for package in packages:
         if find_spec(package) is None:
-            pytest.skip(f"{why} needs {package}, which comes with the extra test-all: pip install -e '.[test-all]'")
+            pytest.skip(f"{why} needs {package}: pip install {package}")
 
 
 def needs_type(model_type: str) -> None:
