@@ -226,7 +226,12 @@ MADE = {
     ),
     "smolvlm": Kind("<image>", smolvlm, IDEFICS, needs=("num2words",)),
     "idefics3": Kind("<image>", idefics3, IDEFICS),
-    "mistral3": Kind("[IMG]", mistral3, {"[IMG]": "image_token_id", "[IMG_BREAK]": "", "[IMG_END]": ""}, needs=("torchvision",)),
+    "mistral3": Kind(
+        "[IMG]",
+        mistral3,
+        {"[IMG]": "image_token_id", "[IMG_BREAK]": "", "[IMG_END]": ""},
+        needs=("torchvision",),
+    ),
     "paligemma": Kind("<image>", paligemma, {"<image>": "image_token_id"}, dict(image_token="<image>")),
     "aya_vision": Kind(
         "<image>",
