@@ -111,6 +111,7 @@ register_media(
         name="Gemma 3n",
         images=Stacked(),
         draw=draw_square(lambda config: config.vision_soft_tokens_per_image, side=64),
+        types="token_type_ids",  # made by its processor, and ignored by its model
         text_logits=True,
         needs=("timm",),
         since="5.24",
@@ -156,6 +157,7 @@ register_media(
         types="mm_token_type_ids",
         blocks=vision_blocks,
         text_logits=True,
+        rounds_late=True,
         block_layers=(SLIDING,),
         tiny={
             "gemma4": [
@@ -176,6 +178,7 @@ register_media(
         text_logits=True,
         block_layers=(FULL, SLIDING),
         beyond_windows=True,
+        limits="images of more tokens than a window, where they see themselves, run as they are given",
         tiny={
             "gemma4_unified": [
                 dict(text_config=SHARED, vision_config=PATCHES, audio_config=None, **MEDIA),

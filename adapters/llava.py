@@ -223,6 +223,7 @@ register_media(
         draw=draw_tiled(tiles, onevision_tokens),
         passed=frozenset({"batch_num_images"}),
         reject=several,
+        limits="prompts of several images run as they are given",
         tiny={
             "llava_onevision": [
                 dict(

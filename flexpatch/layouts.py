@@ -196,6 +196,8 @@ class Media:
         text_logits: Whether the class scales and caps logits as its text model's own class does; otherwise it leaves
             them as they are, whatever its text configuration says.
         three_axes: Whether the backbone's ``compute_3d_position_ids`` gives rope positions, several for each token.
+        rounds_late: Whether the tower computes with pixels before it rounds them to its dtype. For other towers rows
+            round them, since some do not.
         first_position: The rope position at which the backbone begins to count.
         passed: Arguments beside these tensors that reach the model as they are, whatever the row.
         unfit: ``config`` -> why this configuration cannot be exact and what to do instead, or ``None``.
@@ -219,6 +221,7 @@ class Media:
     limits: str = ""
     text_logits: bool = False
     three_axes: bool = False
+    rounds_late: bool = False
     first_position: int = 0
     passed: frozenset[str] = field(default_factory=frozenset)
     reject: Callable[[Mapping[str, Any]], str | None] = lambda call: None

@@ -98,7 +98,8 @@ def check_parity(
 def _check_model(model: Any) -> None:
     """Refuse what has no log-probs to compare."""
     if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {model!r:.60}"
+        shown = repr(model).partition("\n")[0][:60]  # processors fill pages
+        given = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__} {shown}"
         raise FlexpatchError(
             f"check_parity expects a loaded causal language model, and got {given}. By its name or folder a model is "
             "verified with: python -m flexpatch.verify NAME"

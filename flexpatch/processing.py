@@ -11,8 +11,8 @@ from flexpatch.errors import FlexpatchError
 from flexpatch.layouts import TYPES
 
 COLUMNS = ("images", "image")
-# Names what a processor makes of text; all else is of images.
-TEXT = ("input_ids", "attention_mask", *TYPES)
+# Names what a processor makes of text (PaliGemma's labels too); all else is of images.
+TEXT = ("input_ids", "attention_mask", "labels", *TYPES)
 
 
 class Processed(NamedTuple):
@@ -99,7 +99,7 @@ def process(
     if not isinstance(prompt, str):
         messages = with_images(prompt, images)
         text = _rendered(processor, messages, template, prompt=True)
-        wholes = [_rendered(processor, messages + with_images(each, ()), template) for each in answers]
+        wholes = [_rendered(processor, messages + with_images(each, (), "an answer"), template) for each in answers]
         stop = min(_common(text, whole) for whole in wholes)
         prompt, answers = text[:stop], [whole[stop:] for whole in wholes]
     shown: dict[str, Any] = {"images": [list(images)]} if images else {}
@@ -109,12 +109,15 @@ def process(
     return Processed(made["input_ids"][0].tolist(), ids, tensors if images else None)
 
 
-def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> list[dict[str, Any]]:
+def with_images(
+    messages: Sequence[Mapping[str, Any]], images: Sequence[Any], whose: str = "the row"
+) -> list[dict[str, Any]]:
     """Write messages as lists of parts, and put images in their places.
 
     Args:
         messages: Each with a role and content: text, or parts of which some are images.
         images: In order.
+        whose: In error messages, what the images are of.
 
     Returns:
         Other messages.
@@ -146,7 +149,7 @@ def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) ->
             parts.append(part)
         message["content"] = parts
     if places != len(images):
-        raise ValueError(f"the row has {len(images)} images, and its messages have places for {places}")
+        raise ValueError(f"{whose} has {len(images)} images, and its messages have places for {places}")
     return written
 
 

@@ -17,7 +17,7 @@ from flexpatch.errors import FlexpatchError, UnsupportedModelError
 from flexpatch.illustrated import Illustrated
 from flexpatch.images import finite, media_obstacle
 from flexpatch.internals import backbone_of
-from flexpatch.layouts import Layout, Media, media_of, placeholders_of
+from flexpatch.layouts import TYPES, Layout, Media, media_of, placeholders_of
 from flexpatch.masks import version
 from flexpatch.plan import in_batches, sequences_of
 from flexpatch.refusals import check_rows
@@ -179,6 +179,8 @@ class _Found:
             raise FlexpatchError(
                 f"{each.name} has images[{unknown[0]!r}], which the model does not take; it takes {takes}"
             )
+        if reason := record.reject(dict.fromkeys(TYPES, True) | dict(each.given)):  # a row has all types
+            raise FlexpatchError(f"{each.name}: rows hold no {reason}")
         entries = layout.entries(each.given)
         units, sizes = [], dict[str, np.ndarray]()
         if layout.names[0] in entries:

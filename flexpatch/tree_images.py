@@ -70,7 +70,8 @@ def tensors_of(record: Media, images: Sequence[Illustrated], dtype: torch.dtype)
             if entries.keys() != names:
                 raise FlexpatchError(f"{each.name} has {sorted(entries)}, and {held[0][0].name} has {sorted(names)}")
         joined |= layout.join({name: _joined(name, [(x, entries[name]) for x, entries in held]) for name in names})
-    arguments = {name: x.to(dtype) if x.is_floating_point() else x for name, x in joined.items()}
+    late = record.rounds_late
+    arguments = {name: x.to(dtype) if x.is_floating_point() and not late else x for name, x in joined.items()}
     pixels = record.layouts()[-1].names[0]
     for name in record.passed:
         shown = [each for each in images if pixels in each.tensors]

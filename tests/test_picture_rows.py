@@ -326,6 +326,38 @@ def test_dataset_rows_as_trl_reads_them(kind: str) -> None:
         assert torch.equal(torch.cat([mine, mine]), filled)
 
 
+@parameterized.expand([kind for kind in offline.MADE if kind != "paligemma"])
+@pytest.mark.slow
+def test_dataset_rows_of_every_class(kind: str) -> None:
+    """Against the unpatched model, which sees each answer alone, as TRL's collator makes it."""
+    processor, model = offline.make_processor(kind), offline.make_model(kind)
+    rows = dataset_rows()
+    if kind == "llava_onevision":
+        rows = [row for row in rows if len(row["images"]) < 2]
+    true = []
+    with Float64(), torch.no_grad():
+        for row in rows:
+            batch = dict(DataCollatorForVisionPreference(processor)([copy.deepcopy(row)]))
+            scored = batch.pop("completion_mask")[:, 1:]
+            logps = model(**batch, use_cache=False).logits[:, :-1].log_softmax(-1)
+            true += (logps.gather(-1, batch["input_ids"][:, 1:, None])[..., 0] * scored).sum(1).tolist()
+        own = answer_logprobs(flexpatch.apply(model), Collator(processor)(rows)).answers
+    assert (own - torch.tensor(true, dtype=own.dtype)).abs().max() < BOUND
+
+
+def test_labels_of_a_processor_are_no_images() -> None:
+    """PaliGemma's makes them beside ids."""
+    processor, model = offline.make_processor("paligemma"), flexpatch.apply(tiny_model("paligemma"))
+    assert answer_logprobs(model, Collator(processor)(dataset_rows()[:2])).answers.isfinite().all()
+
+
+def test_images_that_depend_on_others() -> None:
+    processor, model = offline.make_processor("llava_onevision"), flexpatch.apply(tiny_model("llava_onevision"))
+    rows = Collator(processor)([dataset_rows()[2]])
+    with pytest.raises(FlexpatchError, match="sample 0: the prompt: rows hold no several images in a prompt"):
+        answer_logprobs(model, rows)
+
+
 def test_dataset_rows_through_a_model() -> None:
     processor, rows = offline.make_processor("qwen2_5_vl"), dataset_rows()
     batch = dict(DataCollatorForVisionPreference(processor)(copy.deepcopy(rows)))
@@ -351,6 +383,9 @@ def test_plain_text_and_single_images() -> None:
 WRONG_ROWS: dict[str, dict[str, Any]] = {
     "sample 0: the processor failed: ValueError: the row has 2 images, and its messages have places for 1": dict(
         images=[offline.picture(0)] * 2, prompt=dataset_rows()[3]["prompt"]
+    ),
+    "sample 0: the processor failed: .* an answer has 0 images, and its messages have places for 1": dict(
+        chosen=[dict(role="assistant", content=[dict(type="image")])]
     ),
     "sample 0: the processor failed: ": dict(prompt="No mark of the image", chosen="a", rejected="b"),
     "sample 0: columns 'images' and 'image' are synonyms": dict(image=offline.picture(0)),

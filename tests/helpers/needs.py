@@ -1,6 +1,8 @@
 """Tests that an older release cannot run are skipped, with the reason."""
 
+from collections.abc import Iterable
 from importlib.metadata import version
+from importlib.util import find_spec
 
 import pytest
 from packaging.version import Version
@@ -14,6 +16,13 @@ def needs(package: str, since: str, why: str) -> pytest.MarkDecorator:
     """Skip a test with a ``package`` older than ``since``."""
     reason = f"needs {package} {since} or newer: {why}"
     return pytest.mark.skipif(Version(version(package)) < Version(since), reason=reason)
+
+
+def needs_packages(packages: Iterable[str], why: str) -> None:
+    """Skip a test that needs packages which no extra brings."""
+    for package in packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{why} needs {package}: pip install {package}")
 
 
 def needs_type(model_type: str) -> None:

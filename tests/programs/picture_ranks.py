@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from helpers.flex import let_flex_train_on_cpu
 from helpers.trl_images import all_equal, float64_training, turn
-from helpers.trl_processors import make_processor, picture, pictured_model
+from helpers.processors_offline import make_model, make_processor, picture
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 from transformers import AutoModelForImageTextToText, set_seed
@@ -130,7 +130,7 @@ def rows(alone: bool) -> list[dict[str, Any]]:
 
 def save_models(folder: Path, dtype: torch.dtype, kinds: Sequence[str]) -> None:
     for kind in kinds:
-        pictured_model(kind, dtype).save_pretrained(folder / kind)
+        make_model(kind, dtype).save_pretrained(folder / kind)
 
 
 def load(case: Case, folder: Path, dtype: torch.dtype, trained: bool = True) -> nn.Module:
