@@ -354,7 +354,7 @@ def test_labels_of_a_processor_are_no_images() -> None:
 def test_images_that_depend_on_others() -> None:
     processor, model = offline.make_processor("llava_onevision"), flexpatch.apply(tiny_model("llava_onevision"))
     rows = Collator(processor)([dataset_rows()[2]])
-    with pytest.raises(FlexpatchError, match="sample 0: the prompt: rows hold no several images in a prompt"):
+    with pytest.raises(FlexpatchError, match="sample 0: the prompt: rows cannot run with several images in a prompt"):
         answer_logprobs(model, rows)
 
 

@@ -23,8 +23,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from helpers.flex import let_flex_train_on_cpu
-from helpers.trl_images import all_equal, float64_training, turn
 from helpers.processors_offline import make_model, make_processor, picture
+from helpers.trl_images import all_equal, float64_training, turn
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 from transformers import AutoModelForImageTextToText, set_seed
@@ -117,7 +117,7 @@ def rows(alone: bool) -> list[dict[str, Any]]:
     """Pairs with one image or two. Each has an image in common with other pairs of its batch, which are four."""
     found = []
     for n in range(PAIRS):
-        shown = [picture(n // 4 % 2 + 2 * (n % 2))] + [picture(5, 16, 24)] * (n % 3 == 0)
+        shown = [picture(n // 4 % 2 + 2 * (n % 2))] + [picture(5, 24, 16)] * (n % 3 == 0)
         prompt, wanted, other = (
             ("user", n, 6 + n % 4),
             ("assistant", n + 10, 5 + 3 * (n % 5)),
