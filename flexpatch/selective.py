@@ -1,0 +1,96 @@
+"""Keep the matrix products of a layer, and compute everything else again in backward: between all of it and nothing.
+
+Norms, rope, activations, casts and the narrow products of adapters hold most of what an uncompiled layer keeps, and a
+third of what a compiled one keeps, but take little of its time. Torch's selective checkpointing tells operations apart
+as they run, and the compiler knows it too: there the products are chosen once, as the graph is made.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# A product of fewer terms, such as that of a LoRA adapter's second matrix, moves numbers for longer than it computes.
+INNER = 256
+# Products of weights and tokens. Batched ones are left out: those of queries and keys have as many numbers as a mask.
+PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+ATTENTION = ("scaled_dot_product", "flex_attention", "flash_attn")
+
+
+def choose(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Tell whether the output of an operation is kept.
+
+    Args:
+        context: Of torch.
+        operation: That runs.
+        args, kwargs: Its arguments.
+
+    Returns:
+        Torch's word for it.
+    """
+    place = PRODUCTS.get(operation)
+    wide = place is not None and args[place].shape[-1] >= INNER
+    keeps = wide or any(name in str(operation) for name in ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def contexts() -> Any:
+    """Make the two contexts in which a layer runs and is computed again."""
+    return create_selective_checkpoint_contexts(choose)
+
+
+# Torch stores compiled graphs under this name, and makes them anew where there is none.
+contexts.cache_hash = f"flexpatch: products of {INNER} terms, attention"  # type: ignore[attr-defined]
+
+
+def can_keep_products(layer: nn.Module) -> bool:
+    """Tell whether a layer's checkpointing function is torch's own, not reentrant, and has no contexts yet.
+
+    Others, such as reentrant ones or those that move activations to the host, take no contexts or have a job that these
+    would undo.
+    """
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    if not isinstance(function, partial) or function.func is not checkpoint:
+        return False
+    return function.keywords.get("use_reentrant") is False and "context_fn" not in function.keywords
+
+
+def keep_products(layer: nn.Module) -> None:
+    """Let a checkpointed layer keep its products until :func:`keep_nothing`."""
+    before = layer._gradient_checkpointing_func
+    now = partial(checkpoint, **before.keywords, context_fn=contexts)
+    now.before = before  # type: ignore[attr-defined]
+    layer._gradient_checkpointing_func = now
+
+
+def keep_nothing(layer: nn.Module) -> None:
+    """Undo :func:`keep_products`, unless somebody has set another function since."""
+    now = layer._gradient_checkpointing_func
+    if isinstance(now, partial) and now.keywords.get("context_fn") is contexts:
+        layer._gradient_checkpointing_func = now.before  # type: ignore[attr-defined]
+
+
+def mixture(kept: Sequence[float], products: Sequence[float], room: float) -> tuple[int, int]:
+    """Choose what layers keep, so that as little as possible is computed again.
+
+    Keeping products saves more time for a byte than keeping the rest. So all layers keep their products before one of
+    them keeps everything.
+
+    Args:
+        kept: Bytes of each layer that keeps everything, beyond one that keeps nothing.
+        products: Of each layer that keeps its products; 0 where a layer cannot.
+        room: Bytes that may be kept.
+
+    Returns:
+        How many layers, from the last, keep everything; and how many, from the last, keep their products at least.
+    """
+    some = list(accumulate(reversed(products)))
+    least = sum(need <= room for need in some)
+    if least < len(some):
+        return 0, least
+    more = (max(0.0, a - b) for a, b in zip(reversed(kept), reversed(products), strict=True))
+    return sum(need <= room for need in accumulate(more, initial=some[-1])) - 1, least
