@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
+from flexpatch.compiled import is_compiled
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
 from flexpatch.internals import layers_of
-from flexpatch.meters import Memory, Meter, cuda_memory
-from flexpatch.row_calls import plan_in
+from flexpatch.meters import Memory, Meter, cuda_memory, kind_of
+from flexpatch.row_calls import a_mask, plan_in
 from flexpatch.segments import NO_LOAD, Load
-from flexpatch.selective import can_keep_products, keep_nothing, keep_products, mixture
+from flexpatch.selective import can_keep_products, keep_nothing, keep_products, mixture, watch_products
 
 # Of the memory that the process could have: allocators lose some to fragments, kernels take workspaces.
 USABLE = 0.9
@@ -34,7 +36,8 @@ GATHERS = (
 )
 WHOLE = (
     "flexpatch: recompute_layers='partly' recomputes whole layers here: it needs torch's own checkpointing, "
-    "model.gradient_checkpointing_enable({'use_reentrant': False}), and a model without mixers that carry a state"
+    "model.gradient_checkpointing_enable({'use_reentrant': False}), no mixers that carry a state, and no kernels that "
+    "write over what they are given (Liger's rope)"
 )
 
 log = logging.getLogger(__name__)
@@ -97,6 +100,7 @@ class Recomputation:
         self.memory = memory
         self.kept: list[Any] = []  # layers whose checkpointing is off for the call that runs
         self.partly: list[Any] = []  # those that keep their products
+        self.survives: dict[str, bool] = {}  # by kind: whether products still have their numbers after a forward
         # By kind, kept by a layer for one token, beyond its bytes when checkpointed: everything, and products alone.
         self.layer_bytes: dict[str, float] = {}
         self.product_bytes: dict[str, float] = {}
@@ -131,14 +135,18 @@ class Recomputation:
             return call, None
         plan = plan_in(call)
         load = NO_LOAD if plan is None else plan.segments.load
-        # Mixers that take separate sequences, or branch, wrap the layers' checkpointing functions themselves.
-        able = [layer for layer in layers if plan is None and can_keep_products(layer)]
+        able, untried = self._able(layers, call) if plan is None else ([], {})
         choice, measured = self.plan(layers, call["input_ids"], backbone, load, able)
         self.kept, self.partly = list(choice.everything), list(choice.products)
         for layer in self.kept:
             layer.gradient_checkpointing = KEPT
         for layer in self.partly:
             keep_products(layer)
+        for kind, layer in untried.items():
+            watch_products(layer, partial(self.survives.setdefault, kind))
+        self.partly += untried.values()
+        if self.setting == "partly" and len(able) < len(layers) and not untried:
+            warnings.warn(WHOLE, FlexpatchWarning, 2)
 
         def leave(output: Any) -> None:
             self.restore()
@@ -146,6 +154,21 @@ class Recomputation:
                 measured(output is not None)
 
         return call, leave
+
+    def _able(self, layers: Sequence[Any], call: Mapping[str, Any]) -> tuple[list[nn.Module], dict[str, nn.Module]]:
+        """List the layers of a call that may keep their products alone; and, by kind, one to find it out with.
+
+        A graph has no operations that write over what they are given. Mixers that take separate sequences, or branch,
+        wrap the checkpointing functions of their layers themselves: none of these is asked for.
+        """
+        if isinstance(self.setting, int):
+            return [], {}
+        able = [layer for layer in layers if can_keep_products(layer)]
+        if isinstance(a_mask(call), BlockMask) and all(map(is_compiled, able)):
+            return able, {}
+        pairs = [(kind_of(layer), layer) for layer in able]
+        untried = {kind: layer for kind, layer in reversed(pairs) if kind not in self.survives}
+        return [layer for kind, layer in pairs if self.survives.get(kind)], untried
 
     def restore(self) -> None:
         """Switch checkpointing of kept layers on again, unless somebody has set it since."""
@@ -180,8 +203,6 @@ class Recomputation:
         if isinstance(self.setting, int):
             return Choice(layers[self.setting :]), None
         if self.setting == "partly":
-            if len(able) < len(layers):
-                warnings.warn(WHOLE, FlexpatchWarning, 2)
             return Choice((), able), None
         if _gathers(layers):
             warnings.warn(GATHERS, FlexpatchWarning, 2)
@@ -263,20 +284,6 @@ class Recomputation:
 def _size(sizes: Mapping[str, float], kind: str) -> float:
     """Look a kind up; the largest stands for kinds that came later, such as layers with new adapters."""
     return sizes.get(kind, max(sizes.values()))
-
-
-def kind_of(layer: nn.Module) -> str:
-    """Describe a layer by all that decides how much it keeps: layers of one kind keep equally much for a token.
-
-    Args:
-        layer: The layer.
-
-    Returns:
-        The classes of its modules, and the shapes of its weights, trained or frozen.
-    """
-    names = [type(module).__name__ for module in layer.modules()]
-    weights = [f"{'trained' * p.requires_grad}{tuple(p.shape)}" for p in layer.parameters()]
-    return " ".join(names + weights)
 
 
 def _gathers(layers: Sequence[nn.Module]) -> bool:

@@ -64,7 +64,7 @@ def check_forwards(layers: Iterable[nn.Module]) -> None:
     Raises:
         UnsupportedModelError: If there is one.
     """
-    if any("forward" in vars(layer) and not _is_ours(layer) for layer in layers):
+    if any("forward" in vars(layer) and not is_compiled(layer) for layer in layers):
         raise UnsupportedModelError(
             "another library replaced the forward of this model's decoder layers; apply with compile=False"
         )
@@ -78,11 +78,12 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
 
 def restore_forward(module: nn.Module) -> None:
     """Undo :func:`compile_layers` on a module, whatever it is."""
-    if _is_ours(module):
+    if is_compiled(module):
         del module.forward
 
 
-def _is_ours(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether :func:`compile_layers` was called on a module."""
     return getattr(vars(module).get("forward"), "func", None) is _forward
 
 

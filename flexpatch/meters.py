@@ -41,6 +41,20 @@ def cuda_memory(device: torch.device) -> Memory:
     return Memory(torch.cuda.memory_allocated(index), held, int(limit))
 
 
+def kind_of(layer: nn.Module) -> str:
+    """Describe a layer by all that decides how much it keeps: layers of one kind keep equally much for a token.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        The classes of its modules, and the shapes of its weights, trained or frozen.
+    """
+    names = [type(module).__name__ for module in layer.modules()]
+    weights = [f"{'trained' * p.requires_grad}{tuple(p.shape)}" for p in layer.parameters()]
+    return " ".join(names + weights)
+
+
 class Meter:
     """Measures the bytes that each of some layers keeps allocated after its forward."""
 

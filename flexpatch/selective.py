@@ -5,13 +5,16 @@ third of what a compiled one keeps, but take little of its time. Torch's selecti
 as they run, and the compiler knows it too: there the products are chosen once, as the graph is made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # A product of fewer terms, such as that of a LoRA adapter's second matrix, moves numbers for longer than it computes.
@@ -59,10 +62,15 @@ def can_keep_products(layer: nn.Module) -> bool:
     return function.keywords.get("use_reentrant") is False and "context_fn" not in function.keywords
 
 
-def keep_products(layer: nn.Module) -> None:
-    """Let a checkpointed layer keep its products until :func:`keep_nothing`."""
+def keep_products(layer: nn.Module, made: Callable[[], Any] = contexts) -> None:
+    """Let a checkpointed layer keep its products until :func:`keep_nothing`.
+
+    Args:
+        layer: A layer that :func:`can_keep_products`.
+        made: Makes the contexts in which it runs.
+    """
     before = layer._gradient_checkpointing_func
-    now = partial(checkpoint, **before.keywords, context_fn=contexts)
+    now = partial(checkpoint, **before.keywords, context_fn=made)
     now.before = before  # type: ignore[attr-defined]
     layer._gradient_checkpointing_func = now
 
@@ -70,8 +78,48 @@ def keep_products(layer: nn.Module) -> None:
 def keep_nothing(layer: nn.Module) -> None:
     """Undo :func:`keep_products`, unless somebody has set another function since."""
     now = layer._gradient_checkpointing_func
-    if isinstance(now, partial) and now.keywords.get("context_fn") is contexts:
-        layer._gradient_checkpointing_func = now.before  # type: ignore[attr-defined]
+    layer._gradient_checkpointing_func = getattr(now, "before", now)
+
+
+def watch_products(layer: nn.Module, note: Callable[[bool], None]) -> None:
+    """Let a checkpointed layer tell whether its products may be kept; undo it with :func:`keep_nothing`.
+
+    Args:
+        layer: A layer that :func:`can_keep_products`. It is recomputed wholly.
+        note: Called after its next forward with whether all of them still had their numbers.
+    """
+    keep_products(layer, lambda: (_Watch(note), nullcontext()))
+
+
+class _Watch(TorchDispatchMode):
+    """Compares the outputs that would be kept at the end of a forward with what they were.
+
+    Kernels may write over what they are given, and some leave no trace of it (Liger's rope). Gradients computed from
+    such outputs would be wrong in silence.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, note: Callable[[bool], None]) -> None:
+        super().__init__()
+        self.note = note
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if choose(None, func, *args, **(kwargs or {})) == CheckpointPolicy.MUST_SAVE:
+            self.outputs += [(x.detach(), x.clone()) for x in tree_leaves(output) if isinstance(x, Tensor)]
+        return output
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if error[0] is None:
+            self.note(all(torch.equal(now.nan_to_num(), then.nan_to_num()) for now, then in self.outputs))
+        self.outputs.clear()
 
 
 def mixture(kept: Sequence[float], products: Sequence[float], room: float) -> tuple[int, int]:

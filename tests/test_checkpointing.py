@@ -12,9 +12,9 @@ from parameterized import parameterized
 from torch import nn
 
 import flexpatch
-from flexpatch.checkpointing import USABLE, Recomputation, kind_of
+from flexpatch.checkpointing import USABLE, Recomputation
 from flexpatch.internals import layers_of
-from flexpatch.meters import Memory, cuda_memory
+from flexpatch.meters import Memory, cuda_memory, kind_of
 from flexpatch.models import tiny_model, tiny_types
 from flexpatch.segments import NO_LOAD, Load
 

@@ -1,6 +1,7 @@
 """Layers that keep their products alone: the gradients of the unpatched model, fewer bytes, no product twice."""
 
 import gc
+import warnings
 from functools import partial
 from typing import Any
 
@@ -59,7 +60,8 @@ def test_parity(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Non
     torch._dynamo.reset()
     model, rows = partly(tiny_model("llama"), **options), flexpatch.build_rows([few()])
     true = oracle("llama", 0, samples=few)
-    Result.packed(model, rows).matches(true)
+    for _ in range(2):  # the first call finds out whether products may be kept
+        Result.packed(model, rows).matches(true)
     if not options:  # compiled functions run uncompiled under the mode of this control
         monkeypatch.setattr(selective, "create_selective_checkpoint_contexts", wrong_contexts)
         assert Result.packed(model, rows).errors(true)[1] > 1e-6, "kept products were changed"
@@ -71,9 +73,15 @@ def test_parity_of_all(model_type: str, variant: int) -> None:
     model = tiny_model(model_type, variant)
     if not layers_of(flexpatch.patch.backbone_of(model)):
         pytest.skip("no list of layers")
-    Result.packed(partly(model), flexpatch.build_rows([trees()])).matches(
-        oracle(model_type, variant), bounds_of(model_type, variant)
-    )
+    partly(model)
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", flexpatch.FlexpatchWarning)
+            ours = Result.packed(model, flexpatch.build_rows([trees()]))
+        ours.matches(oracle(model_type, variant), bounds_of(model_type, variant))
+    stage = flexpatch.forward.hook_of(model).recomputation
+    assert all(stage.survives.values()), "no layer of transformers writes over its products"
+    assert bool(stage.survives) != any("whole layers" in str(warning.message) for warning in caught)
 
 
 class Wrong(TorchDispatchMode):
@@ -147,11 +155,12 @@ def test_products_are_kept_and_nothing_else(compiles: bool) -> None:
     model.gradient_checkpointing_enable(NOT_REENTRANT)
     model.enable_input_require_grads()
     rows = flexpatch.build_rows([[flexpatch.Tree.of(*random_ids(20, 10, 9))]])
+    backend = "flex" if compiles else "dense"
     sizes, products, gradients = {}, {}, {}
     for setting in (0, "partly", None):
-        flexpatch.apply(model, backend="flex", compile=compiles, recompute_layers=setting)
+        flexpatch.apply(model, backend=backend, compile=compiles, recompute_layers=setting)
         model.zero_grad()
-        for _ in range(1 + compiles):
+        for _ in range(2):  # the first one compiles, or finds out whether products may be kept
             forward, backward = Watch(), Watch()
             with forward, torch.autocast("cpu", torch.bfloat16):
                 hidden = model.model(**flexpatch.model_inputs(model, rows)).last_hidden_state
@@ -163,6 +172,14 @@ def test_products_are_kept_and_nothing_else(compiles: bool) -> None:
     assert sizes[0] > 1.2 * sizes["partly"] > 1.44 * sizes[None]
     assert products[0] == products["partly"] < products[None]
     assert torch.equal(gradients["partly"], gradients[None]) and gradients[0].norm() > 0
+
+
+def way(layer: Any) -> str:
+    """Whether a layer keeps everything, its products or nothing in the call that runs; t: it is tried."""
+    if layer.gradient_checkpointing is KEPT:
+        return "K"
+    made = layer._gradient_checkpointing_func.keywords.get("context_fn")
+    return "w" if made is None else "p" if made is selective.contexts else "t"
 
 
 def device(limit: float) -> Any:
@@ -181,11 +198,7 @@ def test_auto_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = flexpatch.forward.hook_of(model).recomputation
     seen: list[str] = []
     for layer in layers:
-        layer.register_forward_pre_hook(
-            lambda layer, _: seen.append(
-                "K" if layer.gradient_checkpointing is KEPT else "wp"[not can_keep_products(layer)]
-            )
-        )
+        layer.register_forward_pre_hook(lambda layer, _: seen.append(way(layer)))
     functions = [layer._gradient_checkpointing_func for layer in layers]
 
     def ways() -> str:
@@ -194,7 +207,7 @@ def test_auto_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [layer._gradient_checkpointing_func for layer in layers] == functions
         return "".join(seen)
 
-    assert [ways(), ways(), ways()] == ["wwwK", "wwwp", "wwww"]
+    assert [ways(), ways(), ways()] == ["twwK", "wwwp", "wwww"]
     model.model.embed_tokens.weight.data += 0  # no step yet
     assert not stage.stepped
     weight = next(model.parameters())
@@ -205,6 +218,41 @@ def test_auto_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         stage.memory = device((100 + (room + 0.5) * tokens) / 0.9)
         assert ways() == expected, room
     assert weight.grad is not None
+
+
+def test_products_that_are_written_over_are_not_kept() -> None:
+    """As by Liger's rope, whose kernel leaves no trace: the layer is recomputed wholly, with a warning."""
+    model = tiny_model("llama")
+    true = oracle("llama", 0, samples=few)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(written_over)
+    unpatched = Result.of(model, separate(model, few()))
+    unpatched.differs(true, what="queries were changed")
+    rows = flexpatch.build_rows([few()])
+    partly(model)
+    Result.packed(model, rows).matches(unpatched)
+    with pytest.warns(flexpatch.FlexpatchWarning, match="recomputes whole layers here"):
+        Result.packed(model, rows).matches(unpatched)
+    stage = flexpatch.forward.hook_of(model).recomputation
+    assert list(stage.survives.values()) == [False]
+    stage.survives = dict.fromkeys(stage.survives, True)
+    with pytest.raises(AssertionError, match="the gradient is"):  # without being tried
+        Result.packed(model, rows).matches(unpatched)
+
+
+class _WrittenOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.numpy()[...] *= 1.1  # not through torch, like a kernel of Triton's
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 1.1 * gradient
+
+
+def written_over(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return _WrittenOver.apply(output)
 
 
 @parameterized.expand([(RuntimeError,), (KeyboardInterrupt,)])
