@@ -3,7 +3,7 @@
     python benchmarks/recomputation.py                                                      # on a GPU; both parts
     python benchmarks/recomputation.py --parts layer --modes lora --compile yes
     python benchmarks/recomputation.py --parts model --limits 40 60
-    python benchmarks/recomputation.py --device cpu --shape tiny --tokens 512 --least 16
+    python benchmarks/recomputation.py --device cpu --narrow 8 --tokens 512 --pair 128:64 --least 32 --repeats 1 --kinds
 
 A shared row is filled with equal pairs (--pair, tokens of a prompt and of each answer); weights and ids are random.
 bfloat16 under autocast, as TRL's trainers run; LoRA of rank 16 on all linear layers, in float32 as peft makes it.
@@ -84,6 +84,7 @@ def main() -> int:
     add("--repeats", type=int, default=7)
     add("--seconds", type=float, default=float("inf"), help="begin no measurement after so many seconds")
     add("--kinds", action="store_true", help="on a CPU: list what is kept")
+    add("--narrow", type=int, default=1, help="on a CPU: divide widths and ranks by this, and multiply kB with it")
     add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/recomputation"))
     options = parser.parse_args()
@@ -98,9 +99,10 @@ def main() -> int:
         for _ in range(count)
     ]
     rate = matmul_rate(options.device, torch.bfloat16)
+    width = f" (widths divided by {options.narrow})" * (options.narrow > 1)
     conditions = (
-        f"{options.shape}, random weights, bfloat16, {'no ' if options.no_autocast else ''}autocast, LoRA of rank 16 "
-        f"on all linear layers; a shared row of {count} pairs of {prompt} + 2 × {answer} tokens; {device}, torch "
+        f"{options.shape}{width}, random weights, bfloat16, {'no ' * options.no_autocast}autocast, LoRA of rank 16 on "
+        f"all linear layers; a shared row of {count} pairs of {prompt} + 2 × {answer} tokens; {device}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; a matrix product: "
         f"{rate:.0f} TFLOP/s. `python benchmarks/recomputation.py`"
     )
@@ -149,12 +151,15 @@ def make_model(mode: str, adapter_dtype: str, layers: int, options: argparse.Nam
     """Make a model. Returns transformers' and peft's, or the same twice."""
     torch.manual_seed(0)
     kind, shape = SHAPES[options.shape]
-    config = AutoConfig.for_model(kind, **(shape | dict(num_hidden_layers=layers)))
+    wide = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    narrow = {name: shape[name] // options.narrow for name in wide}
+    config = AutoConfig.for_model(kind, **(shape | narrow | dict(num_hidden_layers=layers)))
     with torch.device(options.device):
         causal = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
     wrapped = causal
     if mode == "lora":
-        adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", init_lora_weights=False)
+        rank = max(1, 16 // options.narrow)
+        adapters = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
         wrapped = peft.get_peft_model(causal, adapters, autocast_adapter_dtype=adapter_dtype == "float32")
     causal.gradient_checkpointing_enable({"use_reentrant": False})
     causal.enable_input_require_grads()
@@ -259,9 +264,9 @@ def time_layer(
         del output
     grads = [given.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
     record = dict(
-        kb_a_token=kept / tokens / 1e3, tokens=tokens, forward_ms=statistics.median(forwards),
+        kb_a_token=options.narrow * kept / tokens / 1e3, tokens=tokens, forward_ms=statistics.median(forwards),
         backward_ms=statistics.median(backwards), first_s=first,
-        kinds={kind: size / tokens / 1e3 for kind, size in kinds.items()} if options.kinds else {},
+        kinds={kind: options.narrow * size / tokens / 1e3 for kind, size in kinds.items()} if options.kinds else {},
     )  # fmt: skip
     return record, torch.cat([grad.flatten().float() for grad in grads])
 
