@@ -353,7 +353,7 @@ def time_steps(causal: Any, compiles: bool, options: argparse.Namespace) -> dict
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     rows = flexpatch.build_rows([options.trees]).to(options.device)
     stage = flexpatch.forward.hook_of(causal).recomputation
-    reference = torch.full((len(options.trees), 2), -100.0, device=options.device)
+    reference = torch.full((2 * len(options.trees),), -100.0, device=options.device)
     choices: list[tuple[int, int]] = []
     choose = stage.plan
 
