@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import flexpatch
-from flexpatch import selective
+from flexpatch import Tree, selective
 from flexpatch.checkpointing import KEPT, Recomputation
 from flexpatch.internals import layers_of
 from flexpatch.meters import Memory
@@ -67,14 +67,20 @@ def test_parity(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Non
         assert Result.packed(model, rows).errors(true)[1] > 1e-6, "kept products were changed"
 
 
+# Layers that write over their products, with torch's in-place operations.
+WRITING = {"olmo"}
+# In float64 they do not train unpatched either.
+SINGLE = {"inkling2_text", "inkling2_loop_text", "inkling2", "inkling2_loop", "xglm"}
+
+
 @parameterized.expand(MODELS, name_func=name)
 @pytest.mark.slow
 def test_parity_of_all(model_type: str, variant: int) -> None:
     """With what the same rows give where everything is kept, which other tests hold to the unpatched model."""
-    model = tiny_model(model_type, variant)
-    if not layers_of(flexpatch.patch.backbone_of(model)):
-        pytest.skip("no list of layers")
-    rows = flexpatch.build_rows([few()])
+    model = tiny_model(model_type, variant, dtype=torch.float32 if model_type in SINGLE else torch.float64)
+    if not (layers_of(flexpatch.patch.backbone_of(model)) and model.supports_gradient_checkpointing):
+        pytest.skip("no checkpointing of layers")
+    rows = flexpatch.build_rows([[Tree.of(*random_ids(30, 12, 9)), Tree.of(*random_ids(8, 5, 14, seed=1))]])
     model.train().gradient_checkpointing_enable(NOT_REENTRANT)
     true = Result.packed(flexpatch.apply(model, recompute_layers=0), rows)
     partly(model)
@@ -83,8 +89,9 @@ def test_parity_of_all(model_type: str, variant: int) -> None:
             warnings.simplefilter("always", flexpatch.FlexpatchWarning)
             Result.packed(model, rows).matches(true, (1e-13, 1e-13))
     stage = flexpatch.forward.hook_of(model).recomputation
-    assert all(stage.survives.values()), "no layer of transformers writes over its products"
-    assert bool(stage.survives) != any("whole layers" in str(warning.message) for warning in caught)
+    assert all(stage.survives.values()) == (model_type not in WRITING), stage.survives
+    whole = any("whole layers" in str(warning.message) for warning in caught)
+    assert whole == (not stage.survives or model_type in WRITING)
 
 
 class Wrong(TorchDispatchMode):
@@ -157,7 +164,7 @@ def test_products_are_kept_and_nothing_else(compiles: bool) -> None:
     peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
     model.gradient_checkpointing_enable(NOT_REENTRANT)
     model.enable_input_require_grads()
-    rows = flexpatch.build_rows([[flexpatch.Tree.of(*random_ids(20, 10, 9))]])
+    rows = flexpatch.build_rows([[Tree.of(*random_ids(20, 10, 9))]])
     backend = "flex" if compiles else "dense"
     sizes, products, gradients = {}, {}, {}
     for setting in (0, "partly", None):
