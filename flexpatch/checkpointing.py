@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from flexpatch.compiled import is_compiled
+from flexpatch.compiled import run_compiled
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
 from flexpatch.internals import layers_of
 from flexpatch.meters import Memory, Meter, cuda_memory, kind_of
-from flexpatch.row_calls import a_mask, plan_in
+from flexpatch.row_calls import plan_in
 from flexpatch.segments import NO_LOAD, Load
 from flexpatch.selective import can_keep_products, keep_nothing, keep_products, mixture, watch_products
 
@@ -63,7 +62,7 @@ def renamed(recompute_layers: int | str | None, checkpointing: int | str) -> int
 
 
 class Choice(NamedTuple):
-    """What layers of a call keep.
+    """Choose what layers of a call keep.
 
     Attributes:
         everything: Layers that keep all their activations.
@@ -99,7 +98,7 @@ class Recomputation:
         self.setting = setting
         self.memory = memory
         self.kept: list[Any] = []  # layers whose checkpointing is off for the call that runs
-        self.partly: list[Any] = []  # those that keep their products
+        self.partly: list[Any] = []  # layers that keep their products in it
         self.survives: dict[str, bool] = {}  # by kind: whether products still have their numbers after a forward
         # By kind, kept by a layer for one token, beyond its bytes when checkpointed: everything, and products alone.
         self.layer_bytes: dict[str, float] = {}
@@ -164,7 +163,7 @@ class Recomputation:
         if isinstance(self.setting, int):
             return [], {}
         able = [layer for layer in layers if can_keep_products(layer)]
-        if isinstance(a_mask(call), BlockMask) and all(map(is_compiled, able)):
+        if run_compiled(able, call):
             return able, {}
         pairs = [(kind_of(layer), layer) for layer in able]
         untried = {kind: layer for kind, layer in reversed(pairs) if kind not in self.survives}

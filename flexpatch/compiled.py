@@ -7,7 +7,7 @@ Shapes: L tokens of a row, P = bucket(L).
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -64,7 +64,7 @@ def check_forwards(layers: Iterable[nn.Module]) -> None:
     Raises:
         UnsupportedModelError: If there is one.
     """
-    if any("forward" in vars(layer) and not is_compiled(layer) for layer in layers):
+    if any("forward" in vars(layer) and not _is_ours(layer) for layer in layers):
         raise UnsupportedModelError(
             "another library replaced the forward of this model's decoder layers; apply with compile=False"
         )
@@ -78,12 +78,24 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
 
 def restore_forward(module: nn.Module) -> None:
     """Undo :func:`compile_layers` on a module, whatever it is."""
-    if is_compiled(module):
+    if _is_ours(module):
         del module.forward
 
 
-def is_compiled(module: nn.Module) -> bool:
-    """Tell whether :func:`compile_layers` was called on a module."""
+def run_compiled(layers: Iterable[nn.Module], call: Mapping[str, Any]) -> bool:
+    """Tell whether a call runs layers compiled.
+
+    Args:
+        layers: Decoder layers.
+        call: Arguments of their backbone by name.
+
+    Returns:
+        Whether all of them are, and the call is a row's.
+    """
+    return isinstance(a_mask(call), BlockMask) and all(map(_is_ours, layers))
+
+
+def _is_ours(module: nn.Module) -> bool:
     return getattr(vars(module).get("forward"), "func", None) is _forward
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 # A product of fewer terms, such as that of a LoRA adapter's second matrix, moves numbers for longer than it computes.
@@ -112,7 +111,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if choose(None, func, *args, **(kwargs or {})) == CheckpointPolicy.MUST_SAVE:
-            self.outputs += [(x.detach(), x.clone()) for x in tree_leaves(output) if isinstance(x, Tensor)]
+            several = output if isinstance(output, tuple) else (output,)
+            self.outputs += [(x.detach(), x.clone()) for x in several if isinstance(x, Tensor)]
         return output
 
     def __exit__(self, *error: Any) -> None:

@@ -35,9 +35,9 @@ from trl import DPOConfig
 import flexpatch
 from flexpatch import Tree
 from flexpatch.checkpointing import GATHERS, Recomputation
-from flexpatch.meters import Memory
 from flexpatch.float64 import Float64
 from flexpatch.fold import Folded, fold_batch
+from flexpatch.meters import Memory
 from flexpatch.models import tiny_model
 
 # Of the launcher; without one this process is alone.
