@@ -62,7 +62,7 @@ def renamed(recompute_layers: int | str | None, checkpointing: int | str) -> int
 
 
 class Choice(NamedTuple):
-    """Choose what layers of a call keep.
+    """Layers of a call by what they keep.
 
     Attributes:
         everything: Layers that keep all their activations.

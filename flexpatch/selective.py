@@ -61,7 +61,7 @@ def can_keep_products(layer: nn.Module) -> bool:
     return function.keywords.get("use_reentrant") is False and "context_fn" not in function.keywords
 
 
-def keep_products(layer: nn.Module, made: Callable[[], Any] = contexts) -> None:
+def keep_products(layer: Any, made: Callable[[], Any] = contexts) -> None:
     """Let a checkpointed layer keep its products until :func:`keep_nothing`.
 
     Args:
@@ -70,17 +70,17 @@ def keep_products(layer: nn.Module, made: Callable[[], Any] = contexts) -> None:
     """
     before = layer._gradient_checkpointing_func
     now = partial(checkpoint, **before.keywords, context_fn=made)
-    now.before = before  # type: ignore[attr-defined]
+    now.before = before  # type: ignore[attr-defined]  # a partial takes attributes
     layer._gradient_checkpointing_func = now
 
 
-def keep_nothing(layer: nn.Module) -> None:
+def keep_nothing(layer: Any) -> None:
     """Undo :func:`keep_products`, unless somebody has set another function since."""
     now = layer._gradient_checkpointing_func
     layer._gradient_checkpointing_func = getattr(now, "before", now)
 
 
-def watch_products(layer: nn.Module, note: Callable[[bool], None]) -> None:
+def watch_products(layer: nn.Module, note: Callable[[bool], Any]) -> None:
     """Let a checkpointed layer tell whether its products may be kept; undo it with :func:`keep_nothing`.
 
     Args:
@@ -99,7 +99,7 @@ class _Watch(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, note: Callable[[bool], None]) -> None:
+    def __init__(self, note: Callable[[bool], Any]) -> None:
         super().__init__()
         self.note = note
         self.outputs: list[tuple[Tensor, Tensor]] = []
