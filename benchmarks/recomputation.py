@@ -29,6 +29,7 @@ Prints every line as it is measured, then the tables, and writes them with recom
 import argparse
 import gc
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -100,11 +101,12 @@ def main() -> int:
     ]
     rate = matmul_rate(options.device, torch.bfloat16)
     width = f" (widths divided by {options.narrow})" * (options.narrow > 1)
+    command = shlex.join(["python", "benchmarks/recomputation.py", *sys.argv[1:]]).split(" --output")[0]
+    product = f"; a matrix product: {rate:.0f} TFLOP/s" if options.device == "cuda" else ""
     conditions = (
         f"{options.shape}{width}, random weights, bfloat16, {'no ' * options.no_autocast}autocast, LoRA of rank 16 on "
         f"all linear layers; a shared row of {count} pairs of {prompt} + 2 × {answer} tokens; {device}, torch "
-        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; a matrix product: "
-        f"{rate:.0f} TFLOP/s. `python benchmarks/recomputation.py`"
+        f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}{product}. `{command}`"
     )
     print(conditions, flush=True)
     results: dict[str, Any] = {"conditions": conditions, "layer": [], "model": []}
@@ -391,15 +393,36 @@ def time_steps(causal: Any, compiles: bool, options: argparse.Namespace) -> dict
 # --- tables ---------------------------------------------------------------------------------------------------------
 
 
+def name_of(record: dict[str, Any]) -> str:
+    name = {"lora": f"LoRA, adapters in {record['adapters']}", "full": "all weights"}[record["mode"]]
+    return name + (", compiled" if record["compiled"] else "")
+
+
+def counted(records: list[dict[str, Any]]) -> list[str]:
+    """Make the table of a CPU: what is kept, without times."""
+    ways = [way for way in WAYS if any(record["way"] == way for record in records)]
+    lines = [f"| kB a token that a layer keeps: | {' | '.join(ways)} |", "|---" * (len(ways) + 1) + "|"]
+    for name in dict.fromkeys(map(name_of, records)):
+        of = {record["way"]: record.get("kb_a_token") for record in records if name_of(record) == name}
+        cells = ["–" if of.get(way) is None else f"{of[way]:.1f}" for way in ways]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def tables(results: dict[str, Any]) -> str:
-    lines = [
-        "| a layer | kept | kB a token | forward, ms | backward, ms | both, beyond everything kept |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = (
+        counted(results["layer"])
+        if "; CPU," in results["conditions"]
+        else [
+            "| a layer | kept | kB a token | forward, ms | backward, ms | both, beyond everything kept |",
+            "|---|---|---|---|---|---|",
+        ]
+    )
     fastest: dict[str, float] = {}
     for record in results["layer"]:
-        name = {"lora": f"LoRA, adapters in {record['adapters']}", "full": "all weights"}[record["mode"]]
-        name += ", compiled" if record["compiled"] else ""
+        if "; CPU," in results["conditions"]:
+            break
+        name = name_of(record)
         if isinstance(record.get("error"), str):
             lines.append(f"| {name} | {record['way']} | {record['error'][:60]} | | | |")
             continue
