@@ -35,8 +35,8 @@ GATHERS = (
 )
 WHOLE = (
     "flexpatch: recompute_layers='partly' recomputes whole layers here: it needs torch's own checkpointing, "
-    "model.gradient_checkpointing_enable({'use_reentrant': False}), no mixers that carry a state, and no kernels that "
-    "write over what they are given (Liger's rope)"
+    "model.gradient_checkpointing_enable({'use_reentrant': False}), no mixers that carry a state, no kernels that "
+    "write over what they are given (Liger's rope), and no ZeRO-3"
 )
 
 log = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class Recomputation:
         A graph has no operations that write over what they are given. Mixers that take separate sequences, or branch,
         wrap the checkpointing functions of their layers themselves: none of these is asked for.
         """
-        if isinstance(self.setting, int):
+        if isinstance(self.setting, int) or _gathers(layers):
             return [], {}
         able = [layer for layer in layers if can_keep_products(layer)]
         if run_compiled(able, call):
