@@ -92,6 +92,7 @@ def main() -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     options.deadline = time.perf_counter() + options.seconds
     selective.INNER = options.least
+    selective.contexts.cache_hash = f"products of {options.least} terms"  # names stored graphs
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     prompt, answer = map(int, options.pair.split(":"))
     count = max(1, options.tokens // (prompt + 2 * answer))
