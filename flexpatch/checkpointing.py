@@ -6,9 +6,8 @@ Sizes are in bytes.
 import logging
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from flexpatch.compiled import run_compiled
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
 from flexpatch.internals import layers_of
+from flexpatch.meters import Memory, Meter, cuda_memory, kind_of
 from flexpatch.row_calls import plan_in
 from flexpatch.segments import NO_LOAD, Load
+from flexpatch.selective import can_keep_products, keep_nothing, keep_products, mixture, watch_products
 
 # Of the memory that the process could have: allocators lose some to fragments, kernels take workspaces.
 USABLE = 0.9
@@ -30,6 +32,11 @@ KEPT = 0
 GATHERS = (
     "flexpatch: under ZeRO-3 recompute_layers='auto' recomputes all layers: ranks gather weights together, so none "
     "may decide by its own memory; a number, apply(model, recompute_layers=8), is the same on all"
+)
+WHOLE = (
+    "flexpatch: recompute_layers='partly' recomputes whole layers here: it needs torch's own checkpointing, "
+    "model.gradient_checkpointing_enable({'use_reentrant': False}), no mixers that carry a state, no kernels that "
+    "write over what they are given (Liger's rope), and no ZeRO-3"
 )
 
 log = logging.getLogger(__name__)
@@ -54,49 +61,31 @@ def renamed(recompute_layers: int | str | None, checkpointing: int | str) -> int
     return checkpointing
 
 
-class Memory(NamedTuple):
-    """Memory of one device.
+class Choice(NamedTuple):
+    """Layers of a call by what they keep.
 
     Attributes:
-        allocated: In tensors now.
-        held: By this process for its tensors, a peak that nobody resets.
-        limit: As much as this process could hold.
+        everything: Layers that keep all their activations.
+        products: Layers that keep those of matrix products and attention. All others keep their inputs alone.
     """
 
-    allocated: int
-    held: int
-    limit: int
-
-
-def cuda_memory(device: torch.device) -> Memory:
-    """Measure a CUDA device.
-
-    Raises:
-        FlexpatchError: If ``device`` is another.
-    """
-    if device.type != "cuda":
-        raise FlexpatchError(
-            f"recompute_layers='auto' measures the memory of a CUDA device, and this model is on {device}: give a "
-            "number, flexpatch.apply(model, recompute_layers=8)"
-        )
-    index = torch.cuda.current_device() if device.index is None else device.index
-    free, total = torch.cuda.mem_get_info(index)
-    held = torch.cuda.memory_reserved(index)
-    limit = min(free + held, total * torch.cuda.get_per_process_memory_fraction(index))
-    return Memory(torch.cuda.memory_allocated(index), held, int(limit))
+    everything: Sequence[nn.Module] = ()
+    products: Sequence[nn.Module] = ()
 
 
 class Recomputation:
-    """Choose which of a model's checkpointed layers a call recomputes in backward: a stage of calls.
+    """Choose what a model's checkpointed layers compute again in a call's backward: a stage of calls.
 
     With ``"auto"`` all are recomputed until the optimizer has made its first step: only then gradients and its state
-    exist. The first calls measure the bytes that a layer would keep for a token, one kind of layer a call: layers of a
-    hybrid keep unlike much. A row of a hybrid with more states or separate sequences a token than these is taken to
-    keep more in proportion, which is the most it can. Every call measures those that a step holds. From then on a call
-    of T tokens keeps the activations of as many layers as fit between that and ``USABLE`` of the memory.
+    exist. The first calls measure the bytes that a layer would keep for a token, of all its activations and of its
+    products alone, one kind of layer and one of these a call: layers of a hybrid keep unlike much. A row of a hybrid
+    with more states or separate sequences a token than these is taken to keep more in proportion, which is the most it
+    can. Every call measures those that a step holds. From then on a call of T tokens keeps as much as fits between that
+    and ``USABLE`` of the memory: the products of all layers first, then everything of the last ones.
 
     Args:
-        setting: The number of layers to recompute, from the first, or ``"auto"``.
+        setting: The number of layers to recompute, from the first; ``"partly"``: all but the products of all layers; or
+            ``"auto"``.
         memory: Measures a device.
 
     Raises:
@@ -104,13 +93,16 @@ class Recomputation:
     """
 
     def __init__(self, setting: int | str, memory: Callable[[torch.device], Memory] = cuda_memory) -> None:
-        if setting != "auto" and (type(setting) is not int or setting < 0):
-            raise FlexpatchError(f"recompute_layers={setting!r}; expected a number of layers, 'auto' or None")
+        if setting not in ("auto", "partly") and (type(setting) is not int or setting < 0):
+            raise FlexpatchError(f"recompute_layers={setting!r}; expected a number of layers, 'partly', 'auto' or None")
         self.setting = setting
         self.memory = memory
         self.kept: list[Any] = []  # layers whose checkpointing is off for the call that runs
-        # By kind, kept by a layer for one token, beyond its bytes when checkpointed.
+        self.partly: list[Any] = []  # layers that keep their products in it
+        self.survives: dict[str, bool] = {}  # by kind: whether products still have their numbers after a forward
+        # By kind, kept by a layer for one token, beyond its bytes when checkpointed: everything, and products alone.
         self.layer_bytes: dict[str, float] = {}
+        self.product_bytes: dict[str, float] = {}
         self.load = NO_LOAD  # the lightest of the rows that were measured
         self.tokens = 0  # of the longest row before the first step
         self.held = 0  # by steps that checkpoint all layers
@@ -121,14 +113,14 @@ class Recomputation:
     def __call__(
         self, backbone: PreTrainedModel, call: dict[str, Any]
     ) -> tuple[dict[str, Any], Callable[[Any], None] | None]:
-        """Switch checkpointing off for layers whose activations this call keeps.
+        """Switch checkpointing off, or to products, for layers whose activations this call keeps.
 
         Args:
             backbone: The backbone that is called.
             call: Its arguments by name.
 
         Returns:
-            The arguments as they are, and what switches checkpointing on again; ``None`` if nothing was switched off.
+            The arguments as they are, and what switches checkpointing on again; ``None`` if nothing was checkpointed.
         """
         self.restore()  # an interrupted call may have left some
         if call.get("input_ids") is None or not (backbone.training and torch.is_grad_enabled()):
@@ -142,10 +134,18 @@ class Recomputation:
             return call, None
         plan = plan_in(call)
         load = NO_LOAD if plan is None else plan.segments.load
-        kept, measured = self.plan(layers, call["input_ids"], backbone, load)
-        self.kept = list(kept)
+        able, untried = self._able(layers, call) if plan is None else ([], {})
+        choice, measured = self.plan(layers, call["input_ids"], backbone, load, able)
+        self.kept, self.partly = list(choice.everything), list(choice.products)
         for layer in self.kept:
             layer.gradient_checkpointing = KEPT
+        for layer in self.partly:
+            keep_products(layer)
+        for kind, layer in untried.items():
+            watch_products(layer, partial(self.survives.setdefault, kind))
+        self.partly += untried.values()
+        if self.setting == "partly" and len(able) < len(layers) and not untried:
+            warnings.warn(WHOLE, FlexpatchWarning, 2)
 
         def leave(output: Any) -> None:
             self.restore()
@@ -154,55 +154,88 @@ class Recomputation:
 
         return call, leave
 
+    def _able(self, layers: Sequence[Any], call: Mapping[str, Any]) -> tuple[list[nn.Module], dict[str, nn.Module]]:
+        """List the layers of a call that may keep their products alone; and, by kind, one to find it out with.
+
+        A graph has no operations that write over what they are given. Mixers that take separate sequences, or branch,
+        wrap the checkpointing functions of their layers themselves: none of these is asked for.
+        """
+        if isinstance(self.setting, int) or _gathers(layers):
+            return [], {}
+        able = [layer for layer in layers if can_keep_products(layer)]
+        if run_compiled(able, call):
+            return able, {}
+        pairs = [(kind_of(layer), layer) for layer in able]
+        untried = {kind: layer for kind, layer in reversed(pairs) if kind not in self.survives}
+        return [layer for kind, layer in pairs if self.survives.get(kind)], untried
+
     def restore(self) -> None:
         """Switch checkpointing of kept layers on again, unless somebody has set it since."""
         while self.kept:
             layer = self.kept.pop()
             if type(layer.gradient_checkpointing) is int:
                 layer.gradient_checkpointing = True
+        while self.partly:
+            keep_nothing(self.partly.pop())
 
     def plan(
-        self, layers: Sequence[nn.Module], ids: Tensor, model: nn.Module, load: Load = NO_LOAD
-    ) -> tuple[Sequence[nn.Module], Callable[[bool], None] | None]:
-        """Choose which layers of a call not to recompute.
+        self,
+        layers: Sequence[nn.Module],
+        ids: Tensor,
+        model: nn.Module,
+        load: Load = NO_LOAD,
+        able: Sequence[nn.Module] = (),
+    ) -> tuple[Choice, Callable[[bool], None] | None]:
+        """Choose which layers of a call not to recompute, or not wholly.
 
         Args:
             layers: The checkpointed layers.
             ids: (B, L) token ids.
             model: The backbone.
             load: Of the row.
+            able: Those of the layers that can keep their products alone.
 
         Returns:
             The layers, the last ones unless one is measured, and a function to call after the forward with whether it
             ended; ``None`` if nothing is measured.
         """
         if isinstance(self.setting, int):
-            return layers[self.setting :], None
+            return Choice(layers[self.setting :]), None
+        if self.setting == "partly":
+            return Choice((), able), None
         if _gathers(layers):
             warnings.warn(GATHERS, FlexpatchWarning, 2)
-            return [], None
+            return Choice(), None
         device = next(model.parameters()).device
         memory, tokens = self.memory(device), ids.numel()
         kinds = [kind_of(layer) for layer in layers]
+        unable = {id(layer) for layer in layers} - {id(layer) for layer in able}
+        # Layers of a kind are measured in both ways if they can, the last one of each.
+        unknown = {kinds[i]: (i, self.layer_bytes) for i in range(len(layers)) if kinds[i] not in self.layer_bytes}
+        if not unknown:
+            those = [i for i in range(len(layers)) if id(layers[i]) not in unable]
+            unknown = {kinds[i]: (i, self.product_bytes) for i in those if kinds[i] not in self.product_bytes}
         if not self.stepped:
-            self._watch(memory, model, all(kind in self.layer_bytes for kind in kinds))
+            self._watch(memory, model, not unknown)
             if self.stepped:
-                sizes = ", ".join(f"{size / 1e3:.1f}" for size in self.layer_bytes.values())
-                log.info("flexpatch: layers of each kind keep %s kB a token", sizes)
+                for what, sizes in (("all activations", self.layer_bytes), ("products alone", self.product_bytes)):
+                    each = ", ".join(f"{size / 1e3:.1f}" for size in sizes.values())
+                    log.info("flexpatch: kB a token that layers of each kind keep, %s: %s", what, each or "-")
         if self.stepped:
-            kept = layers[len(layers) - self._kept(memory, tokens, load, kinds) :]
-            log.debug("flexpatch: of %d layers, %d are kept for %d tokens", len(layers), len(kept), tokens)
-            return kept, None
+            choice = self._choose(memory, tokens, load, layers, kinds, unable)
+            counts = len(layers), len(choice.everything), len(choice.products), tokens
+            log.debug("flexpatch: of %d layers, %d keep everything and %d products for %d tokens", *counts)
+            return choice, None
         self.tokens = max(self.tokens, tokens)
-        unknown = [i for i, kind in enumerate(kinds) if kind not in self.layer_bytes]
         if not unknown or len(layers) < 2:
-            return [], None
-        last = unknown[-1]
+            return Choice(), None
+        last, sizes = max(unknown.values(), key=lambda found: found[0])
         others = [i for i in range(len(layers)) if i != last]
         # One of another kind, if there is none of its own: layers that are recomputed keep their inputs alone.
         other = max(others, key=lambda i: (kinds[i] == kinds[last], i))
-        meter = _Meter([layers[other], layers[last]], self.memory, device)
-        return [layers[last]], partial(self._measured, meter, kinds[last], tokens, load)
+        meter = Meter([layers[other], layers[last]], self.memory, device)
+        measured = partial(self._measured, meter, sizes, kinds[last], tokens, load)
+        return Choice(*([[layers[last]]] if sizes is self.layer_bytes else [[], [layers[last]]])), measured
 
     def _watch(self, memory: Memory, model: nn.Module, measured: bool) -> None:
         """Note whether an optimizer has changed the weights, and the memory held until then."""
@@ -213,37 +246,43 @@ class Recomputation:
         self.held = max(memory.allocated, memory.held)
         self.idle = memory.allocated
 
-    def _measured(self, meter: "_Meter", kind: str, tokens: int, load: Load, complete: bool) -> None:
-        sizes = meter.read()
+    def _measured(
+        self, meter: Meter, sizes: dict[str, float], kind: str, tokens: int, load: Load, complete: bool
+    ) -> None:
+        read = meter.read()
         if complete:
-            checkpointed, kept = sizes
+            checkpointed, kept = read
             self.load = Load(*map(min, self.load, load)) if self.layer_bytes else load
-            self.layer_bytes[kind] = max(kept - checkpointed, 1) / tokens
+            sizes[kind] = max(kept - checkpointed, 1) / tokens
 
-    def _kept(self, memory: Memory, tokens: int, load: Load, kinds: Sequence[str]) -> int:
-        """Count the layers, from the last, whose activations fit."""
+    def _choose(
+        self,
+        memory: Memory,
+        tokens: int,
+        load: Load,
+        layers: Sequence[nn.Module],
+        kinds: Sequence[str],
+        unable: set[int],
+    ) -> Choice:
+        """Choose the layers, from the last, whose activations fit."""
         longer = max(0, tokens - self.tokens) * (self.held - self.idle) / self.tokens
         pending = max(0, memory.allocated - self.idle)  # forwards whose backward is still to come
         room = USABLE * memory.limit - self.held - longer - pending
         more = (now / then if then else math.inf for now, then in zip(load, self.load, strict=True) if now > then)
         weight = tokens * max([1.0, *more])
-        largest = max(self.layer_bytes.values())  # stands for kinds that came later, such as layers with new adapters
-        needs = accumulate(self.layer_bytes.get(kind, largest) * weight for kind in reversed(kinds))
-        return sum(need <= room for need in needs)
+        kept = [weight * _size(self.layer_bytes, kind) for kind in kinds]
+        products = [
+            0.0 if id(layer) in unable or not self.product_bytes else weight * _size(self.product_bytes, kind)
+            for layer, kind in zip(layers, kinds, strict=True)
+        ]
+        everything, some = mixture(kept, products, room)
+        split, first = len(layers) - everything, len(layers) - some
+        return Choice(layers[split:], [layers[i] for i in range(first, split) if products[i]])
 
 
-def kind_of(layer: nn.Module) -> str:
-    """Describe a layer by all that decides how much it keeps: layers of one kind keep equally much for a token.
-
-    Args:
-        layer: The layer.
-
-    Returns:
-        The classes of its modules, and the shapes of its weights, trained or frozen.
-    """
-    names = [type(module).__name__ for module in layer.modules()]
-    weights = [f"{'trained' * p.requires_grad}{tuple(p.shape)}" for p in layer.parameters()]
-    return " ".join(names + weights)
+def _size(sizes: Mapping[str, float], kind: str) -> float:
+    """Look a kind up; the largest stands for kinds that came later, such as layers with new adapters."""
+    return sizes.get(kind, max(sizes.values()))
 
 
 def _gathers(layers: Sequence[nn.Module]) -> bool:
@@ -257,25 +296,3 @@ def _some_weights(model: nn.Module) -> Tensor:
     local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
     parts = [p.flatten()[:: p.numel() // 256 + 1].float() for p in local]
     return torch.cat(parts) if parts else torch.empty(0)
-
-
-class _Meter:
-    """Measures the bytes that each of some layers keeps allocated after its forward."""
-
-    def __init__(self, layers: Sequence[nn.Module], memory: Callable[[torch.device], Memory], device: Any) -> None:
-        self.now = lambda: memory(device).allocated
-        self.layers = layers
-        self.before: dict[nn.Module, int] = {}
-        self.after: dict[nn.Module, int] = {}
-        self.handles: list[Any] = []
-        for layer in layers:
-            self.handles.append(layer.register_forward_pre_hook(lambda layer, _: self._note(self.before, layer)))
-            self.handles.append(layer.register_forward_hook(lambda layer, *_: self._note(self.after, layer)))
-
-    def _note(self, when: dict[nn.Module, int], layer: nn.Module) -> None:
-        when[layer] = self.now()
-
-    def read(self) -> list[int]:
-        for handle in self.handles:
-            handle.remove()
-        return [self.after[layer] - self.before[layer] for layer in self.layers if layer in self.after]

@@ -7,7 +7,7 @@ Shapes: L tokens of a row, P = bucket(L).
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -80,6 +80,19 @@ def restore_forward(module: nn.Module) -> None:
     """Undo :func:`compile_layers` on a module, whatever it is."""
     if _is_ours(module):
         del module.forward
+
+
+def run_compiled(layers: Iterable[nn.Module], call: Mapping[str, Any]) -> bool:
+    """Tell whether a call runs layers compiled.
+
+    Args:
+        layers: Decoder layers.
+        call: Arguments of their backbone by name.
+
+    Returns:
+        Whether all of them are, and the call is a row's.
+    """
+    return isinstance(a_mask(call), BlockMask) and all(map(_is_ours, layers))
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -65,13 +65,13 @@ def _options_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--backend", choices=("auto", "flex", "fa4", "dense"), help="of rows (auto)")
     add("--compile", action="store_true", help="compile decoder layers for rows on the flex backend")
-    add("--recompute-layers", type=_layers, metavar="N | auto", help="layers to recompute under checkpointing (all)")
+    add("--recompute-layers", type=_layers, metavar="N | partly | auto", help="layers to recompute (all)")
     add("--shared-dropout", action="store_true", help="accept dropout, whose draws answers share on shared tokens")
     return parser
 
 
 def _layers(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    return text if text in ("auto", "partly") else int(text)
 
 
 def _command(program: list[str]) -> list[str] | None:

@@ -87,8 +87,9 @@ def apply(
         mixers: Layers that no mask can cut (scans, convolutions) run ``"branched"`` on the row, from their parents'
             states, or ``"unshared"`` on separate sequences. ``"auto"``: branched where that is known to be exact.
         recompute_layers: How many layers, from the first, to recompute in backward where the model's gradient
-            checkpointing is on. ``"auto"``: as few as memory allows, measured over the first optimizer step (CUDA;
-            all, with a warning, under ZeRO-3, whose ranks must agree); ``None``: all, as the model would.
+            checkpointing is on. ``"partly"``: all layers, but for their matrix products and attention. ``"auto"``: as
+            little as memory allows, measured over the first optimizer steps (CUDA; all, with a warning, under ZeRO-3,
+            whose ranks must agree); ``None``: all, as the model would.
         shared_dropout: Accept dropout in training. Tokens that are computed once then have one draw; unpatched, they
             have one for each answer. Without this consent dropout is refused.
         checkpointing: The former name of ``recompute_layers``. Deprecated.

@@ -12,8 +12,9 @@ from parameterized import parameterized
 from torch import nn
 
 import flexpatch
-from flexpatch.checkpointing import USABLE, Memory, Recomputation, cuda_memory, kind_of
+from flexpatch.checkpointing import USABLE, Recomputation
 from flexpatch.internals import layers_of
+from flexpatch.meters import Memory, cuda_memory, kind_of
 from flexpatch.models import tiny_model, tiny_types
 from flexpatch.segments import NO_LOAD, Load
 
@@ -48,7 +49,7 @@ class State(Layer):
 def which(policy: Recomputation, device: Device, model: nn.Module, tokens: int, load: Load = NO_LOAD) -> list[int]:
     """One training forward and backward; the layers that it recomputes."""
     ids = torch.zeros(1, tokens)
-    kept, measured = policy.plan(list(model), ids, model, load)
+    (kept, _), measured = policy.plan(list(model), ids, model, load)
     before = device.allocated
     for layer in model:
         layer.size = layer.kept if layer in kept else 2

@@ -55,10 +55,11 @@ def launch(engine: str, script: Path, *arguments: object, fails: bool = False) -
 
 
 def cases_of(engine: str) -> list[str]:
-    """The cases of an engine. ZeRO-3 refuses compiled layers, and float32 tells nothing of delta rules: there the stock
-    model's own rounding is a hundredth of what training changes."""
+    """The cases of an engine. ZeRO-3 refuses compiled layers and recomputes whole ones, and float32 tells nothing of
+    delta rules: there the stock model's own rounding is a hundredth of what training changes."""
     names = [name for name, case in CASES.items() if case.patched]
     without = [name for name in names if "compile" in CASES[name].options or CASES[name].model_type == "qwen3_5_text"]
+    without += [name for name in names if CASES[name].options.get("recompute_layers") == "partly"]
     return [name for name in names if not (engine == "zero3" and name in without)]
 
 
@@ -68,6 +69,7 @@ def table() -> str:
     options = {
         "accumulation": "gradient accumulation",
         "recompute_layers=2": "`recompute_layers=2`",
+        "recompute_layers=partly": '`recompute_layers="partly"`',
         "recompute_layers=auto": '`recompute_layers="auto"`',
         "reentrant": "reentrant checkpointing",
         "compile": "`compile=True`",

@@ -10,7 +10,7 @@ and by gpu/test_two_gpus.py without cpu_ranks.py.
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -34,9 +34,10 @@ from trl import DPOConfig
 
 import flexpatch
 from flexpatch import Tree
-from flexpatch.checkpointing import GATHERS, Memory, Recomputation
+from flexpatch.checkpointing import GATHERS, Recomputation
 from flexpatch.float64 import Float64
 from flexpatch.fold import Folded, fold_batch
+from flexpatch.meters import Memory
 from flexpatch.models import tiny_model
 
 # Of the launcher; without one this process is alone.
@@ -96,6 +97,7 @@ def hybrid_cases(kind: str) -> dict[str, Case]:
     return {f"stock, {kind}": stock} | {f"{kind}, {way}": case for way, case in ways.items()}
 
 
+PARTLY = dict(options=dict(recompute_layers="partly"), settings=dict(gradient_checkpointing=True))
 AUTO = dict(options=dict(recompute_layers="auto"), settings=dict(gradient_checkpointing=True))
 # DDP's search for unused parameters and LoRA do not go together with it, in stock training either.
 REENTRANT = dict(
@@ -127,6 +129,8 @@ CASES = {
     "recompute_layers=auto": Case(**AUTO),
     "recompute_layers=auto, lora": Case(lora=True, **AUTO),
     "packed, recompute_layers=auto": Case("packed", **AUTO),
+    "recompute_layers=partly": Case(**PARTLY),
+    "recompute_layers=partly, lora": Case(lora=True, **PARTLY),
     "recompute_layers=2": Case(options=dict(recompute_layers=2), settings=dict(gradient_checkpointing=True)),
     "compile": Case(options=COMPILE),
     "compile, lora": Case(lora=True, options=COMPILE),
@@ -241,11 +245,13 @@ def whole(state: Weights | None) -> Weights:
 def broken(case: Case) -> Iterator[None]:
     """The negative controls, float64 in all of a hybrid model, and stand-ins for CUDA's memory and settings."""
     last = RANK == RANKS - 1
-    functions: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, Any] = {}
     if case.broken == "siblings" and last:
         functions["folding.fold_batch"] = _see_siblings
     if "recompute_layers" in case.options and not torch.cuda.is_available():
         functions["forward.Recomputation"] = partial(Recomputation, memory=partial(_memory, 1e12 if last else 0))
+    if case.options.get("recompute_layers") in ("auto", "partly"):
+        functions["selective.INNER"] = 8  # terms of a tiny model's products
     with ExitStack() as stack:
         if case.model_type in LAYERS:
             stack.enter_context(mock.patch.dict(os.environ, FSDP_TRANSFORMER_CLS_TO_WRAP=LAYERS[case.model_type]))

@@ -186,6 +186,15 @@ def _checkpointing_is_a_partial() -> bool:
 
 
 @probe(
+    "transformers", "_gradient_checkpointing_func, a partial of torch's checkpoint", "selective.can_keep_products",
+    "to let layers keep their products", "transformers.PreTrainedModel._set_gradient_checkpointing",
+)  # fmt: skip
+def _checkpointing_is_torchs_own() -> bool:
+    function = checkpointed().model.layers[0]._gradient_checkpointing_func
+    return function.func is torch.utils.checkpoint.checkpoint and not function.args
+
+
+@probe(
     "transformers", "_gradient_checkpointing_func, which is called with the layer's forward", "carrying.Now",
     "to let layers find their row as they are recomputed",
 )  # fmt: skip

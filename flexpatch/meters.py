@@ -1,0 +1,78 @@
+"""Memory of a device, and what layers keep of it. Sizes are in bytes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from flexpatch.errors import FlexpatchError
+
+
+class Memory(NamedTuple):
+    """Memory of one device.
+
+    Attributes:
+        allocated: In tensors now.
+        held: By this process for its tensors, a peak that nobody resets.
+        limit: As much as this process could hold.
+    """
+
+    allocated: int
+    held: int
+    limit: int
+
+
+def cuda_memory(device: torch.device) -> Memory:
+    """Measure a CUDA device.
+
+    Raises:
+        FlexpatchError: If ``device`` is another.
+    """
+    if device.type != "cuda":
+        raise FlexpatchError(
+            f"recompute_layers='auto' measures the memory of a CUDA device, and this model is on {device}: give a "
+            "number, flexpatch.apply(model, recompute_layers=8)"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    free, total = torch.cuda.mem_get_info(index)
+    held = torch.cuda.memory_reserved(index)
+    limit = min(free + held, total * torch.cuda.get_per_process_memory_fraction(index))
+    return Memory(torch.cuda.memory_allocated(index), held, int(limit))
+
+
+def kind_of(layer: nn.Module) -> str:
+    """Describe a layer by all that decides how much it keeps: layers of one kind keep equally much for a token.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        The classes of its modules, and the shapes of its weights, trained or frozen.
+    """
+    names = [type(module).__name__ for module in layer.modules()]
+    weights = [f"{'trained' * p.requires_grad}{tuple(p.shape)}" for p in layer.parameters()]
+    return " ".join(names + weights)
+
+
+class Meter:
+    """Measures the bytes that each of some layers keeps allocated after its forward."""
+
+    def __init__(self, layers: Sequence[nn.Module], memory: Callable[[torch.device], Memory], device: Any) -> None:
+        self.now = lambda: memory(device).allocated
+        self.layers = layers
+        self.before: dict[nn.Module, int] = {}
+        self.after: dict[nn.Module, int] = {}
+        self.handles: list[Any] = []
+        for layer in layers:
+            self.handles.append(layer.register_forward_pre_hook(lambda layer, _: self._note(self.before, layer)))
+            self.handles.append(layer.register_forward_hook(lambda layer, *_: self._note(self.after, layer)))
+
+    def _note(self, when: dict[nn.Module, int], layer: nn.Module) -> None:
+        when[layer] = self.now()
+
+    def read(self) -> list[int]:
+        """Take the hooks off and return the bytes of each layer."""
+        for handle in self.handles:
+            handle.remove()
+        return [self.after[layer] - self.before[layer] for layer in self.layers if layer in self.after]
