@@ -45,7 +45,11 @@ from flexpatch.rows import build_rows
 from flexpatch.tree import Tree
 
 DOCUMENT = "one document"
-UNIFORM = {"512 + 2 x 128": (512, 128, 128), "2,048 + 2 x 512": (2048, 512, 512)}
+UNIFORM = {
+    "512 + 2 x 128": (512, 128, 128),
+    "1,024 + 2 x 256": (1024, 256, 256),
+    "2,048 + 2 x 512": (2048, 512, 512),
+}
 SMALL_HEADS = 64
 OWN = "torch's own"
 FA4 = "FA4"

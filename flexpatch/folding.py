@@ -183,7 +183,7 @@ class Folding:
         key = (
             present, dtype, device, config.vocab_size, longrope_limit(config), scaling_limit(config), cached, original,
             None if batch.images is None else batch.images.key(), None if sequences is None else sequences.tolist(),
-            torch.is_inference_mode_enabled(), watched,
+            torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(), watched,
         )  # fmt: skip
         latest = self.latest
         if watched or latest is None or latest.key != key or not np.array_equal(latest.arrays, arrays):

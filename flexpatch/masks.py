@@ -18,6 +18,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from flexpatch.rows import Rows
 
+# Names the attribute of a mask whose rows run on FlashAttention-4's kernels wherever a layer can.
+DEEP = "flexpatch_deep"
 BLOCK = 128
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -140,6 +142,7 @@ def block_mask(
 
 def blocks_of(mask: BlockMask) -> tuple[int, int]:
     """Return the queries and keys of a mask's blocks, as its tables have them."""
+    assert mask.q_num_blocks is not None
     padded = mask.seq_lengths[0]
     return padded // mask.kv_num_blocks.shape[-1], padded // mask.q_num_blocks.shape[-1]
 
@@ -191,7 +194,9 @@ def dense_mask(ends: Tensor, positions: Tensor, window: int | None, last: Tensor
     return rule(batch[:, None, None, None], batch[:1], index[:, None], index[None, :])
 
 
-def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None, two_way: bool = False) -> BlockMask | Tensor:
+def mask_of(
+    rows: Rows, window: int | None, dtype: torch.dtype | None, two_way: bool = False, deep: bool = False
+) -> BlockMask | Tensor:
     """Return the mask of ``rows`` for one window, built at its first use and then shared.
 
     Args:
@@ -199,6 +204,7 @@ def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None, two_way: 
         window: In tokens, or ``None``. One that no sequence reaches is dropped: the plain kernel is faster.
         dtype: ``None`` for a block mask; ``torch.bool`` for a dense mask; a floating dtype for an additive one.
         two_way: Whether tokens of two-way blocks see each other in these layers.
+        deep: Whether attention runs on FlashAttention-4's kernels, if it can and the mask has no window.
 
     Returns:
         The mask, for ``bucket(L)`` tokens as a block mask, and for L as a dense one.
@@ -206,10 +212,12 @@ def mask_of(rows: Rows, window: int | None, dtype: torch.dtype | None, two_way: 
     window = None if window is None or window >= rows.depth else window
     # A tensor that was written to since has another version, and needs another mask.
     last = rows.last if two_way else None
-    key = window, dtype, version(rows.ends), version(rows.position_ids), None if last is None else version(last)
+    deep = deep and window is None
+    key = window, dtype, deep, version(rows.ends), version(rows.position_ids), None if last is None else version(last)
     if key not in rows.masks:
         if dtype is None:
             rows.masks[key] = block_mask(rows.ends, rows.position_ids, window, last)
+            setattr(rows.masks[key], DEEP, deep)
         else:
             allowed = dense_mask(rows.ends, rows.position_ids, window, last)
             if dtype.is_floating_point:
