@@ -13,7 +13,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from flexpatch.devices import tiles
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
-from flexpatch.masks import DEEP
+from flexpatch.masks import BLOCK, DEEP, blocks_of, tiles_of_blocks
+from flexpatch.progress import compiling
 
 # Compiled variants one process may hold: buckets x (full, windowed) x (train, no grad) x head shapes. Torch's own
 # limit of 8 would switch to unfused O(L^2) attention without a word; with fullgraph=True passing ours is an error.
@@ -96,12 +97,16 @@ def flex(
     _check_device(q_BHPD, k_BGPD, v_BGPD)
     # Constants of a device, a size of heads and a dtype, each of which has a graph of its own anyway.
     kernels: dict[str, Any] = dict(tiles(q_BHPD.device, q_BHPD.shape[-1], v_BGPD.shape[-1], dtype))
+    if blocks_of(mask) != (BLOCK, BLOCK):
+        kernels |= tiles_of_blocks(blocks_of(mask))
     if fa4:
         kernels = {"BACKEND": "FLASH"}
     if torch.compiler.is_compiling():
         out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, kernels)
     else:
-        with many_recompiles():
+        rule = getattr(mask.mask_mod, "__name__", "")  # masks with a window have a graph of their own
+        kind = (*q_BHPD.shape, k_BGPD.shape[1], dtype, rule, fa4, softcap, torch.is_grad_enabled())
+        with many_recompiles(), compiling("attention", padded, *kind):
             out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, kernels)
     return out_BHPD[:, :, :length].transpose(1, 2).contiguous()
 

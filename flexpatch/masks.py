@@ -24,12 +24,21 @@ BLOCK = 128
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def bucket(length: int) -> int:
-    """The padded length of attention calls: a multiple of 128, at most a quarter longer, four sizes an octave.
+def bucket(length: int, few: bool = False) -> int:
+    """Choose the padded length of attention calls: a multiple of 128, because kernels are compiled for each length.
 
-    Kernels are compiled for each distinct length, so there must be few; rows up to 131,072 tokens have 36 buckets.
+    Args:
+        length: Tokens of a row.
+        few: Whether attention alone is padded: a padding token costs it next to nothing. Then there are two sizes an
+            octave (one up to 4,096 tokens), at most twice the length. Otherwise there are four, at most a quarter
+            longer: 36 for rows up to 131,072 tokens.
+
+    Returns:
+        The padded length.
     """
-    step = max(BLOCK, (1 << max(length - 1, 1).bit_length()) >> 3)
+    octave = 1 << max(length - 1, 1).bit_length()
+    share = (1 if octave <= 4096 else 4) if few else 8
+    step = max(BLOCK, octave // share)
     return -(-length // step) * step
 
 
@@ -79,6 +88,7 @@ def block_mask(
     window: int | None,
     last: Tensor | None = None,
     blocks: tuple[int, int] = (BLOCK, BLOCK),
+    few: bool = False,
 ) -> BlockMask:
     """The block-sparse mask of packed rows, from per-block minima and maxima: O(L + N^2) work, no L x L tensor.
 
@@ -92,12 +102,13 @@ def block_mask(
         window: In tokens, or ``None``.
         last: (B, L) integers; ``None`` without two-way blocks.
         blocks: Queries and keys of a block, powers of two up to 128. Small blocks leave more of the hidden pairs out.
+        few: Whether its length is one of few (:func:`bucket`).
 
     Returns:
         A mask for length ``bucket(L)``; the attention function pads to it. Tokens past L see only themselves.
     """
     B, L = ends.shape
-    padded = bucket(L)
+    padded = bucket(L, few)
     ends_BL = torch.arange(1, padded + 1, dtype=torch.int32, device=ends.device).repeat(B, 1)
     ends_BL[:, :L] = ends
     positions_BL = ends_BL.new_zeros(B, padded)
@@ -195,7 +206,12 @@ def dense_mask(ends: Tensor, positions: Tensor, window: int | None, last: Tensor
 
 
 def mask_of(
-    rows: Rows, window: int | None, dtype: torch.dtype | None, two_way: bool = False, deep: bool = False
+    rows: Rows,
+    window: int | None,
+    dtype: torch.dtype | None,
+    two_way: bool = False,
+    deep: bool = False,
+    few: bool = False,
 ) -> BlockMask | Tensor:
     """Return the mask of ``rows`` for one window, built at its first use and then shared.
 
@@ -205,6 +221,7 @@ def mask_of(
         dtype: ``None`` for a block mask; ``torch.bool`` for a dense mask; a floating dtype for an additive one.
         two_way: Whether tokens of two-way blocks see each other in these layers.
         deep: Whether attention runs on FlashAttention-4's kernels, if it can and the mask has no window.
+        few: Whether a block mask's length is one of few (:func:`bucket`).
 
     Returns:
         The mask, for ``bucket(L)`` tokens as a block mask, and for L as a dense one.
@@ -213,10 +230,18 @@ def mask_of(
     # A tensor that was written to since has another version, and needs another mask.
     last = rows.last if two_way else None
     deep = deep and window is None
-    key = window, dtype, deep, version(rows.ends), version(rows.position_ids), None if last is None else version(last)
+    key = (
+        window,
+        dtype,
+        deep,
+        few,
+        version(rows.ends),
+        version(rows.position_ids),
+        None if last is None else version(last),
+    )
     if key not in rows.masks:
         if dtype is None:
-            rows.masks[key] = block_mask(rows.ends, rows.position_ids, window, last)
+            rows.masks[key] = block_mask(rows.ends, rows.position_ids, window, last, few=few)
             setattr(rows.masks[key], DEEP, deep)
         else:
             allowed = dense_mask(rows.ends, rows.position_ids, window, last)

@@ -29,7 +29,7 @@ OWN = "flexpatch_rows"
 PLAN = "flexpatch_plan"
 
 
-def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str) -> dict[str, Any]:
+def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str, few: bool = False) -> dict[str, Any]:
     """Make the arguments with which a model runs ``rows``.
 
     Args:
@@ -37,6 +37,7 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
         rows: Packed rows on its device.
         adapter: The record of its architecture.
         asked: The backend that ``apply`` was given.
+        few: Whether block masks have one of few lengths (:func:`flexpatch.masks.bucket`).
 
     Returns:
         ``input_ids`` and ``position_ids`` (B, L) int64, ``attention_mask`` (a mask, or a dict of masks by layer type)
@@ -63,7 +64,7 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     record = media_of(inner.config)
     two_way = () if record is None or rows.last is None else record.block_layers
     deep = _is_deep(inner, rows, asked)
-    masks = {layer: mask_of(rows, windows[layer], dtype, layer in two_way, deep) for layer in layer_types}
+    masks = {layer: mask_of(rows, windows[layer], dtype, layer in two_way, deep, few) for layer in layer_types}
     for each in masks.values():
         if isinstance(each, Tensor):
             setattr(each, OWN, True)

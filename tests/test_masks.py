@@ -223,6 +223,11 @@ def test_buckets_are_few_and_close() -> None:
     assert all(length <= size <= 1.25 * length + BLOCK for length, size in zip(lengths, buckets, strict=True))
     assert len(set(buckets)) == 36
     assert all(bucket(size) == size for size in set(buckets))
+    few = [bucket(length, few=True) for length in lengths]
+    assert few == sorted(few) and all(size % BLOCK == 0 for size in few)
+    # As attention wants it, which takes masks of these lengths for no other rows.
+    assert all(length <= size < 2 * length + BLOCK for length, size in zip(lengths, few, strict=True))
+    assert len(set(few)) == 6 + 2 * 5 and all(bucket(size, few=True) == size for size in set(few))
 
 
 def test_masks_are_built_once() -> None:
