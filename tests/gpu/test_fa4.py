@@ -111,7 +111,7 @@ def test_deep_rows_take_it_by_themselves(head_dim: int) -> None:
     rows.masks.clear()
     torch.use_deterministic_algorithms(True)
     try:
-        flexpatch.answer_logprobs(flexpatch.apply(model), rows)
+        flexpatch.model_inputs(flexpatch.apply(model), rows)
     finally:
         torch.use_deterministic_algorithms(False)
     assert not any(getattr(mask, DEEP) for mask in rows.masks.values())
