@@ -5,8 +5,9 @@
 
 Each line is a process of its own. *Cold* begins with empty folders TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR, *warm*
 is the same program again, with what the first left in them. Packed rows: forward and backward through frozen layers
-over full rows of one budget (deep rows: one document each). One line: batches of eight pairs as a stock trainer makes them, of a set's lengths, folded; their
-rows differ in length from step to step. *Extra* is the time of all steps over that of as many median ones.
+over full rows of one budget (deep rows: one document each). One line: batches of eight pairs as a stock trainer makes
+them, of a set's lengths, folded; their rows differ in length from step to step. *Extra* is the time of all steps over
+that of as many median ones.
 
 Prints results as they come; writes first_step.json and table.md to --output. Exit code 1 if kernels of a warm run took
 longer than --most seconds, or a packed run met more than two padded lengths.
