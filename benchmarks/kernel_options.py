@@ -24,7 +24,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import warnings
@@ -222,6 +221,9 @@ def work(channel: Any, options: argparse.Namespace) -> None:
                 heads, cases = arguments
                 timer = Timer(setup_of(options, heads), cases)
                 answer: Any = timer.length
+            elif command == "separate":
+                heads, cases = arguments
+                answer = {name: baseline(setup_of(options, heads), pairs) for name, pairs in cases.items()}
             else:
                 assert timer is not None
                 if command == "error" and truth is None:
@@ -267,7 +269,7 @@ class Workers:
 
     def all(self, count: int, *request: Any) -> None:
         """Have the first ``count`` workers do one thing, and wait."""
-        self.active = min(count, len(self.channels))
+        self.active = min(count, max(1, len(self.channels) - 1))  # the last one times separate sequences
         for channel in self.channels[: self.active]:
             channel.send(request)
         for channel in self.channels[: self.active]:
@@ -339,6 +341,8 @@ def baseline(setup: Setup, pairs: list[Pair]) -> tuple[float, str, float] | None
     names = ["paired, FA4 varlen", "paired, FA2 varlen"] if setup.train else ["paired, flex"]
     if len({pair[0] + n for pair in pairs for n in pair[1:]}) == 1 and setup.train:
         names += ["paired, SDPA cuDNN", "paired, SDPA flash", "paired, FA4"]
+    if time.monotonic() > setup.deadline:
+        return None
     row: Row = make_row(setup, pairs, False)
     times = {name: attempt(setup, name, partial(attention_ms, setup, row, name, PAIRED[name])) for name in names}
     known = {name: ms for name, ms in times.items() if ms is not None}
@@ -375,16 +379,18 @@ def measure(workers: Workers, size: int, heads: int, found: list[Trial], lengths
     record: dict[str, Any] = dict(size=size, heads=heads, cases={}, times={}, errors={}, failed={})
     workers.all(len(found), "rows", heads, cases)
 
-    def separately() -> None:
-        for name, pairs in cases.items():
-            best = baseline(setup, pairs) if time.monotonic() < options.deadline else None
-            record["cases"][name] = dict(pairs=len(pairs), visible=visible_of(pairs), separate=best)
-            print(f"  {name}: {len(pairs)} pairs; separate sequences: {best}", flush=True)
-
-    beside = threading.Thread(target=separately)
-    beside.start()
+    last = workers.channels[-1]
+    alone = len(workers.channels) == 1
+    if not alone:
+        last.send(("separate", heads, cases))
     record["failed"] = workers.compile(found, options.deadline)
-    beside.join()
+    if alone:
+        last.send(("separate", heads, cases))
+    status, best = last.recv()
+    for name, pairs in cases.items():
+        separate = best[name] if status == "done" else None
+        record["cases"][name] = dict(pairs=len(pairs), visible=visible_of(pairs), separate=separate)
+        print(f"  {name}: {len(pairs)} pairs; separate sequences: {separate or best}", flush=True)
     usable = [trial for trial in found if trial.name not in record["failed"]]
     checked = next(iter(cases))
     with tempfile.TemporaryDirectory() as folder:
@@ -467,7 +473,7 @@ def read_options() -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/kernel_options"))
     options = parser.parse_args()
     if options.device == "cpu":
-        vars(options).update(dtype="float32", heads=options.heads[-1:], rows=[1024, 2048], workers=1)
+        vars(options).update(dtype="float32", heads=options.heads[-1:], rows=[1024, 2048], workers=2)
         vars(options).update(trials=options.trials or ["blocks", "64 64"], sets=options.sets[:1])
     options.deadline = time.monotonic() + options.seconds
     options.brief = True
