@@ -19,7 +19,7 @@ from flexpatch.progress import compiling
 # Compiled variants one process may hold: buckets x (full, windowed) x (train, no grad) x head shapes. Torch's own
 # limit of 8 would switch to unfused O(L^2) attention without a word; with fullgraph=True passing ours is an error.
 RECOMPILE_LIMIT = 512
-FA4_HEADS = (64, 96, 128)  # that FlashAttention-4 takes
+FA4_HEADS = (64, 96, 128)  # sizes of heads on FlashAttention-4
 
 
 def flex(
