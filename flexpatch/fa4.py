@@ -119,7 +119,7 @@ def _is_right(device: torch.device, size: int, dtype: torch.dtype) -> bool:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             error = _error(device, size, dtype)
         reason = None if error <= LARGEST_ERROR else f"results are off by {error:.2g} of their norm"
-    except Exception as raised:  # whatever a compiler or a driver of another release says
+    except Exception as raised:  # another release's compiler or driver may raise anything
         reason = " ".join(f"{type(raised).__name__}: {raised}".split())[:300]
     if reason is not None:
         warnings.warn(

@@ -21,7 +21,10 @@ def compiling(what: str, tokens: int, *kind: Hashable) -> Iterator[None]:
     Args:
         what: What is compiled, such as ``"attention"``.
         tokens: Length of the rows that it is compiled for.
-        kind: Whatever else kernels are compiled anew for.
+        kind: All else that kernels are compiled anew for.
+
+    Returns:
+        A context for the call.
     """
     key = (what, tokens, *kind)
     if key in _seen:
