@@ -1,18 +1,21 @@
 """Checks rows of 32k and 64k tokens on one GPU with a 7B model, and measures their speed and memory.
 
     python benchmarks/long_rows.py LENGTHS.json
+    python benchmarks/long_rows.py LENGTHS.json --rows 131072 --checks --sets --settings shared --gb 80
     python benchmarks/long_rows.py LENGTHS.json --tiny           # on a CPU, small
 
 A step is forward and backward of LoRA DPO (rank 16 in all linear layers, a reference pass with it off, random weights,
 gradient checkpointing), without optimizer, over one row of shared tokens: one long document (a prompt of three quarters
 of the row and two answers of an eighth), or pairs with lengths as in LENGTHS.json. *Stock* computes the same pairs
 unpatched, right-padded, on sdpa, with the same checkpointing, in micro-batches of at most --tokens padded tokens, or of
-one pair if it has more; its logits are of answers alone. *Auto* is recompute_layers="auto" after its first optimizer
-step. A step that takes less than ten seconds is run twice, and the second run counts.
+one pair if it has more; its logits are of answers alone. *Triton* is backend="flex", where auto takes FlashAttention-4.
+*Auto* is recompute_layers="auto" after its first optimizer step. Every step is run twice, and the second run counts.
+With --gb torch may take no more memory than a card of that size has.
 
-Checks come first, for every row length, with layers of the same width. The block mask must be the rule in int64 for
-every pair of tokens. Log-probs and gradients of the long document may be at most twice as far from a float32 truth as
-the stock model's, and must be farther with the mask or positions broken on purpose. Exit code 1 if a check fails.
+Checks come first, for every length of --checks (of --rows, unless given), with layers of the same width. The block mask
+must be the rule in int64 for every pair of tokens. Log-probs and gradients of the long document may be at most twice as
+far from a float32 truth as the stock model's, and must be farther with the mask or positions broken on purpose. Exit
+code 1 if a check fails.
 
 The most important measurements come first, and none is begun after --seconds. Prints results as they come; writes
 long_rows.json and table.md to --output.
@@ -60,7 +63,7 @@ from flexpatch.verification import FACTOR
 
 DOCUMENT = "one document"
 WIDE = "causal_float32"
-SECOND_RUN = 10.0  # a step of more seconds is timed once
+CONTEXT_GB = 1.0  # of a card's memory that is not torch's
 Pair = list[list[int]]
 
 
@@ -84,8 +87,9 @@ def main() -> int:
     cases = make_cases(options)
     AttentionInterface.register(WIDE, attend_wide)
     AttentionMaskInterface.register(WIDE, lambda *args, **kwargs: None)
-    small = make_job(options.check_shape, "lora", "none", options)
-    for size in options.rows:
+    small = make_job(options.check_shape, "lora", "none", options) if options.checks else None
+    for size in options.checks:
+        assert small is not None
         try:
             results["checks"].append(check(small, cases[size, DOCUMENT], options))
         except torch.OutOfMemoryError:
@@ -114,7 +118,10 @@ def read_options() -> argparse.Namespace:
     add("--check-shape", choices=SHAPES, default="2 layers of Mistral-7B", help="model of the checks (%(default)s)")
     add("--rows", type=int, nargs="+", default=[32768, 65536], help="tokens of a row (%(default)s)")
     add("--sets", nargs="*", default=["capybara", "gsm8k_4shot"])
-    add("--settings", nargs="+", choices=("shared", "auto", "stock"), default=["shared", "auto", "stock"])
+    settings = ("shared", "triton", "auto", "stock")
+    add("--settings", nargs="+", choices=settings, default=list(settings))
+    add("--checks", type=int, nargs="*", help="tokens of rows that are checked (all of --rows)")
+    add("--gb", type=float, help="memory of a smaller card, which must suffice")
     add("--backend", default="auto", help="backend of shared rows, for flexpatch.apply (%(default)s)")
     add("--compile", action="store_true", help="compile the layers of shared rows")
     add("--tokens", type=int, default=16384, help="padded tokens of a stock micro-batch, at most (%(default)s)")
@@ -125,6 +132,10 @@ def read_options() -> argparse.Namespace:
     vars(options).update(device="cuda", dtype="bfloat16", checkpointing="all", liger=False)
     if options.tiny:
         vars(options).update(device="cpu", shape="tiny", check_shape="tiny", rows=[1024, 2048], tokens=1024)
+    options.checks = options.rows if options.checks is None or (options.tiny and options.checks) else options.checks
+    if options.gb is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (options.gb - CONTEXT_GB) * 2**30 / total))
     options.deadline = time.perf_counter() + options.seconds
     options.output.mkdir(parents=True, exist_ok=True)
     return options
@@ -156,8 +167,9 @@ def plan(cases: dict[tuple[int, str], Case], options: argparse.Namespace) -> Ite
     document = [case for case in cases.values() if case.name == DOCUMENT]
     others = [case for case in cases.values() if case.name != DOCUMENT]
     short = [case for case in others if case.size == options.rows[0]]
-    ordered = [(case, "shared") for case in (*document, *others)]
-    ordered += [(case, "stock") for case in (*document, *short)]
+    ordered = [(case, setting) for setting in ("shared", "triton") for case in document]
+    ordered += [(case, "stock") for case in document]
+    ordered += [(case, "shared") for case in others] + [(case, "stock") for case in short]
     ordered += [(case, "auto") for case in (*document[:1], *others)]
     ordered += [(case, "stock") for case in others if case not in short]
     ordered += [(case, "auto") for case in document[1:]]
@@ -165,7 +177,7 @@ def plan(cases: dict[tuple[int, str], Case], options: argparse.Namespace) -> Ite
 
 
 def may_run(setting: str, options: argparse.Namespace) -> bool:
-    return setting != "auto" or options.device == "cuda"  # "auto" measures a GPU's memory
+    return setting in ("shared", "stock") or options.device == "cuda"  # "auto" measures a GPU's memory
 
 
 # --- speed and memory -------------------------------------------------------------------------------------------------
@@ -173,7 +185,8 @@ def may_run(setting: str, options: argparse.Namespace) -> bool:
 
 def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a step. Returns a record of it, or of its lack of memory."""
-    prepare(job, "padded pairs" if setting == "stock" else "shared packed", options.compile, options.backend)
+    backend = "flex" if setting == "triton" else options.backend
+    prepare(job, "padded pairs" if setting == "stock" else "shared packed", options.compile, backend)
     record: dict[str, Any] = dict(
         size=case.size, case=case.name, setting=setting, pairs=len(case.pairs), tokens=case.rows.tokens,
         separate_tokens=case.rows.separate_tokens,
@@ -211,16 +224,18 @@ def time_step(job: Job, step: Any, options: argparse.Namespace) -> dict[str, Any
 
     counting = layers[0].register_forward_pre_hook(count)
     try:
-        for last in (False, True):
-            if options.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            (seconds,), _ = timed(step, options.device, 1)
-            if last or seconds > SECOND_RUN:
-                break
+        first = timed(step, options.device, 1)[0][0]
+        if options.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = timed(step, options.device, 1)[0][0]
     finally:
         counting.remove()
-    peak = torch.cuda.max_memory_allocated() / 1e9 if options.device == "cuda" else None
-    return dict(seconds=seconds, peak_gb=peak, layers_recomputed=len(layers) - max(kept))
+    cuda = options.device == "cuda"
+    peak, reserved = (
+        of() / 1e9 if cuda else None for of in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+    )
+    recomputed = len(layers) - max(kept)
+    return dict(seconds=seconds, first=first, peak_gb=peak, reserved_gb=reserved, layers_recomputed=recomputed)
 
 
 def useful_flops(job: Job, rows: Rows) -> float:
@@ -364,20 +379,22 @@ def save(results: dict[str, Any], options: argparse.Namespace) -> None:
 def table(results: dict[str, Any]) -> str:
     lines = [
         "| row | pairs like | tokens ÷ | s a step | tokens/s | useful TFLOP/s (of a matrix product's) | peak GB "
+        "| Triton's kernels: s, speed-up "
         '| `recompute_layers="auto"`: s, layers recomputed, GB | stock: s, GB | speed-up |',
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     found = {(step["size"], step["case"], step["setting"]): step for step in results["steps"]}
     for size, case in dict.fromkeys((step["size"], step["case"]) for step in results["steps"]):
-        shared, auto, stock = (found.get((size, case, setting), {}) for setting in ("shared", "auto", "stock"))
-        any_step = shared or auto or stock
+        names = ("shared", "triton", "auto", "stock")
+        shared, triton, auto, stock = (found.get((size, case, name), {}) for name in names)
+        any_step = shared or triton or auto or stock
         cells = [f"{any_step['tokens']:,}", f"{case} ({any_step['pairs']})"]
         cells.append(f"{any_step['separate_tokens'] / any_step['tokens']:.2f}")
         cells += numbers(shared, results["matmul_tflops"])
+        cells.append(cell(triton, lambda r, stock=stock: f"{r['seconds']:.1f}, {over(stock, r)}"))
         cells.append(cell(auto, lambda r: f"{r['seconds']:.1f}, {r['layers_recomputed']}, {gigabytes(r)}"))
         cells.append(cell(stock, lambda r: f"{r['seconds']:.1f}, {gigabytes(r)}"))
-        both = "seconds" in shared and "seconds" in stock
-        cells.append(f"**{stock['seconds'] / shared['seconds']:.2f}×**" if both else "–")
+        cells.append(f"**{over(stock, shared)}**" if over(stock, shared) != "–" else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *map(sentence, results["checks"]), "", results["conditions"] + CAPTION])
 
@@ -386,6 +403,10 @@ CAPTION = (
     "; *tokens ÷*: separate over shared tokens; stock: the same pairs unpatched on sdpa, padded, in micro-batches, the "
     "same gradient checkpointing. `python benchmarks/long_rows.py`"
 )
+
+
+def over(stock: dict[str, Any], shared: dict[str, Any]) -> str:
+    return f"{stock['seconds'] / shared['seconds']:.2f}×" if "seconds" in stock and "seconds" in shared else "–"
 
 
 def numbers(shared: dict[str, Any], rate: float) -> list[str]:

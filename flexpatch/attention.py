@@ -3,26 +3,23 @@
 Shapes: B rows, H query heads, G key/value heads, L tokens, P = bucket(L) tokens, D head size.
 """
 
-from collections.abc import Iterable
 from functools import cache
-from importlib import import_module, metadata
 from typing import Any
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from flexpatch.devices import card_of, check_hopper, tiles
+from flexpatch.devices import tiles
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
+from flexpatch.masks import BLOCK, DEEP, blocks_of, tiles_of_blocks
+from flexpatch.progress import compiling
 
 # Compiled variants one process may hold: buckets x (full, windowed) x (train, no grad) x head shapes. Torch's own
 # limit of 8 would switch to unfused O(L^2) attention without a word; with fullgraph=True passing ours is an error.
 RECOMPILE_LIMIT = 512
-# FlashAttention-4 for FlexAttention: gradients of older ones were wrong in silence, at times or for some head sizes.
-FA4 = "4.0.0b33"
-FA4_HEADS = (64, 96, 128)
+FA4_HEADS = (64, 96, 128)  # sizes of heads on FlashAttention-4
 
 
 def flex(
@@ -50,7 +47,7 @@ def flex(
         s_aux: (H,) attention sinks: a score of each head that takes part in the softmax and has no value (gpt-oss,
             arXiv 2508.10925).
         fa4: Run on FlashAttention-4's kernels instead of Triton's: 16 bits, D of 64, 96 or 128, no soft cap, no
-            window, no sinks. Their gradients are not deterministic.
+            window, no sinks. Their gradients are not deterministic. Masks of deep rows ask for them where they can.
         others: What else the model passes; nothing of it matters to attention.
 
     Returns:
@@ -93,15 +90,23 @@ def flex(
         check_fa4_model(q_BHPD.shape[-1], softcap)
         if s_aux is not None:
             raise UnsupportedModelError("backend='fa4' gives sinks no gradient: apply with backend='flex'")
+    elif getattr(mask, DEEP, False):
+        sizes = {q_BHPD.shape[-1], v_BGPD.shape[-1]}
+        able = len(sizes) == 1 and sizes <= set(FA4_HEADS) and dtype.itemsize == 2
+        fa4 = able and softcap is None and s_aux is None
     _check_device(q_BHPD, k_BGPD, v_BGPD)
     # Constants of a device, a size of heads and a dtype, each of which has a graph of its own anyway.
     kernels: dict[str, Any] = dict(tiles(q_BHPD.device, q_BHPD.shape[-1], v_BGPD.shape[-1], dtype))
+    if blocks_of(mask) != (BLOCK, BLOCK):
+        kernels |= tiles_of_blocks(blocks_of(mask))
     if fa4:
         kernels = {"BACKEND": "FLASH"}
     if torch.compiler.is_compiling():
         out_BHPD = _attend(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, kernels)
     else:
-        with many_recompiles():
+        rule = getattr(mask.mask_mod, "__name__", "")  # masks with a window have a graph of their own
+        kind = (*q_BHPD.shape, k_BGPD.shape[1], dtype, rule, fa4, softcap, torch.is_grad_enabled())
+        with many_recompiles(), compiling("attention", padded, *kind):
             out_BHPD = _compiled()(q_BHPD, k_BGPD, v_BGPD, mask, scaling, softcap, s_aux, kernels)
     return out_BHPD[:, :, :length].transpose(1, 2).contiguous()
 
@@ -117,25 +122,6 @@ def _check_device(*tensors: Tensor) -> None:
         raise FlexpatchError(
             "FlexAttention has no backward on the CPU: flexpatch.apply(model, backend='dense'), or 'auto', trains there"
         )
-
-
-@cache
-def check_fa4() -> None:
-    """Look for FlashAttention-4.
-
-    Raises:
-        FlexpatchError: If it is not installed, or too old.
-    """
-    try:
-        import_module("flash_attn.cute")
-        found = metadata.version("flash-attn-4")
-    except (ImportError, OSError, RuntimeError) as error:  # not installed, or its libraries do not load
-        raise FlexpatchError(
-            f"backend='fa4' needs FlashAttention-4 (pip install 'flash-attn-4>={FA4}'), which does not import here: "
-            f"{error}. backend='auto' needs nothing"
-        ) from None
-    if Version(found) < Version(FA4):
-        raise FlexpatchError(f"flash-attn-4 {found} has given wrong gradients; backend='fa4' needs {FA4} or later")
 
 
 def check_fa4_model(head_dim: int, softcap: float | None) -> None:
@@ -156,39 +142,6 @@ def check_fa4_model(head_dim: int, softcap: float | None) -> None:
         raise UnsupportedModelError(
             f"backend='fa4' takes heads of {', '.join(map(str, FA4_HEADS))}, and this model's have {head_dim}: apply "
             "with backend='flex'"
-        )
-
-
-def check_fa4_call(device: torch.device, dtype: torch.dtype, windows: Iterable[int | None], depth: int) -> None:
-    """Refuse a call that FlashAttention-4 cannot run: before it, because errors in compiled layers have no words.
-
-    Args:
-        device, dtype: Of the queries.
-        windows: Of the layers.
-        depth: Tokens of the longest sequence.
-
-    Raises:
-        FlexpatchError: For devices other than Hopper GPUs, on which it was tested, and deterministic algorithms.
-        UnsupportedModelError: For 32 bits, or sequences that reach beyond a window: under such masks it failed its
-            tests (4.0.0b36, torch 2.11).
-    """
-    check_hopper(card_of(device))
-    if dtype.itemsize != 2:
-        raise UnsupportedModelError(
-            f"backend='fa4' computes in 16 bits, and this model in {dtype}: load it in torch.bfloat16, or apply with "
-            "backend='flex'"
-        )
-    reached = [window for window in windows if window is not None and window < depth]
-    if reached:
-        raise UnsupportedModelError(
-            f"sequences of {depth} tokens reach beyond this model's window of {min(reached)}, for which backend='fa4' "
-            "is not exact: apply with backend='flex'"
-        )
-    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
-    if strict and torch.is_grad_enabled():
-        raise FlexpatchError(
-            "backend='fa4' sums gradients in no fixed order, and deterministic algorithms were asked for: apply with "
-            "backend='flex'"
         )
 
 

@@ -21,6 +21,7 @@ from flexpatch.attention import many_recompiles
 from flexpatch.errors import FlexpatchError, FlexpatchWarning, UnsupportedModelError
 from flexpatch.internals import COLLECTOR, change_tokens
 from flexpatch.masks import bucket
+from flexpatch.progress import compiling
 from flexpatch.row_calls import a_mask
 
 ROUTERS = "router_logits"
@@ -100,11 +101,13 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    rows = any(isinstance(argument, BlockMask) for argument in (*args, *kwargs.values()))
-    if not rows or torch.compiler.is_compiling():
+    mask = next((argument for argument in (*args, *kwargs.values()) if isinstance(argument, BlockMask)), None)
+    if mask is None or torch.compiler.is_compiling():
         return _plain(layer, *args, **kwargs)
     try:
-        with many_recompiles():
+        rule = getattr(mask.mask_mod, "__name__", "")
+        kind = type(layer).__qualname__, rule, torch.is_grad_enabled()
+        with many_recompiles(), compiling("layers", mask.seq_lengths[0], *kind):
             return _recording(layer, *args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as error:
         raise UnsupportedModelError(

@@ -22,9 +22,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from flexpatch import parallelism
 from flexpatch.arrival import CALL, Kernel, Row, row_of
-from flexpatch.attention import check_fa4, check_fa4_model, flex
+from flexpatch.attention import check_fa4_model, flex
 from flexpatch.devices import Choice, choose, heads_of, tell
 from flexpatch.errors import FlexpatchWarning, UnsupportedModelError
+from flexpatch.fa4 import check_fa4
 from flexpatch.internals import attention_dtype, attention_name, decoder_of, device_of, set_attention, text_config
 from flexpatch.registry import Adapter, adapter_for, marks
 

@@ -59,16 +59,17 @@ class Folding:
     """Folds batches where that is exact and gains.
 
     Attributes:
-        backend, shared_dropout: As :func:`flexpatch.apply` was given them.
+        backend, shared_dropout, compile: As :func:`flexpatch.apply` was given them.
         of_trainer: Whether a trainer holds the model: it reads no cache that it did not ask for.
         padding_skipped: Whether mixers that run on separate sequences (:mod:`flexpatch.unshare`) leave padding in front
             of a sequence out; ``None`` for a model without such mixers, or whose are attention that is masked.
         counts: Tokens of the latest 10,000 batches.
     """
 
-    def __init__(self, backend: str, shared_dropout: bool) -> None:
+    def __init__(self, backend: str, shared_dropout: bool, compile: bool) -> None:
         self.backend = backend
         self.shared_dropout = shared_dropout
+        self.compile = compile
         self.of_trainer = False
         self.padding_skipped: bool | None = None
         self.counts: deque[Counts] = deque(maxlen=10_000)
@@ -145,7 +146,9 @@ class Folding:
         if latest.folded is None:
             return call, None
         rows = latest.folded.rows
-        inputs = row_inputs(backbone, rows, adapter_for(backbone.config), self.backend)
+        # Batches differ in length from step to step. Linear layers are padded with compiled layers alone.
+        few = not self.compile
+        inputs = row_inputs(backbone, rows, adapter_for(backbone.config), self.backend, few)
         if any(isinstance(mask, Tensor) for mask in rows.masks.values()):
             rows.masks.clear()  # dense masks (L x L) are too large to keep
         # Copies: a hook of others may change them in place, and the next call gets this fold again.

@@ -73,7 +73,7 @@ class BackboneHook:
         self.fold = fold
         self.compile = compile
         self.way = mixers
-        self.folding = Folding(backend, shared_dropout)
+        self.folding = Folding(backend, shared_dropout, compile)
         self.recomputation = None if recompute_layers is None else Recomputation(recompute_layers)
         self.dense = ""  # the attention function that takes dense masks of rows; set by apply
         self.unsharing: Unsharing | None = None  # of a model with mixers that take separate sequences

@@ -79,7 +79,7 @@ def apply(
             flash-attn-4 is installed), faster for prompts of thousands of tokens, in 16 bits, without soft caps or
             windows, and with gradients whose last bits differ from run to run; ``"dense"``: the model's own attention
             under an L x L mask, for devices on which flex cannot train; ``"auto"``: flex on XPU and on CUDA cards that
-            its kernels fit, dense elsewhere.
+            its kernels fit (deep rows on FlashAttention-4's where that is installed), dense elsewhere.
         fold: Fold ordinary batches. Without it they run as they are given.
         compile: Compile decoder layers for rows on the flex backend, whose lengths are then padded to a few (at most a
             quarter longer). All other calls stay uncompiled. Each length compiles for most of a minute: worth it for

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
-from flexpatch.attention import check_fa4, check_fa4_call
 from flexpatch.calls import without_cache
+from flexpatch.devices import heads_of
 from flexpatch.dispatch import backend_at, mask_dtype
 from flexpatch.errors import UnsupportedModelError
-from flexpatch.internals import SCALES_BY_INDEX, attention_dtype, text_config
+from flexpatch.fa4 import check_fa4, check_fa4_call, takes
+from flexpatch.internals import SCALES_BY_INDEX, attention_dtype, decoder_of, text_config
 from flexpatch.layouts import media_of
 from flexpatch.masks import mask_of
 from flexpatch.plan import Plan, plan_of
@@ -28,7 +29,7 @@ OWN = "flexpatch_rows"
 PLAN = "flexpatch_plan"
 
 
-def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str) -> dict[str, Any]:
+def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str, few: bool = False) -> dict[str, Any]:
     """Make the arguments with which a model runs ``rows``.
 
     Args:
@@ -36,6 +37,7 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
         rows: Packed rows on its device.
         adapter: The record of its architecture.
         asked: The backend that ``apply`` was given.
+        few: Whether block masks have one of few lengths (:func:`flexpatch.masks.bucket`).
 
     Returns:
         ``input_ids`` and ``position_ids`` (B, L) int64, ``attention_mask`` (a mask, or a dict of masks by layer type)
@@ -61,7 +63,8 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     dtype = mask_dtype(inner, device, asked)
     record = media_of(inner.config)
     two_way = () if record is None or rows.last is None else record.block_layers
-    masks = {layer: mask_of(rows, windows[layer], dtype, layer in two_way) for layer in layer_types}
+    deep = _is_deep(inner, rows, asked)
+    masks = {layer: mask_of(rows, windows[layer], dtype, layer in two_way, deep, few) for layer in layer_types}
     for each in masks.values():
         if isinstance(each, Tensor):
             setattr(each, OWN, True)
@@ -77,6 +80,14 @@ def row_inputs(inner: PreTrainedModel, rows: Rows, adapter: Adapter, asked: str)
     if adapter.masks == "none":
         del inputs["position_ids"]
     return inputs
+
+
+def _is_deep(inner: PreTrainedModel, rows: Rows, asked: str) -> bool:
+    """Tell whether a row's layers run on FlashAttention-4's kernels wherever they can, by ``backend="auto"``."""
+    device = rows.input_ids.device
+    if asked != "auto" or rows.last is not None or backend_at(inner, device, asked) != "flex":
+        return False
+    return takes(rows, device, attention_dtype(inner, device), heads_of(decoder_of(inner)))
 
 
 def carry_mask(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -35,6 +35,7 @@ class Rows:
         tokens: Tokens computed, without padding.
         separate_tokens: Tokens of all sequences, run separately, without padding.
         depth: Longest root-to-leaf sequence, in tokens.
+        visible: Pairs of tokens of which one sees the other, without windows and two-way blocks.
         sequence_lengths: Length of every answer's separate sequence, in tokens.
         largest_ids: Largest id of each tree.
         samples: Name of each tree in error messages.
@@ -58,6 +59,7 @@ class Rows:
     largest_ids: list[int]
     samples: list[int | str]
     pad_id: int = 0
+    visible: int = 0
     last: Tensor | None = None
     scored: Tensor | None = None
     starts: Sequence[int] = ()
@@ -190,6 +192,7 @@ def build_rows(bins: Sequence[Sequence[Tree | Layout]], pad_id: int = 0) -> Rows
         largest_ids=[int(layout.ids.max()) for layout in layouts],
         samples=[layout.sample for layout in layouts],
         pad_id=int(pad_id),
+        visible=sum(int(layout.positions.sum()) + len(layout) for layout in layouts),
         scored=torch.from_numpy(np.concatenate(tokens)),
         starts=starts,
         images=images,

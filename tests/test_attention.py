@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import flexpatch
-from flexpatch import FlexpatchError, Rows, Tree, UnsupportedModelError, attention, build_rows
+from flexpatch import FlexpatchError, Rows, Tree, UnsupportedModelError, attention, build_rows, fa4
 from flexpatch.attention import flex
 from flexpatch.devices import LARGE, Card
 from flexpatch.masks import block_mask, bucket, dense_mask
@@ -257,12 +257,12 @@ class RefusalTest(unittest.TestCase):
             flex(*random_qkv(1, 4, 2, 150, 16), self.mask, dropout=0.1)
 
     def test_flash_attention_4_must_be_installed(self) -> None:
-        attention.check_fa4.cache_clear()
-        with pytest.raises(FlexpatchError, match=r"pip install 'flash-attn-4>=4.0.0b33'.*does not import here"):
+        fa4.check_fa4.cache_clear()
+        with pytest.raises(FlexpatchError, match=r"pip install 'flexpatch\[fa4\]'.*does not import here"):
             flexpatch.apply(tiny_model("llama"), backend="fa4")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention, "import_module", lambda name: None)
-            patch.setattr(attention.metadata, "version", lambda name: "4.0.0b11")
+            patch.setattr(fa4, "import_module", lambda name: None)
+            patch.setattr(fa4.metadata, "version", lambda name: "4.0.0b11")
             with pytest.raises(FlexpatchError, match=r"4.0.0b11 has given wrong gradients"):
                 flexpatch.apply(tiny_model("llama"), backend="fa4")
 
@@ -280,19 +280,19 @@ class RefusalTest(unittest.TestCase):
                 with pytest.raises(FlexpatchError, match="fa4' runs on Hopper GPUs, not on cpu"):
                     flexpatch.answer_logprobs(model, rows)
             hopper = torch.device("cuda")
-            patch.setattr(attention, "card_of", lambda device: Card("cuda", "an H100", (9, 0)))
-            attention.check_fa4_call(hopper, torch.bfloat16, [None, 300], 300)
+            patch.setattr(fa4, "card_of", lambda device: Card("cuda", "an H100", (9, 0)))
+            fa4.check_fa4_call(hopper, torch.bfloat16, [None, 300], 300)
             with pytest.raises(UnsupportedModelError, match="300 tokens reach beyond this model's window of 299"):
-                attention.check_fa4_call(hopper, torch.bfloat16, [None, 299], 300)
+                fa4.check_fa4_call(hopper, torch.bfloat16, [None, 299], 300)
             with pytest.raises(UnsupportedModelError, match=r"in 16 bits, and this model in torch\.float32"):
-                attention.check_fa4_call(hopper, torch.float32, [None], 300)
+                fa4.check_fa4_call(hopper, torch.float32, [None], 300)
             patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
             with pytest.raises(FlexpatchError, match="no fixed order"):
-                attention.check_fa4_call(hopper, torch.bfloat16, [None], 300)
+                fa4.check_fa4_call(hopper, torch.bfloat16, [None], 300)
             for other in (Card("cuda", "an A100", (8, 0)), Card("rocm", "an MI300")):
-                patch.setattr(attention, "card_of", lambda device, other=other: other)
+                patch.setattr(fa4, "card_of", lambda device, other=other: other)
                 with pytest.raises(FlexpatchError, match=f"runs on Hopper GPUs, not on {other.name}"):
-                    attention.check_fa4_call(hopper, torch.bfloat16, [None], 300)
+                    fa4.check_fa4_call(hopper, torch.bfloat16, [None], 300)
 
     def test_attention_sinks_on_fa4(self) -> None:
         with torch.no_grad(), pytest.raises(UnsupportedModelError, match="gives sinks no gradient"):
@@ -451,3 +451,16 @@ class RealCompilationTest(unittest.TestCase):
             out = flex(*qkv, mask_of(rows, 17), softcap=3.0)
         true = softmax_attention(*qkv, dense_mask(rows.ends, rows.position_ids, 17), softcap=3.0)
         assert error([out], [true]) < 1e-6
+
+    @parameterized.expand([(64, 64), (128, 64), (64, 128)], name_func=name)
+    @pytest.mark.slow
+    def test_small_blocks(self, of_q: int, of_kv: int) -> None:
+        """The generated kernel visits the blocks that its mask lists: one that lists too few is wrong."""
+        rows, qkv = rows_of(500), random_qkv(1, 4, 2, 500, 16, torch.float32)
+        mask = block_mask(rows.ends, rows.position_ids, None, blocks=(of_q, of_kv))
+        true = softmax_attention(*qkv, dense_mask(rows.ends, rows.position_ids, None))
+        with torch.no_grad():
+            assert error([flex(*qkv, mask)], [true]) < 1e-6
+            mask.full_kv_num_blocks.zero_()
+            mask.kv_num_blocks.clamp_(max=1)
+            assert error([flex(*qkv, mask)], [true]) > 1e-2

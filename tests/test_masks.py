@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from helpers.forests import random_tree
-from helpers.mask_tables import blocks_with, by_definition, partial_and_full, rule_of, what_kernels_see
+from helpers.mask_tables import blocks_of, blocks_with, by_definition, partial_and_full, rule_of, what_kernels_see
 from parameterized import parameterized
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
@@ -72,11 +72,14 @@ def test_block_mask_is_the_one_torch_would_make() -> None:
         assert torch.equal(partial, blocks_with(torch.any, allowed) & ~full)
 
 
-@parameterized.expand([(window,) for window in (None, 1, 7, 128, 255, 256)])
-def test_kernels_see_the_definition(window: int | None) -> None:
+SIZES = [(window, (128, 128)) for window in (None, 1, 7, 128, 255, 256)]
+
+
+@parameterized.expand([*SIZES, (None, (64, 64)), (None, (128, 64)), (None, (64, 128)), (250, (64, 128))])
+def test_kernels_see_the_definition(window: int | None, sizes: tuple[int, int]) -> None:
     full_blocks = 0
     for rows in long_rows():
-        mask = block_mask(rows.ends, rows.position_ids, window)
+        mask = block_mask(rows.ends, rows.position_ids, window, blocks=sizes)
         L, P = rows.input_ids.shape[1], mask.shape[-1]
         assert mask.shape == (len(rows.input_ids), 1, bucket(L), bucket(L))
         seen = what_kernels_see(mask)
@@ -88,8 +91,14 @@ def test_kernels_see_the_definition(window: int | None) -> None:
         # No block that is needed is missing; no block is called full that is not.
         partial, full = partial_and_full(mask)
         assert not (partial & full).any()
-        assert not (blocks_with(torch.any, rule_of(mask)) & ~(partial | full)).any()
-        assert not (full & ~blocks_with(torch.all, rule_of(mask))).any()
+        some, every = (blocks_with(condition, rule_of(mask), sizes) for condition in (torch.any, torch.all))
+        assert not (some & ~(partial | full)).any()
+        assert not (full & ~every).any()
+        # Without a window none is taken for nothing, or for partial.
+        assert window is not None or (torch.equal(partial | full, some) and torch.equal(full, every))
+        # Tables by keys, which backward reads, say the same.
+        assert torch.equal(blocks_of(mask.q_num_blocks, mask.q_indices).mT, partial)
+        assert torch.equal(blocks_of(mask.full_q_num_blocks, mask.full_q_indices).mT, full)
         full_blocks += int(full.sum())
     # All keys of a full block are ancestors of one query, so the first is at least 128 positions away.
     assert (full_blocks > 0) == (window is None or window > 128)
@@ -214,6 +223,11 @@ def test_buckets_are_few_and_close() -> None:
     assert all(length <= size <= 1.25 * length + BLOCK for length, size in zip(lengths, buckets, strict=True))
     assert len(set(buckets)) == 36
     assert all(bucket(size) == size for size in set(buckets))
+    few = [bucket(length, few=True) for length in lengths]
+    assert few == sorted(few) and all(size % BLOCK == 0 for size in few)
+    # As attention wants it, which takes masks of these lengths for no other rows.
+    assert all(length <= size < 2 * length + BLOCK for length, size in zip(lengths, few, strict=True))
+    assert len(set(few)) == 6 + 2 * 5 and all(bucket(size, few=True) == size for size in set(few))
 
 
 def test_masks_are_built_once() -> None:
