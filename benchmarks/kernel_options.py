@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from layers import PAIRED, Pair, Row, Setup, attempt, attention_ms, line, make_row, milliseconds
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from train import draw_pairs
@@ -227,7 +228,7 @@ def work(channel: Any, options: argparse.Namespace) -> None:
             else:
                 assert timer is not None
                 if command == "error" and truth is None:
-                    truth = torch.load(arguments.pop(), map_location=timer.setup.device)
+                    truth = list(load_file(arguments.pop(), device=str(timer.setup.device)).values())
                 answer = getattr(timer, command)(*arguments[:2], *([truth] if command == "error" else []))
             channel.send(("done", answer))
         except Exception as error:
@@ -333,7 +334,8 @@ def truth_of(setup: Setup, pairs: list[Pair], length: int, path: Path) -> None:
             slope = share * (slope - (gradient[part] * out[part]).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
             dq[part] = slope @ k[g]
             dk[g] += (slope.mT @ q[part]).sum(0)
-    torch.save([x[None].cpu() for x in ((out, dq, dk, dv) if setup.train else (out,))], path)
+    kept = (out, dq, dk, dv) if setup.train else (out,)
+    save_file({str(k): x[None].cpu().contiguous() for k, x in enumerate(kept)}, path)
 
 
 def baseline(setup: Setup, pairs: list[Pair]) -> tuple[float, str, float] | None:

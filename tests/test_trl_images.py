@@ -140,7 +140,7 @@ FEW = ["qwen2_5_vl", "gemma3", "llava"]
 @pytest.mark.parametrize("kind", LAYOUTS)
 def test_checkpointing(kind: str, checkpoints: str) -> None:
     if (kind, checkpoints) == ("gemma4", "reentrant"):
-        with pytest.raises(flexpatch.UnsupportedModelError):
+        with pytest.raises(flexpatch.UnsupportedModelError, match="reentrant"):
             both("DPO", kind, **CHECKPOINTS[checkpoints])
         return
     stock, ours = both("DPO", kind, **CHECKPOINTS[checkpoints])
