@@ -228,7 +228,8 @@ def work(channel: Any, options: argparse.Namespace) -> None:
             else:
                 assert timer is not None
                 if command == "error" and truth is None:
-                    truth = list(load_file(arguments.pop(), device=str(timer.setup.device)).values())
+                    held = load_file(arguments.pop(), device=str(timer.setup.device))
+                    truth = [held[name] for name in sorted(held)]
                 answer = getattr(timer, command)(*arguments[:2], *([truth] if command == "error" else []))
             channel.send(("done", answer))
         except Exception as error:
