@@ -10,7 +10,7 @@ and by gpu/test_two_gpus.py without cpu_ranks.py.
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -204,35 +204,50 @@ def with_trainer(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights,
 
 
 def with_loop(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights, Weights]:
-    """A plain loop; explicit rows where patched, else padded sequences."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # as a trainer's arguments do
-    accelerator = Accelerator()
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:  # accelerate reads it from a data loader otherwise
-        plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=1, zero_allow_untested_optimizer=True)
+    """A plain loop."""
+    accelerator = new_accelerator()
     model = load(case.model_in(folder), dtype).train()
     if case.lora:
         model = get_peft_model(model, LORA)
     if case.patched:
         flexpatch.apply(model)
+    trees = [Tree.of(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows(PAIRS)]
+    return train_on_rows(accelerator, model, trees, STEPS, case.patched)[1:]
+
+
+def new_accelerator(*handlers: Any) -> Accelerator:
+    """An accelerator without a trainer or a data loader."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # as a trainer's arguments do
+    accelerator = Accelerator(kwargs_handlers=list(handlers))
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:  # accelerate reads it from a data loader otherwise
+        plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=1, zero_allow_untested_optimizer=True)
+    return accelerator
+
+
+def train_on_rows(
+    accelerator: Accelerator, model: nn.Module, pairs: Sequence[Any], steps: int, patched: bool
+) -> tuple[list[float], Weights, Weights]:
+    """Train in explicit rows where patched, else on padded sequences. Losses, and weights before and after."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-3)
     before = whole(model.state_dict())
     model, optimizer = accelerator.prepare(model, optimizer)
-    size = PAIRS // STEPS // RANKS
-    trees = [Tree.of(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows(PAIRS)]
-    for step in range(STEPS):
+    size, losses = len(pairs) // steps // RANKS, []
+    for step in range(steps):
         at = (step * RANKS + accelerator.process_index) * size
-        some = trees[at : at + size]
-        if case.patched:
+        some = pairs[at : at + size]
+        if patched:
             packed = flexpatch.build_rows([some]).to(accelerator.device)
             logps = flexpatch.answer_logprobs(model, packed).answers
         else:
             logps = flexpatch.separate_logprobs(model, some).answers
-        accelerator.backward(flexpatch.dpo_loss(logps, torch.zeros_like(logps), beta=0.01).loss)
+        loss = flexpatch.dpo_loss(logps, torch.zeros_like(logps), beta=0.01).loss
+        accelerator.backward(loss)
+        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
         accelerator.clip_grad_norm_(model.parameters(), 1.0)  # ZeRO-3 does so by itself
         optimizer.step()
         optimizer.zero_grad()
-    return before, whole(accelerator.get_state_dict(model))
+    return losses, before, whole(accelerator.get_state_dict(model))
 
 
 def whole(state: Weights | None) -> Weights:

@@ -19,8 +19,6 @@ from unittest import mock
 import datasets
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from helpers.flex import let_flex_train_on_cpu
 from helpers.processors_offline import make_model, make_processor, picture
@@ -34,7 +32,7 @@ import flexpatch
 from flexpatch import Collator
 from flexpatch.checkpointing import GATHERS, Recomputation
 from flexpatch.trl import PackedDPOTrainer
-from programs.engine_ranks import RANK, RANKS, Weights, _memory, whole
+from programs.engine_ranks import RANK, RANKS, Weights, _memory, new_accelerator, train_on_rows, whole
 
 PAIRS, STEPS, BUDGET = 16, 2, 220
 LAST = RANK == RANKS - 1
@@ -193,36 +191,15 @@ def check_savings(case: Case, saved: Any) -> None:
 
 
 def with_loop(case: Case, folder: Path, dtype: torch.dtype) -> tuple[list[float], Weights, Weights]:
-    """A plain loop; explicit rows where patched, else padded sequences."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # as a trainer's arguments do
+    """A plain loop."""
     # LLaVA reads the last but one layer of its tower: the last gets no gradients.
-    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:  # accelerate reads it from a data loader otherwise
-        plugin.deepspeed_config |= dict(train_micro_batch_size_per_gpu=1, zero_allow_untested_optimizer=True)
+    accelerator = new_accelerator(DistributedDataParallelKwargs(find_unused_parameters=True))
     model = load(case, folder, dtype).train()
     if case.lora:
         model = get_peft_model(model, LORA)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3, eps=1e-3)
-    before = whole(model.state_dict())
-    model, optimizer = accelerator.prepare(model, optimizer)
-    collator, size, losses = Collator(make_processor(case.kind)), PAIRS // STEPS // RANKS, []
+    collator = Collator(make_processor(case.kind))
     layouts = [collator.layout(row, n) for n, row in enumerate(rows(case.alone))]
-    for step in range(STEPS):
-        at = (step * RANKS + accelerator.process_index) * size
-        some = layouts[at : at + size]
-        if case.patched:
-            packed = flexpatch.build_rows([some]).to(accelerator.device)
-            logps = flexpatch.answer_logprobs(model, packed).answers
-        else:
-            logps = flexpatch.separate_logprobs(model, some).answers
-        loss = flexpatch.dpo_loss(logps, torch.zeros_like(logps), beta=0.01).loss
-        accelerator.backward(loss)
-        losses.append(float(accelerator.reduce(loss.detach(), "mean")))
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)  # ZeRO-3 does so by itself
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses, before, whole(accelerator.get_state_dict(model))
+    return train_on_rows(accelerator, model, layouts, STEPS, case.patched)
 
 
 @contextmanager
