@@ -11,7 +11,7 @@ import torch
 from helpers import processors_offline as offline
 from helpers.tokenizers_offline import make_tokenizer
 from helpers.trl_images import all_equal, float64_training
-from helpers.trl_runs import weights
+from helpers.trl_runs import unweighted, weights
 from parameterized import parameterized
 from peft import LoraConfig
 from torch import Tensor
@@ -109,12 +109,8 @@ def check_step(kind: str) -> None:
     assert packed.state.log_history[0]["loss"] == pytest.approx(one.state.log_history[0]["loss"], abs=1e-4)
 
     # Without the weights, the same comparison fails.
-    class Unweighted(PackedDPOTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return DPOTrainer.compute_loss(self, model, inputs)
-
-    _, unweighted = step(Unweighted, kind, True, accumulated, token_budget=BUDGET)
-    assert (unweighted - true).norm() > BROKEN * true.norm()
+    _, alike = step(unweighted(PackedDPOTrainer, DPOTrainer), kind, True, accumulated, token_budget=BUDGET)
+    assert (alike - true).norm() > BROKEN * true.norm()
 
 
 def test_a_step_is_that_of_all_pairs() -> None:
@@ -193,12 +189,8 @@ def check_kto(kind: str) -> None:
     assert true.norm() > 0 and (change - true).norm() < EQUAL * true.norm()
     assert packed.state.log_history[0]["loss"] == pytest.approx(one.state.log_history[0]["loss"], abs=1e-4)
 
-    class Unweighted(PackedKTOTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return KTOTrainer.compute_loss(self, model, inputs)
-
-    _, unweighted = kto(Unweighted, kind, True, many, token_budget=BUDGET)
-    assert (unweighted - true).norm() > BROKEN * true.norm()
+    _, alike = kto(unweighted(PackedKTOTrainer, KTOTrainer), kind, True, many, token_budget=BUDGET)
+    assert (alike - true).norm() > BROKEN * true.norm()
 
 
 def check_kl(kind: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.needs import needs
 from helpers.tokenizers_offline import make_tokenizer
-from helpers.trl_runs import Packed, Unprepared, rows, train, weights
+from helpers.trl_runs import Packed, Unprepared, rows, train, unweighted, weights
 from parameterized import parameterized
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -92,12 +92,10 @@ def test_a_step_of_packed_rewards_is_a_step_of_all_pairs() -> None:
     savings = flexpatch.savings(packed.model)
     assert savings.folded == len(packed.bins) and savings.computed <= 200 * len(packed.bins)
 
-    class Unweighted(PackedRewardTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return RewardTrainer.compute_loss(self, model, inputs)
-
-    _, unweighted = reward(Unweighted, dict(gradient_accumulation_steps=100), token_budget=200)
-    assert off(unweighted, true) > BROKEN
+    _, alike = reward(
+        unweighted(PackedRewardTrainer, RewardTrainer), dict(gradient_accumulation_steps=100), token_budget=200
+    )
+    assert off(alike, true) > BROKEN
 
 
 def test_lengths_of_whole_sequences() -> None:
@@ -168,12 +166,8 @@ def test_a_step_of_packed_completions_is_a_step_of_all() -> None:
     assert off(change, true) < EQUAL
     assert flexpatch.savings(packed.model).folded == flexpatch.savings(packed.ref_model).folded == len(packed.bins)
 
-    class Unweighted(PackedKTO):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            return KTOTrainer.compute_loss(self, model, inputs)
-
-    _, unweighted = kto(Unweighted, completions(), many, token_budget=150)
-    assert off(unweighted, true) > BROKEN
+    _, alike = kto(unweighted(PackedKTO, KTOTrainer), completions(), many, token_budget=150)
+    assert off(alike, true) > BROKEN
 
 
 @parameterized.expand([(1, False), (3, True)])

@@ -37,6 +37,15 @@ class Unprepared:
         return dataset
 
 
+def unweighted(packed: type, stock: type) -> type:
+    """A packed trainer whose micro-batches weigh alike, as those of a stock trainer do: a control."""
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock.compute_loss(self, model, inputs)  # type: ignore[attr-defined]
+
+    return type("Unweighted", (packed,), dict(compute_loss=compute_loss))
+
+
 class Stock(Unprepared, DPOTrainer):
     pass
 
