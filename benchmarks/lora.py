@@ -169,9 +169,7 @@ def table(results: dict[str, Any]) -> str:
         spent = record["classes"]
         cells = [f"{spent[kind]:.2f}" for kind in CLASSES]
         floor = record["floor_gflop"] / results["tflops"]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {sum(spent.values()):.2f} | {record['ms']:.2f} | {floor:.2f} |"
-        )
+        lines.append(f"| {name} | {' | '.join(cells)} | {sum(spent.values()):.2f} | {record['ms']:.2f} | {floor:.2f} |")
     return "\n".join([*lines, "", results["conditions"]]) + "\n"
 
 

@@ -58,6 +58,7 @@ from flexpatch import attention, compiled, selective
 BUDGETS = (0.9, 0.7, 0.5, 0.3, 0.1)
 WAYS = ("everything", "products", "nothing", "all but gate, up", "attention", *(f"budget {b}" for b in BUDGETS))
 PRODUCTS = ("aten.mm", "aten.addmm")
+KEEPING = ("everything", "products", "attention")  # as flexpatch counts layers
 
 
 def main() -> int:
@@ -357,17 +358,17 @@ def time_steps(causal: Any, compiles: bool, options: argparse.Namespace) -> dict
     rows = flexpatch.build_rows([options.trees]).to(options.device)
     stage = flexpatch.forward.hook_of(causal).recomputation
     reference = torch.full((2 * len(options.trees),), -100.0, device=options.device)
-    choices: list[tuple[int, int]] = []
+    choices: list[list[int]] = []
     choose = stage.plan
 
     def plan(*args: Any, **kwargs: Any) -> Any:
         chosen = choose(*args, **kwargs)
-        choices.append((len(chosen[0].everything), len(chosen[0].products)))
+        choices.append([len(layers) for layers in chosen[0]])
         return chosen
 
     stage.plan = plan
     times = []
-    for turn in range(4 + options.repeats):
+    for turn in range(5 + options.repeats):
         torch.cuda.synchronize()
         start = time.perf_counter()
         rows.masks.clear()
@@ -379,14 +380,13 @@ def time_steps(causal: Any, compiles: bool, options: argparse.Namespace) -> dict
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-        if turn == 3:
+        if turn == 4:
             torch.cuda.reset_peak_memory_stats()
     flexpatch.remove(causal)
     return dict(
-        ms=1e3 * statistics.median(times[4:]), everything=choices[-1][0], products=choices[-1][1],
-        peak_gb=torch.cuda.max_memory_allocated() / 1e9, first_steps_s=[round(t, 2) for t in times[:4]],
-        kb_a_token={kind: [sizes[k] / 1e3 for k in sizes] for kind, sizes in (
-            ("everything", stage.layer_bytes), ("products", stage.product_bytes))},
+        ms=1e3 * statistics.median(times[5:]), **dict(zip(KEEPING, choices[-1], strict=True)),
+        peak_gb=torch.cuda.max_memory_allocated() / 1e9, first_steps_s=[round(t, 2) for t in times[:5]],
+        kb_a_token={way: [size / 1e3 for size in sizes.values()] for way, sizes in stage.sizes.of.items()},
         tokens=rows.input_ids.numel(), loss=loss.item(),
     )  # fmt: skip
 
@@ -436,8 +436,8 @@ def tables(results: dict[str, Any]) -> str:
     if results["model"]:
         lines += [
             "",
-            "| a model | GB it may hold | recomputed | layers: everything, products, nothing kept | step, ms "
-            "| share of it in recomputation | peak GB |",
+            "| a model | GB it may hold | recomputed | layers: everything, products, attention, nothing kept "
+            "| step, ms | share of it in recomputation | peak GB |",
             "|---|---|---|---|---|---|---|",
         ]
     steps: dict[str, float] = {}
@@ -447,13 +447,13 @@ def tables(results: dict[str, Any]) -> str:
         if "error" in record:
             lines.append(f"{head} {record['error'][:60]} | | | |")
             continue
-        nothing = record["layers"] - record["everything"] - record["products"]
-        if not nothing and not record["products"]:
+        nothing = record["layers"] - record["everything"] - record["products"] - record["attention"]
+        if record["everything"] == record["layers"]:
             steps.setdefault(name, record["ms"])
         share = f"{1 - steps[name] / record['ms']:.1%}" if name in steps else "–"
         lines.append(
-            f"{head} {record['everything']}, {record['products']}, {nothing} | {record['ms']:.0f} | {share} "
-            f"| {record['peak_gb']:.1f} |"
+            f"{head} {record['everything']}, {record['products']}, {record['attention']}, {nothing} "
+            f"| {record['ms']:.0f} | {share} | {record['peak_gb']:.1f} |"
         )
     listed = [record for record in results["layer"] if record.get("kinds")]
     for record in listed:

@@ -4,24 +4,30 @@ Sizes are in bytes.
 """
 
 import logging
-import math
+import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flexpatch.compiled import run_compiled
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
 from flexpatch.internals import layers_of
-from flexpatch.meters import Memory, Meter, cuda_memory, kind_of
+from flexpatch.keeping import WAYS, Choice, Sizes, choose, mixture, moved
+from flexpatch.meters import Memory, Meter, cuda_memory, kind_of, some_weights
 from flexpatch.row_calls import plan_in
 from flexpatch.segments import NO_LOAD, Load
-from flexpatch.selective import can_keep_products, keep_nothing, keep_products, mixture, watch_products
+from flexpatch.selective import (
+    attention_contexts,
+    can_keep_products,
+    keep_nothing,
+    keep_products,
+    watch_products,
+)
 
 # Of the memory that the process could have: allocators lose some to fragments, kernels take workspaces.
 USABLE = 0.9
@@ -61,18 +67,6 @@ def renamed(recompute_layers: int | str | None, checkpointing: int | str) -> int
     return checkpointing
 
 
-class Choice(NamedTuple):
-    """Layers of a call by what they keep.
-
-    Attributes:
-        everything: Layers that keep all their activations.
-        products: Layers that keep those of matrix products and attention. All others keep their inputs alone.
-    """
-
-    everything: Sequence[nn.Module] = ()
-    products: Sequence[nn.Module] = ()
-
-
 class Recomputation:
     """Choose what a model's checkpointed layers compute again in a call's backward: a stage of calls.
 
@@ -81,7 +75,9 @@ class Recomputation:
     products alone, one kind of layer and one of these a call: layers of a hybrid keep unlike much. A row of a hybrid
     with more states or separate sequences a token than these is taken to keep more in proportion, which is the most it
     can. Every call measures those that a step holds. From then on a call of T tokens keeps as much as fits between that
-    and ``USABLE`` of the memory: the products of all layers first, then everything of the last ones.
+    and ``USABLE`` of the memory: the products of all layers first, then everything of the last ones. Where not even the
+    products of all compiled layers fit, as in long rows, all keep the output of attention first; what that takes is
+    measured in the next call.
 
     Args:
         setting: The number of layers to recompute, from the first; ``"partly"``: all but the products of all layers; or
@@ -98,12 +94,10 @@ class Recomputation:
         self.setting = setting
         self.memory = memory
         self.kept: list[Any] = []  # layers whose checkpointing is off for the call that runs
-        self.partly: list[Any] = []  # layers that keep their products in it
+        self.partly: list[Any] = []  # layers that keep their products or attention in it
         self.survives: dict[str, bool] = {}  # by kind: whether products still have their numbers after a forward
-        # By kind, kept by a layer for one token, beyond its bytes when checkpointed: everything, and products alone.
-        self.layer_bytes: dict[str, float] = {}
-        self.product_bytes: dict[str, float] = {}
-        self.load = NO_LOAD  # the lightest of the rows that were measured
+        self.sizes = Sizes(NO_LOAD)
+        self.described: tuple[list[Any], list[str]] | None = None
         self.tokens = 0  # of the longest row before the first step
         self.held = 0  # by steps that checkpoint all layers
         self.idle = 0  # allocated between steps
@@ -135,15 +129,18 @@ class Recomputation:
         plan = plan_in(call)
         load = NO_LOAD if plan is None else plan.segments.load
         able, untried = self._able(layers, call) if plan is None else ([], {})
-        choice, measured = self.plan(layers, call["input_ids"], backbone, load, able)
-        self.kept, self.partly = list(choice.everything), list(choice.products)
+        graphs = bool(able) and run_compiled(able, call)
+        choice, measured = self.plan(layers, call["input_ids"], backbone, load, able, graphs)
+        self.kept = list(choice.everything)
+        self.partly = [*choice.products, *choice.attention, *untried.values()]
         for layer in self.kept:
             layer.gradient_checkpointing = KEPT
-        for layer in self.partly:
+        for layer in choice.products:
             keep_products(layer)
+        for layer in choice.attention:
+            keep_products(layer, attention_contexts)
         for kind, layer in untried.items():
             watch_products(layer, partial(self.survives.setdefault, kind))
-        self.partly += untried.values()
         if self.setting == "partly" and len(able) < len(layers) and not untried:
             warnings.warn(WHOLE, FlexpatchWarning, 2)
 
@@ -151,6 +148,8 @@ class Recomputation:
             self.restore()
             if measured is not None:
                 measured(output is not None)
+            if self.described is not None and output is not None:
+                self._describe(layers, anew=True)  # for the next call: a GPU still works on this one
 
         return call, leave
 
@@ -165,9 +164,20 @@ class Recomputation:
         able = [layer for layer in layers if can_keep_products(layer)]
         if run_compiled(able, call):
             return able, {}
-        pairs = [(kind_of(layer), layer) for layer in able]
+        kinds = zip(self._describe(layers), layers, strict=True)
+        pairs = [(kind, layer) for kind, layer in kinds if can_keep_products(layer)]
         untried = {kind: layer for kind, layer in reversed(pairs) if kind not in self.survives}
         return [layer for kind, layer in pairs if self.survives.get(kind)], untried
+
+    def _describe(self, layers: Sequence[nn.Module], anew: bool = False) -> list[str]:
+        """List the kinds of layers. They are looked up once a call, after it: a GPU would wait 10 ms for them.
+
+        Changes of layers that stay, such as of the weights that are trained, count from the call after the next on.
+        """
+        known = self.described
+        if anew or known is None or len(known[0]) != len(layers) or any(map(operator.is_not, known[0], layers)):
+            self.described = known = list(layers), list(map(kind_of, layers))
+        return known[1]
 
     def restore(self) -> None:
         """Switch checkpointing of kept layers on again, unless somebody has set it since."""
@@ -185,6 +195,7 @@ class Recomputation:
         model: nn.Module,
         load: Load = NO_LOAD,
         able: Sequence[nn.Module] = (),
+        graphs: bool = False,
     ) -> tuple[Choice, Callable[[bool], None] | None]:
         """Choose which layers of a call not to recompute, or not wholly.
 
@@ -194,6 +205,7 @@ class Recomputation:
             model: The backbone.
             load: Of the row.
             able: Those of the layers that can keep their products alone.
+            graphs: Whether these run compiled, and so can keep attention alone.
 
         Returns:
             The layers, the last ones unless one is measured, and a function to call after the forward with whether it
@@ -207,92 +219,73 @@ class Recomputation:
             warnings.warn(GATHERS, FlexpatchWarning, 2)
             return Choice(), None
         device = next(model.parameters()).device
-        memory, tokens = self.memory(device), ids.numel()
-        kinds = [kind_of(layer) for layer in layers]
-        unable = {id(layer) for layer in layers} - {id(layer) for layer in able}
-        # Layers of a kind are measured in both ways if they can, the last one of each.
-        unknown = {kinds[i]: (i, self.layer_bytes) for i in range(len(layers)) if kinds[i] not in self.layer_bytes}
-        if not unknown:
-            those = [i for i in range(len(layers)) if id(layers[i]) not in unable]
-            unknown = {kinds[i]: (i, self.product_bytes) for i in those if kinds[i] not in self.product_bytes}
+        memory, tokens, kinds = self.memory(device), ids.numel(), self._describe(layers)
+        those = {id(layer) for layer in able}
+        places = [i for i, layer in enumerate(layers) if id(layer) in those]
+        usable = dict(attention=places if graphs else [], products=places, everything=range(len(layers)))
+
+        def unknown(way: str) -> dict[str, int]:
+            """Find the last layer of each kind that was not measured in a way."""
+            return {kinds[i]: i for i in usable[way] if kinds[i] not in self.sizes.of[way]}
+
+        way = next((way for way in ("everything", "products") if unknown(way)), None)
         if not self.stepped:
-            self._watch(memory, model, not unknown)
-            if self.stepped:
-                for what, sizes in (("all activations", self.layer_bytes), ("products alone", self.product_bytes)):
-                    each = ", ".join(f"{size / 1e3:.1f}" for size in sizes.values())
-                    log.info("flexpatch: kB a token that layers of each kind keep, %s: %s", what, each or "-")
+            self._watch(memory, model, way is None)
+        choice = Choice()
         if self.stepped:
-            choice = self._choose(memory, tokens, load, layers, kinds, unable)
-            counts = len(layers), len(choice.everything), len(choice.products), tokens
-            log.debug("flexpatch: of %d layers, %d keep everything and %d products for %d tokens", *counts)
+            known = usable | dict(attention=[] if unknown("attention") else usable["attention"])
+            counts = self._counts(memory, tokens, load, kinds, known)
+            choice = choose(layers, known, counts)
+            counted = *map(len, choice), len(layers), tokens
+            log.debug("flexpatch: %d layers keep everything, %d products, %d attention, of %d, for %d tokens", *counted)
+            way = "attention" if unknown("attention") and counts[1] < len(layers) else None
+        else:
+            self.tokens = max(self.tokens, tokens)
+        if way is None or len(layers) < 2:
             return choice, None
-        self.tokens = max(self.tokens, tokens)
-        if not unknown or len(layers) < 2:
-            return Choice(), None
-        last, sizes = max(unknown.values(), key=lambda found: found[0])
-        others = [i for i in range(len(layers)) if i != last]
+        last = max(unknown(way).values())
         # One of another kind, if there is none of its own: layers that are recomputed keep their inputs alone.
+        held = {id(layer) for some in choice for layer in some}
+        others = [i for i in range(len(layers)) if i != last and id(layers[i]) not in held]
+        if not others:
+            return choice, None
         other = max(others, key=lambda i: (kinds[i] == kinds[last], i))
         meter = Meter([layers[other], layers[last]], self.memory, device)
-        measured = partial(self._measured, meter, sizes, kinds[last], tokens, load)
-        return Choice(*([[layers[last]]] if sizes is self.layer_bytes else [[], [layers[last]]])), measured
+        measured = partial(self._measured, meter, way, kinds[last], tokens, load)
+        return moved(choice, layers[last], way), measured
 
     def _watch(self, memory: Memory, model: nn.Module, measured: bool) -> None:
         """Note whether an optimizer has changed the weights, and the memory held until then."""
-        weights = _some_weights(model)
+        weights = some_weights(model)
         # By value: fused optimizers do not count up the version of a tensor.
         self.stepped = measured and self.weights is not None and not torch.equal(weights, self.weights)
         self.weights = None if self.stepped else weights
         self.held = max(memory.allocated, memory.held)
         self.idle = memory.allocated
 
-    def _measured(
-        self, meter: Meter, sizes: dict[str, float], kind: str, tokens: int, load: Load, complete: bool
-    ) -> None:
+    def _measured(self, meter: Meter, way: str, kind: str, tokens: int, load: Load, complete: bool) -> None:
         read = meter.read()
         if complete:
             checkpointed, kept = read
-            self.load = Load(*map(min, self.load, load)) if self.layer_bytes else load
-            sizes[kind] = max(kept - checkpointed, 1) / tokens
+            self.sizes.note(way, kind, max(kept - checkpointed, 1) / tokens, load)
+            log.info("flexpatch: a layer that keeps %s: %.1f kB a token", way, self.sizes.of[way][kind] / 1e3)
 
-    def _choose(
-        self,
-        memory: Memory,
-        tokens: int,
-        load: Load,
-        layers: Sequence[nn.Module],
-        kinds: Sequence[str],
-        unable: set[int],
-    ) -> Choice:
-        """Choose the layers, from the last, whose activations fit."""
+    def _counts(
+        self, memory: Memory, tokens: int, load: Load, kinds: Sequence[str], usable: Mapping[str, Sequence[int]]
+    ) -> list[int]:
+        """Count the layers, from the last, whose activations fit, by way."""
         longer = max(0, tokens - self.tokens) * (self.held - self.idle) / self.tokens
         pending = max(0, memory.allocated - self.idle)  # forwards whose backward is still to come
         room = USABLE * memory.limit - self.held - longer - pending
-        more = (now / then if then else math.inf for now, then in zip(load, self.load, strict=True) if now > then)
-        weight = tokens * max([1.0, *more])
-        kept = [weight * _size(self.layer_bytes, kind) for kind in kinds]
-        products = [
-            0.0 if id(layer) in unable or not self.product_bytes else weight * _size(self.product_bytes, kind)
-            for layer, kind in zip(layers, kinds, strict=True)
-        ]
-        everything, some = mixture(kept, products, room)
-        split, first = len(layers) - everything, len(layers) - some
-        return Choice(layers[split:], [layers[i] for i in range(first, split) if products[i]])
-
-
-def _size(sizes: Mapping[str, float], kind: str) -> float:
-    """Look a kind up; the largest stands for kinds that came later, such as layers with new adapters."""
-    return sizes.get(kind, max(sizes.values()))
+        weight = tokens * self.sizes.weight(load)
+        sizes = []
+        for way in WAYS:
+            able = [i in usable[way] for i in range(len(kinds))]
+            sizes.append([weight * size for size in self.sizes.of_layers(way, kinds, able)])
+        return mixture(sizes, room)
 
 
 def _gathers(layers: Sequence[nn.Module]) -> bool:
     """Tell whether DeepSpeed's ZeRO-3 gathers a layer's weights at each call, in recomputation too."""
-    return any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters())
-
-
-def _some_weights(model: nn.Module) -> Tensor:
-    """Take a few hundred values of each trained parameter."""
-    trained = (p.detach() for p in model.parameters() if p.requires_grad)
-    local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
-    parts = [p.flatten()[:: p.numel() // 256 + 1].float() for p in local]
-    return torch.cat(parts) if parts else torch.empty(0)
+    firsts = (next(layer.parameters(), None) for layer in layers)  # it marks all weights
+    return any(hasattr(parameter, "ds_id") for parameter in firsts)

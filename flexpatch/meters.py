@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flexpatch.errors import FlexpatchError
 
@@ -76,3 +77,18 @@ class Meter:
         for handle in self.handles:
             handle.remove()
         return [self.after[layer] - self.before[layer] for layer in self.layers if layer in self.after]
+
+
+def some_weights(model: nn.Module) -> Tensor:
+    """Take a few hundred values of each trained parameter, by which an optimizer's step shows.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        (n,) float32, of this rank's parts.
+    """
+    trained = (p.detach() for p in model.parameters() if p.requires_grad)
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
+    parts = [p.flatten()[:: p.numel() // 256 + 1].float() for p in local]
+    return torch.cat(parts) if parts else torch.empty(0)

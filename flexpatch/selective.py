@@ -5,10 +5,9 @@ third of what a compiled one keeps, but take little of its time. Torch's selecti
 as they run, and the compiler knows it too: there the products are chosen once, as the graph is made.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -35,18 +34,39 @@ def choose(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoin
         Torch's word for it.
     """
     place = PRODUCTS.get(operation)
-    wide = place is not None and args[place].shape[-1] >= INNER
-    keeps = wide or any(name in str(operation) for name in ATTENTION)
+    if place is not None and args[place].shape[-1] >= INNER:
+        return CheckpointPolicy.MUST_SAVE
+    return choose_attention(context, operation)
+
+
+def choose_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Tell whether an operation is attention, whose output alone is kept.
+
+    Args:
+        context: Of torch.
+        operation: That runs.
+        args, kwargs: Its arguments.
+
+    Returns:
+        Torch's word for it.
+    """
+    keeps = any(name in str(operation) for name in ATTENTION)
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def contexts() -> Any:
-    """Make the two contexts in which a layer runs and is computed again."""
+    """Make the two contexts in which a layer runs and is computed again but for its products."""
     return create_selective_checkpoint_contexts(choose)
 
 
-# Torch stores compiled graphs under this name, and makes them anew where there is none.
+def attention_contexts() -> Any:
+    """Make the two contexts in which a layer runs and is computed again but for attention."""
+    return create_selective_checkpoint_contexts(choose_attention)
+
+
+# Torch stores compiled graphs under these names, and makes them anew where there is none.
 contexts.cache_hash = f"flexpatch: products of {INNER} terms, attention"  # type: ignore[attr-defined]
+attention_contexts.cache_hash = "flexpatch: attention"  # type: ignore[attr-defined]
 
 
 def can_keep_products(layer: nn.Module) -> bool:
@@ -120,25 +140,3 @@ class _Watch(TorchDispatchMode):
         if error[0] is None:
             self.note(all(torch.equal(now.nan_to_num(), then.nan_to_num()) for now, then in self.outputs))
         self.outputs.clear()
-
-
-def mixture(kept: Sequence[float], products: Sequence[float], room: float) -> tuple[int, int]:
-    """Choose what layers keep, so that as little as possible is computed again.
-
-    Keeping products saves more time for a byte than keeping the rest. So all layers keep their products before one of
-    them keeps everything.
-
-    Args:
-        kept: Bytes of each layer that keeps everything, beyond one that keeps nothing.
-        products: Of each layer that keeps its products; 0 where a layer cannot.
-        room: Bytes that may be kept.
-
-    Returns:
-        How many layers, from the last, keep everything; and how many, from the last, keep their products at least.
-    """
-    some = list(accumulate(reversed(products)))
-    least = sum(need <= room for need in some)
-    if least < len(some):
-        return 0, least
-    more = (max(0.0, a - b) for a, b in zip(reversed(kept), reversed(products), strict=True))
-    return sum(need <= room for need in accumulate(more, initial=some[-1])) - 1, least

@@ -49,7 +49,7 @@ class State(Layer):
 def which(policy: Recomputation, device: Device, model: nn.Module, tokens: int, load: Load = NO_LOAD) -> list[int]:
     """One training forward and backward; the layers that it recomputes."""
     ids = torch.zeros(1, tokens)
-    (kept, _), measured = policy.plan(list(model), ids, model, load)
+    (kept, *_), measured = policy.plan(list(model), ids, model, load)
     before = device.allocated
     for layer in model:
         layer.size = layer.kept if layer in kept else 2
@@ -107,7 +107,7 @@ def test_as_many_layers_are_kept_as_fit(usable: int, kept: int) -> None:
     policy, device, model = stepped_policy(limit=usable / 0.9 + 1)
     assert device.held == 280
     assert forward(policy, device, model, 10) == LAYERS - kept
-    assert list(policy.layer_bytes.values()) == [8]
+    assert list(policy.sizes.of["everything"].values()) == [8]
 
 
 def step(device: Device, model: nn.Module) -> None:
@@ -138,7 +138,7 @@ def test_layers_of_several_kinds(room: int, pattern: str, kept: int) -> None:
         step(device, model)
     assert sorted(measured) == sorted([pattern.rindex("S"), pattern.rindex("A")]), "the last layer of each kind"
     assert which(policy, device, model, 10) == every[: len(every) - kept]
-    assert sorted(policy.layer_bytes.values()) == [8, 40]
+    assert sorted(policy.sizes.of["everything"].values()) == [8, 40]
 
 
 def test_kinds_that_come_later_count_as_the_largest() -> None:

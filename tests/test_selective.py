@@ -19,9 +19,10 @@ import flexpatch
 from flexpatch import Tree, selective
 from flexpatch.checkpointing import KEPT, Recomputation
 from flexpatch.internals import layers_of
+from flexpatch.keeping import Choice, choose, mixture
 from flexpatch.meters import Memory
 from flexpatch.models import tiny_model
-from flexpatch.selective import can_keep_products, mixture
+from flexpatch.selective import attention_contexts, can_keep_products, contexts
 
 TERMS = 16  # of a tiny model's products, at least
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -38,7 +39,7 @@ def partly(model: nn.Module, **options: Any) -> nn.Module:
     return flexpatch.apply(model, recompute_layers="partly", **options)
 
 
-THREE, SOME, NONE = [10, 10, 10], [4, 4, 4], [0, 0]
+THREE, SOME, LITTLE, NONE = [10, 10, 10], [4, 4, 4], [1, 1, 1], [0, 0]
 
 
 @parameterized.expand(
@@ -51,7 +52,28 @@ THREE, SOME, NONE = [10, 10, 10], [4, 4, 4], [0, 0]
     ]
 )  # fmt: skip
 def test_mixtures(kept: list[float], products: list[float], room: float, expected: tuple[int, int]) -> None:
-    assert mixture(kept, products, room) == expected
+    nothing = [0.0] * len(kept)
+    attention, *others = mixture([nothing, products, kept], room)
+    assert tuple(reversed(others)) == expected
+    assert attention == (len(kept) if room >= 0 else 0)
+
+
+@parameterized.expand(
+    [
+        (-1, [0, 0, 0]), (0, [0, 0, 0]), (2, [2, 0, 0]), (3, [3, 0, 0]), (5, [3, 0, 0]), (6, [3, 1, 0]), (9, [3, 2, 0]),
+        (12, [3, 3, 0]), (18, [3, 3, 1]), (30, [3, 3, 3]),
+    ]
+)  # fmt: skip
+def test_mixtures_with_attention(room: float, expected: list[int]) -> None:
+    """All keep attention before one keeps products, of which it is a part."""
+    assert mixture([LITTLE, SOME, THREE], room) == expected
+
+
+def test_a_mixture_s_layers() -> None:
+    layers = [nn.Identity() for _ in range(4)]
+    usable = dict(attention=[1, 2, 3], products=[0, 1, 2], everything=range(4))
+    assert choose(layers, usable, [4, 2, 0]) == Choice([], [layers[2]], [layers[1], layers[3]])
+    assert choose(layers, usable, [4, 4, 1]) == Choice([layers[3]], layers[:3], [])
 
 
 @pytest.mark.usefixtures("flex_on_cpu")
@@ -185,11 +207,11 @@ def test_products_are_kept_and_nothing_else(compiles: bool) -> None:
 
 
 def way(layer: Any) -> str:
-    """Whether a layer keeps everything, its products or nothing in the call that runs; t: it is tried."""
+    """Tell by K, p, a or w what a layer keeps in the call that runs, from everything to nothing; t: it is tried."""
     if layer.gradient_checkpointing is KEPT:
         return "K"
     made = layer._gradient_checkpointing_func.keywords.get("context_fn")
-    return "w" if made is None else "p" if made is selective.contexts else "t"
+    return {None: "w", contexts: "p", attention_contexts: "a"}.get(made, "t")
 
 
 def device(limit: float) -> Any:
@@ -197,37 +219,62 @@ def device(limit: float) -> Any:
     return lambda _: Memory(100, 100, int(limit))
 
 
+class Auto:
+    """Trains a model of four layers with recompute_layers="auto", on a device whose memory a test decides."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.model = deep("llama", 4)
+        self.true = Result.of(self.model, separate(self.model, few()))
+        monkeypatch.setattr("flexpatch.forward.Recomputation", partial(Recomputation, memory=device(1e9)))
+        self.model.train().gradient_checkpointing_enable(NOT_REENTRANT)
+        flexpatch.apply(self.model, recompute_layers="auto", **options)
+        self.rows, self.layers = flexpatch.build_rows([few()]), layers_of(self.model.model)
+        self.stage = flexpatch.forward.hook_of(self.model).recomputation
+        self.seen: list[str] = []
+        for layer in self.layers:
+            layer.register_forward_pre_hook(lambda layer, _: self.seen.append(way(layer)))
+
+    def ways(self) -> str:
+        """Run a step, which must be right. Returns what layers kept."""
+        functions = [layer._gradient_checkpointing_func for layer in self.layers]
+        self.seen.clear()
+        Result.packed(self.model, self.rows).matches(self.true)
+        assert [layer._gradient_checkpointing_func for layer in self.layers] == functions
+        return "".join(self.seen)
+
+    def stepped(self, room: float, **sizes: float) -> None:
+        """Go on as after an optimizer's step, with room for so many bytes a token. Layers keep as many as given."""
+        (kind,) = self.stage.sizes.of["everything"]
+        for held, size in sizes.items():
+            self.stage.sizes.of[held][kind] = size
+        self.stage.stepped, tokens = True, self.stage.tokens
+        self.stage.memory = device((100 + (room + 0.5) * tokens) / 0.9)
+
+
 def test_auto_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways are measured before the optimizer's first step; then all layers keep what fits."""
-    model = deep("llama", 4)
-    true = Result.of(model, separate(model, few()))
-    monkeypatch.setattr("flexpatch.forward.Recomputation", partial(Recomputation, memory=device(1e9)))
-    model.train().gradient_checkpointing_enable(NOT_REENTRANT)
-    flexpatch.apply(model, recompute_layers="auto")
-    rows, layers = flexpatch.build_rows([few()]), layers_of(model.model)
-    stage = flexpatch.forward.hook_of(model).recomputation
-    seen: list[str] = []
-    for layer in layers:
-        layer.register_forward_pre_hook(lambda layer, _: seen.append(way(layer)))
-    functions = [layer._gradient_checkpointing_func for layer in layers]
-
-    def ways() -> str:
-        seen.clear()
-        Result.packed(model, rows).matches(true)
-        assert [layer._gradient_checkpointing_func for layer in layers] == functions
-        return "".join(seen)
-
-    assert [ways(), ways(), ways()] == ["twwK", "wwwp", "wwww"]
-    model.model.embed_tokens.weight.data += 0  # no step yet
-    assert not stage.stepped
-    weight = next(model.parameters())
+    auto = Auto(monkeypatch)
+    assert [auto.ways(), auto.ways(), auto.ways()] == ["twwK", "wwwp", "wwww"]
+    auto.model.model.embed_tokens.weight.data += 0  # no step yet
+    assert not auto.stage.stepped
     for room, expected in ((0, "wwww"), (2, "wwpp"), (4, "pppp"), (5, "pppK"), (8, "KKKK")):
-        (kind,) = stage.layer_bytes
-        stage.stepped, tokens = True, stage.tokens
-        stage.layer_bytes[kind], stage.product_bytes[kind] = 2.0, 1.0
-        stage.memory = device((100 + (room + 0.5) * tokens) / 0.9)
-        assert ways() == expected, room
-    assert weight.grad is not None
+        auto.stepped(room, everything=2, products=1)
+        assert auto.ways() == expected, room
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+def test_compiled_layers_keep_attention_where_products_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured then, in one call, and not before."""
+    torch._dynamo.reset()
+    auto = Auto(monkeypatch, backend="flex", compile=True)
+    assert [auto.ways(), auto.ways(), auto.ways()] == ["wwwK", "wwwp", "wwww"]
+    auto.stepped(12, everything=6, products=3)
+    assert auto.ways() == "pppp" and not auto.stage.sizes.of["attention"]
+    auto.stepped(9)
+    assert auto.ways() == "wppa" and len(auto.stage.sizes.of["attention"]) == 1
+    for room, expected in ((0, "wwww"), (2, "wwaa"), (4, "aaaa"), (8, "aapp"), (11, "appp"), (12, "pppp")):
+        auto.stepped(room, attention=1)
+        assert auto.ways() == expected, room
 
 
 def test_products_that_are_written_over_are_not_kept() -> None:

@@ -138,7 +138,7 @@ def test_as_little_is_computed_again_as_memory_allows(compiled: bool) -> None:
             model.get_input_embeddings().weight.data[0, 0] += 1  # an optimizer's step, of a token that does not occur
             peaks.append(torch.cuda.max_memory_allocated())
         stage, layers = hook_of(model).recomputation, list(model.model.layers)
-        choice = stage.plan(layers, rows.input_ids, model.model, able=layers)[0]
+        choice = stage.plan(layers, rows.input_ids, model.model, able=layers, graphs=compiled)[0]
         everything, products = len(choice.everything), len(choice.products)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
