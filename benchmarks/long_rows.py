@@ -9,8 +9,9 @@ gradient checkpointing), without optimizer, over one row of shared tokens: one l
 of the row and two answers of an eighth), or pairs with lengths as in LENGTHS.json. *Stock* computes the same pairs
 unpatched, right-padded, on sdpa, with the same checkpointing, in micro-batches of at most --tokens padded tokens, or of
 one pair if it has more; its logits are of answers alone. *Triton* is backend="flex", where auto takes FlashAttention-4.
-*Auto* is recompute_layers="auto" after its first optimizer step. Every step is run twice, and the second run counts.
-With --gb torch may take no more memory than a card of that size has.
+*Auto* is recompute_layers="auto" after two optimizer steps and what it measures after them, *triton auto* the same on
+backend="flex". Every step is run twice, and the second run counts. With --gb torch may take no more memory than a card
+of that size has.
 
 Checks come first, for every length of --checks (of --rows, unless given), with layers of the same width. The block mask
 must be the rule in int64 for every pair of tokens. Log-probs and gradients of the long document may be at most twice as
@@ -26,6 +27,7 @@ import copy
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,6 +58,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import flexpatch
+from flexpatch import selective
 from flexpatch.masks import BLOCK, block_mask
 from flexpatch.rows import Rows, build_rows
 from flexpatch.tree import Tree
@@ -118,7 +121,7 @@ def read_options() -> argparse.Namespace:
     add("--check-shape", choices=SHAPES, default="2 layers of Mistral-7B", help="model of the checks (%(default)s)")
     add("--rows", type=int, nargs="+", default=[32768, 65536], help="tokens of a row (%(default)s)")
     add("--sets", nargs="*", default=["capybara", "gsm8k_4shot"])
-    settings = ("shared", "triton", "auto", "stock")
+    settings = ("shared", "triton", "auto", "triton auto", "stock")
     add("--settings", nargs="+", choices=settings, default=list(settings))
     add("--checks", type=int, nargs="*", help="tokens of rows that are checked (all of --rows)")
     add("--gb", type=float, help="memory of a smaller card, which must suffice")
@@ -170,9 +173,9 @@ def plan(cases: dict[tuple[int, str], Case], options: argparse.Namespace) -> Ite
     ordered = [(case, setting) for setting in ("shared", "triton") for case in document]
     ordered += [(case, "stock") for case in document]
     ordered += [(case, "shared") for case in others] + [(case, "stock") for case in short]
-    ordered += [(case, "auto") for case in (*document[:1], *others)]
+    ordered += [(case, setting) for setting in ("auto", "triton auto") for case in document]
+    ordered += [(case, "auto") for case in others]
     ordered += [(case, "stock") for case in others if case not in short]
-    ordered += [(case, "auto") for case in document[1:]]
     return ((case, setting) for case, setting in ordered if setting in options.settings and may_run(setting, options))
 
 
@@ -185,7 +188,7 @@ def may_run(setting: str, options: argparse.Namespace) -> bool:
 
 def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure a step. Returns a record of it, or of its lack of memory."""
-    backend = "flex" if setting == "triton" else options.backend
+    backend = "flex" if setting.startswith("triton") else options.backend
     prepare(job, "padded pairs" if setting == "stock" else "shared packed", options.compile, backend)
     record: dict[str, Any] = dict(
         size=case.size, case=case.name, setting=setting, pairs=len(case.pairs), tokens=case.rows.tokens,
@@ -194,9 +197,9 @@ def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> 
     try:
         batches = make_batches(job, "padded pairs" if setting == "stock" else "shared packed", case.pairs, options)
         step = partial(train_step, job, batches)
-        if setting == "auto":
-            flexpatch.apply(job.causal, backend=options.backend, compile=options.compile, recompute_layers="auto")
-            first_step(job, step)
+        if setting.endswith("auto"):
+            flexpatch.apply(job.causal, backend=backend, compile=options.compile, recompute_layers="auto")
+            first_steps(job, step)
         record |= time_step(job, step, options) | {
             "tokens_computed": sum(rows.input_ids.numel() for rows, _ in batches)
         }
@@ -209,22 +212,22 @@ def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> 
     return record
 
 
-def first_step(job: Job, step: Any) -> None:
-    """Run the first step of training, with an optimizer, which recompute_layers="auto" measures."""
-    step()
+def first_steps(job: Job, step: Any) -> None:
+    """Run steps of training, with an optimizer, until recompute_layers="auto" has measured all it asks for."""
     trained = [parameter for parameter in job.causal.parameters() if parameter.requires_grad]
-    torch.optim.AdamW(trained, lr=1e-3).step()
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    for _ in range(2):
+        step()
+        optimizer.step()
+    step()
 
 
 def time_step(job: Job, step: Any, options: argparse.Namespace) -> dict[str, Any]:
-    layers, kept = job.causal.model.layers, [0]
-
-    def count(*_: Any) -> None:
-        kept.append(sum(not layer.gradient_checkpointing for layer in layers))
-
-    counting = layers[0].register_forward_pre_hook(count)
+    layers, seen = job.causal.model.layers, []
+    counting = layers[0].register_forward_pre_hook(lambda *_: seen.append(Counter(map(keeps, layers))))
     try:
         first = timed(step, options.device, 1)[0][0]
+        seen.clear()
         if options.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = timed(step, options.device, 1)[0][0]
@@ -234,8 +237,16 @@ def time_step(job: Job, step: Any, options: argparse.Namespace) -> dict[str, Any
     peak, reserved = (
         of() / 1e9 if cuda else None for of in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
     )
-    recomputed = len(layers) - max(kept)
-    return dict(seconds=seconds, first=first, peak_gb=peak, reserved_gb=reserved, layers_recomputed=recomputed)
+    kept = min(seen, key=lambda counts: counts["nothing"])  # the reference's forward keeps nothing
+    return dict(seconds=seconds, first=first, peak_gb=peak, reserved_gb=reserved, layers_keep=kept)
+
+
+def keeps(layer: Any) -> str:
+    """Tell what a layer keeps in the forward that runs."""
+    if not layer.gradient_checkpointing:
+        return "everything"
+    made = layer._gradient_checkpointing_func.keywords.get("context_fn")
+    return {selective.contexts: "products", selective.attention_contexts: "attention"}.get(made, "nothing")
 
 
 def useful_flops(job: Job, rows: Rows) -> float:
@@ -376,26 +387,29 @@ def save(results: dict[str, Any], options: argparse.Namespace) -> None:
     (options.output / "table.md").write_text(table(results))
 
 
+NAMES = {
+    "stock": "stock",
+    "shared": "flexpatch",
+    "triton": 'backend="flex"',
+    "auto": 'recompute_layers="auto"',
+    "triton auto": 'backend="flex", recompute_layers="auto"',
+}
+
+
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| row | pairs like | tokens ÷ | s a step | tokens/s | useful TFLOP/s (of a matrix product's) | peak GB "
-        "| Triton's kernels: s, speed-up "
-        '| `recompute_layers="auto"`: s, layers recomputed, GB | stock: s, GB | speed-up |',
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| row | pairs like | tokens ÷ | | s a step | speed-up | tokens/s | useful TFLOP/s (of a matrix product's) "
+        "| peak GB | layers that keep everything, products, attention |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     found = {(step["size"], step["case"], step["setting"]): step for step in results["steps"]}
     for size, case in dict.fromkeys((step["size"], step["case"]) for step in results["steps"]):
-        names = ("shared", "triton", "auto", "stock")
-        shared, triton, auto, stock = (found.get((size, case, name), {}) for name in names)
-        any_step = shared or triton or auto or stock
-        cells = [f"{any_step['tokens']:,}", f"{case} ({any_step['pairs']})"]
-        cells.append(f"{any_step['separate_tokens'] / any_step['tokens']:.2f}")
-        cells += numbers(shared, results["matmul_tflops"])
-        cells.append(cell(triton, lambda r, stock=stock: f"{r['seconds']:.1f}, {over(stock, r)}"))
-        cells.append(cell(auto, lambda r: f"{r['seconds']:.1f}, {r['layers_recomputed']}, {gigabytes(r)}"))
-        cells.append(cell(stock, lambda r: f"{r['seconds']:.1f}, {gigabytes(r)}"))
-        cells.append(f"**{over(stock, shared)}**" if over(stock, shared) != "–" else "–")
-        lines.append(f"| {' | '.join(cells)} |")
+        stock = found.get((size, case, "stock"), {})
+        for step in (found[key] for name in NAMES if (key := (size, case, name)) in found):
+            cells = [f"{step['tokens']:,}", f"{case} ({step['pairs']})"]
+            cells += [f"{step['separate_tokens'] / step['tokens']:.2f}", NAMES[step["setting"]]]
+            cells += numbers(step, stock, results["matmul_tflops"])
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *map(sentence, results["checks"]), "", results["conditions"] + CAPTION])
 
 
@@ -405,20 +419,19 @@ CAPTION = (
 )
 
 
-def over(stock: dict[str, Any], shared: dict[str, Any]) -> str:
-    return f"{stock['seconds'] / shared['seconds']:.2f}×" if "seconds" in stock and "seconds" in shared else "–"
-
-
-def numbers(shared: dict[str, Any], rate: float) -> list[str]:
-    if "seconds" not in shared:
-        return [shared.get("error", "–"), "–", "–", "–"]
-    tflops = shared["useful_tflops"]
-    rates = [f"{shared['tokens'] / shared['seconds']:,.0f}", f"{tflops:.3g} ({tflops / rate:.0%})"]
-    return [f"{shared['seconds']:.1f}", *rates, gigabytes(shared)]
-
-
-def cell(record: dict[str, Any], show: Any) -> str:
-    return str(show(record)) if "seconds" in record else record.get("error", "–")
+def numbers(step: dict[str, Any], stock: dict[str, Any], rate: float) -> list[str]:
+    if "seconds" not in step:
+        return [step["error"], *["–"] * 5]
+    ours = step is not stock and "seconds" in stock
+    kept = [str(step["layers_keep"].get(way, 0)) for way in ("everything", "products", "attention")]
+    return [
+        f"{step['seconds']:.1f}",
+        f"**{stock['seconds'] / step['seconds']:.2f}×**" if ours else "–",
+        f"{step['tokens'] / step['seconds']:,.0f}",
+        f"{step['useful_tflops']:.3g} ({step['useful_tflops'] / rate:.0%})",
+        gigabytes(step),
+        ", ".join(kept) if step["setting"].endswith("auto") else "–",
+    ]
 
 
 def gigabytes(record: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ from train import by_class
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import flexpatch
-from flexpatch.packing import pack
+from flexpatch.packing import epoch_bins
 from flexpatch.trl import PackedDPOTrainer
 
 WIDE = dict(
@@ -116,6 +116,7 @@ def main() -> None:
     add("--seconds", type=float, default=math.inf, help="begin no mode of a set after so many seconds")
     add("--bins", type=int, default=6, help="packed batches an epoch (%(default)s)")
     add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
+    add("--gb", type=float, help="memory of a smaller card, which must suffice for all modes")
     add("--lora", choices=("all-linear", "attention"), default="all-linear", help="layers that get adapters")
     add("--eager", action="store_true", help="packed: without compiled layers, as hybrids need it")
     add("--full", action="store_true", help="train all weights instead of LoRA, with a second model as the reference")
@@ -126,6 +127,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.eager:
         OPTIONS["packed"]["compile"] = False
+    if options.gb is not None:  # a gigabyte is the driver's, not torch's
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (options.gb - 1) * 2**30 / total))
     options.output.mkdir(parents=True, exist_ok=True)
     lengths = json.loads(options.lengths.read_text())
     lengths = {name: lengths[name] for name in options.sets or lengths}
@@ -163,8 +167,9 @@ def conditions_of(options: argparse.Namespace) -> str:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     layers = SHAPES[options.shape].get("num_hidden_layers")
     counted = "" if "layers" in options.shape or layers is None else f", {layers} layers"
+    card = "" if options.gb is None else f" with {options.gb:g} GB of its memory"
     return (
-        f"{options.shape} shape{counted}, random weights, {options.dtype}, {device}, torch {torch.__version__}, "
+        f"{options.shape} shape{counted}, random weights, {options.dtype}, {device}{card}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, TRL {trl.__version__}, peft {peft.__version__}"
     )
 
@@ -502,7 +507,7 @@ def adapters_or_reference(options: argparse.Namespace, mode: str, attention: str
 def full_rows(lengths: list[list[int]], options: argparse.Namespace) -> list[list[int]]:
     """Take as many pairs as fill --bins rows."""
     count = round(options.bins * options.budget / statistics.mean(map(sum, lengths)))
-    while len(pack(list(map(sum, drawn := spread(lengths, count))), options.budget)) > options.bins:
+    while len(epoch_bins(list(map(sum, drawn := spread(lengths, count))), options.budget)) > options.bins:
         count -= 1
     return drawn
 

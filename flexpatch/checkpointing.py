@@ -75,9 +75,9 @@ class Recomputation:
     products alone, one kind of layer and one of these a call: layers of a hybrid keep unlike much. A row of a hybrid
     with more states or separate sequences a token than these is taken to keep more in proportion, which is the most it
     can. Every call measures those that a step holds. From then on a call of T tokens keeps as much as fits between that
-    and ``USABLE`` of the memory: the products of all layers first, then everything of the last ones. Where not even the
-    products of all compiled layers fit, as in long rows, all keep the output of attention first; what that takes is
-    measured in the next call.
+    and ``USABLE`` of the memory: the products of all layers first, then everything of the last ones. Where the products
+    of half the compiled layers do not fit, as in long rows, all keep the output of attention first; what that takes is
+    measured in one more call.
 
     Args:
         setting: The number of layers to recompute, from the first; ``"partly"``: all but the products of all layers; or
@@ -238,7 +238,7 @@ class Recomputation:
             choice = choose(layers, known, counts)
             counted = *map(len, choice), len(layers), tokens
             log.debug("flexpatch: %d layers keep everything, %d products, %d attention, of %d, for %d tokens", *counted)
-            way = "attention" if unknown("attention") and counts[1] < len(layers) else None
+            way = "attention" if unknown("attention") and counts[1] < len(layers) / 2 else None
         else:
             self.tokens = max(self.tokens, tokens)
         if way is None or len(layers) < 2:
@@ -287,5 +287,5 @@ class Recomputation:
 
 def _gathers(layers: Sequence[nn.Module]) -> bool:
     """Tell whether DeepSpeed's ZeRO-3 gathers a layer's weights at each call, in recomputation too."""
-    firsts = (next(layer.parameters(), None) for layer in layers)  # it marks all weights
+    firsts = (next(layer.parameters(), None) for layer in layers)  # ZeRO-3 marks all weights
     return any(hasattr(parameter, "ds_id") for parameter in firsts)

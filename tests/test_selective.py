@@ -271,7 +271,9 @@ def test_compiled_layers_keep_attention_where_products_do_not_fit(monkeypatch: p
     auto.stepped(12, everything=6, products=3)
     assert auto.ways() == "pppp" and not auto.stage.sizes.of["attention"]
     auto.stepped(9)
-    assert auto.ways() == "wppa" and len(auto.stage.sizes.of["attention"]) == 1
+    assert auto.ways() == "wppp" and not auto.stage.sizes.of["attention"]
+    auto.stepped(5)
+    assert auto.ways() == "wwwa" and len(auto.stage.sizes.of["attention"]) == 1
     for room, expected in ((0, "wwww"), (2, "wwaa"), (4, "aaaa"), (8, "aapp"), (11, "appp"), (12, "pppp")):
         auto.stepped(room, attention=1)
         assert auto.ways() == expected, room
