@@ -18,7 +18,7 @@ torch's own options, and a trial over --worse times that is wrong. Exit code 1 i
 attention for 16,384 tokens, and attention by torch's own options.
 
 Trials are compiled by --workers processes at once, and timed one after the other. Prints results as they come; writes
-kernel_options.json and table.md to --output after every phase. Tables leave out what is wrong, or faster nowhere.
+kernel_options.json and table.md to --output after every phase. Tables only name what is wrong, or faster nowhere.
 """
 
 import argparse
@@ -500,7 +500,7 @@ def read_options() -> argparse.Namespace:
     add("--worse", type=float, default=1.5, help="error that a trial may have, over torch's own (%(default)s)")
     add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that compile (%(default)s)")
     add("--seconds", type=float, default=240, help="begin nothing after so many seconds (%(default)s)")
-    add("--rest", type=float, default=1.4, help="as whole_models.md of benchmarks/results has it (%(default)s)")
+    add("--rest", type=float, default=1.4, help="seconds; results/whole_models.md has such steps (%(default)s)")
     add("--render", type=Path, metavar="JSON", help="measure nothing: print the table of an earlier run")
     add("--output", type=Path, default=Path("runs/kernel_options"))
     options = parser.parse_args()
@@ -563,8 +563,8 @@ def page(results: dict[str, Any], lengths: Any, options: argparse.Namespace) -> 
     conditions = [
         "Forward + backward of attention alone in ms (share of the ideal; saved of a 7B model's step), Mistral-7B's 32",
         "heads, 8 of keys, random numbers. *Ideal*: the fastest kernel for separate sequences, by the ratio of visible",
-        "pairs of tokens. *Saved*: in 32 layers, forward twice, since a reference runs too, of a step that takes",
-        f"{options.rest:g} s for 16,384 tokens, and attention by torch's own options. *Error*: the largest of output",
+        "pairs of tokens. *Saved*: in 32 layers, forward twice, since a reference runs too, of a step of",
+        f"{options.rest:g} s for 16,384 tokens, plus attention by torch's own options. *Error*: the largest of output",
         "and gradients, against a float32 softmax, over that of torch's own options. Options are named by BLOCK_M,",
         "BLOCK_N, warps and stages of forward / BLOCK_M1, N1, M2, N2, warps and stages of backward.",
         f"{results['about']}. `python benchmarks/kernel_options.py LENGTHS.json {asked}`",
@@ -603,7 +603,7 @@ def table(record: dict[str, Any], cases: dict[str, list[Pair]], options: argpars
         cells = []
         for name in names:
             notes = [f"{ideal[name] / total(found[name]):.2f}"] if name in ideal else []
-            spared = saved(found[name], times[OWN][name], record["size"], options)
+            spared = saved(found[name], times[OWN][name], tokens[name], options)
             if label != OWN and spared is not None:
                 notes.append(f"{spared:.1%}")
             ms = " + ".join(f"{x:.2f}" for x in found[name] if x is not None)
@@ -616,7 +616,7 @@ def table(record: dict[str, Any], cases: dict[str, list[Pair]], options: argpars
     lines.append(row(OWN, times[OWN], ratio_of_error(record, OWN)))
     if tiled:
         lines.append(row(f"best of {1 + len(tiled)} tiles and loads", best, None))
-    lines += [row(trial, times[trial], ratio_of_error(record, trial)) for trial in (*faster, FA4) if trial in times]
+    lines += [row(trial, times[trial], ratio_of_error(record, trial)) for trial in (*faster, FA4) if trial in sound]
     lines.append("")
     if tiled:
         lines.append(
@@ -644,12 +644,12 @@ def fastest(times: Iterable[float | None]) -> float | None:
     return min((ms for ms in times if ms is not None), default=None)
 
 
-def saved(times: list[float | None], own: list[float | None], size: int, options: argparse.Namespace) -> float | None:
-    """Return the share of a 7B model's step on ``size`` tokens that a trial saves; None without a backward."""
+def saved(times: list[float | None], own: list[float | None], tokens: int, options: argparse.Namespace) -> float | None:
+    """Return the share of a 7B model's step on so many tokens that a trial saves; None without a backward."""
     if times[1] is None or own[1] is None:
         return None
     mine, torchs = (LAYERS * (2 * (forward or 0.0) + (backward or 0.0)) for forward, backward in (times, own))
-    return (torchs - mine) / (options.rest * 1000 * size / 16384 + torchs)
+    return (torchs - mine) / (options.rest * 1000 * tokens / 16384 + torchs)
 
 
 if __name__ == "__main__":
