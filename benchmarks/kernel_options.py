@@ -3,6 +3,7 @@
     python benchmarks/kernel_options.py LENGTHS.json                           # on a GPU, about four minutes
     python benchmarks/kernel_options.py LENGTHS.json --heads 128 --rows 16384  # the most telling part
     python benchmarks/kernel_options.py LENGTHS.json --device cpu              # a dry run, forward alone
+    python benchmarks/kernel_options.py LENGTHS.json --render runs/kernel_options/kernel_options.json  # its table again
 
 Times attention alone, forward and backward, in Mistral-7B's shape (32 query heads, 8 of keys; with --heads 64 of half
 the width) over shared rows of --rows tokens: pairs with lengths as in LENGTHS.json, pairs of one length, and one long
@@ -13,8 +14,11 @@ compiled together, but are independent: the fastest of each are compared again, 
 compared with a float32 softmax on one row: *error* is the largest relative error of output and gradients over that of
 torch's own options, and a trial over --worse times that is wrong. Exit code 1 if torch's own options are.
 
+*Saved* counts 32 layers, forward twice (a reference runs too), over a step of as many tokens: of --rest seconds without
+attention for 16,384 tokens, and attention by torch's own options.
+
 Trials are compiled by --workers processes at once, and timed one after the other. Prints results as they come; writes
-kernel_options.json and table.md to --output after every phase.
+kernel_options.json and table.md to --output after every phase. Tables only name what is wrong, or faster nowhere.
 """
 
 import argparse
@@ -37,10 +41,10 @@ import torch
 from layers import PAIRED, Pair, Row, Setup, attempt, attention_ms, line, make_row, milliseconds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from train import draw_pairs
 
-from flexpatch.masks import BLOCK, as_large_blocks, block_mask, bucket, tiles_of_blocks
+from flexpatch.masks import BLOCK, block_mask, bucket, mask_mod
 from flexpatch.rows import build_rows
 from flexpatch.tree import Tree
 
@@ -51,6 +55,7 @@ UNIFORM = {
     "2,048 + 2 x 512": (2048, 512, 512),
 }
 SMALL_HEADS = 64
+LAYERS = 32
 OWN = "torch's own"
 FA4 = "FA4"
 LARGE = (BLOCK, BLOCK)
@@ -93,6 +98,15 @@ class Trial:
         return {name: value for name, value in self.options.items() if not name.startswith(other)}
 
 
+def tiles_of_blocks(blocks: tuple[int, int]) -> dict[str, int]:
+    """Choose options with which kernels read the tables of a mask of small blocks that passes for one of large ones."""
+    queries, keys = blocks
+    tiles = {"SPARSE_Q_BLOCK_SIZE": queries, "SPARSE_KV_BLOCK_SIZE": keys}
+    tiles |= {"fwd_BLOCK_M": queries, "fwd_BLOCK_N": min(keys, 64), "fwd_num_warps": queries // 16}
+    tiles |= {"bwd_BLOCK_M1": min(queries, 64), "bwd_BLOCK_N1": keys, "bwd_BLOCK_M2": queries}
+    return tiles | {"bwd_BLOCK_N2": min(keys, 64), "bwd_num_warps": max(queries, keys) // 16, "bwd_num_stages": 2}
+
+
 def trials(heads: int) -> list[Trial]:
     """List all options to compare on one head size, the most promising first."""
     found = [Trial(OWN)]
@@ -123,8 +137,19 @@ def prefixed(forward: Sequence[int], backward: Sequence[int]) -> dict[str, Any]:
 # --- in a worker ------------------------------------------------------------------------------------------------------
 
 
-def shown(mask: BlockMask, device: torch.device) -> BlockMask:
-    return mask if device.type == "cpu" or mask.BLOCK_SIZE == LARGE else as_large_blocks(mask)
+def small_block_mask(ends: Tensor, positions: Tensor, blocks: tuple[int, int]) -> BlockMask:
+    """Make a mask of small blocks; on a GPU it passes for one of 128 x 128, with the tables that it has.
+
+    Torch (2.11 to 2.13) has no backward kernel for blocks that its own tiles do not divide, whichever tiles are asked
+    for. It takes the true sizes as options of the kernels: :func:`tiles_of_blocks`.
+    """
+    size, device = ends.shape[1], ends.device
+    mask = create_block_mask(mask_mod(ends, positions, None), 1, 1, size, size, device=str(device), BLOCK_SIZE=blocks)
+    if device.type == "cpu":
+        return mask
+    names = [f"{which}_{table}" for which in ("kv", "full_kv", "q", "full_q") for table in ("num_blocks", "indices")]
+    tables: dict[str, Any] = {name: getattr(mask, name) for name in names}
+    return BlockMask(seq_lengths=mask.seq_lengths, **tables, BLOCK_SIZE=LARGE, mask_mod=mask.mask_mod)
 
 
 def compiled(trial: Trial) -> Callable[..., Tensor]:
@@ -161,7 +186,9 @@ class Timer:
 
     def mask(self, trial: Trial, name: str) -> BlockMask:
         ends, positions = padded(self.rows[name], self.length)
-        return shown(block_mask(ends, positions, None, blocks=trial.blocks), self.setup.device)
+        if trial.blocks == LARGE:
+            return block_mask(ends, positions, None)
+        return small_block_mask(ends, positions, trial.blocks)
 
     def compile(self, trial: Trial) -> float:
         """Compile a trial. Returns seconds."""
@@ -473,6 +500,8 @@ def read_options() -> argparse.Namespace:
     add("--worse", type=float, default=1.5, help="error that a trial may have, over torch's own (%(default)s)")
     add("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="processes that compile (%(default)s)")
     add("--seconds", type=float, default=240, help="begin nothing after so many seconds (%(default)s)")
+    add("--rest", type=float, default=1.4, help="seconds; results/whole_models.md has such steps (%(default)s)")
+    add("--render", type=Path, metavar="JSON", help="measure nothing: print the table of an earlier run")
     add("--output", type=Path, default=Path("runs/kernel_options"))
     options = parser.parse_args()
     if options.device == "cpu":
@@ -480,14 +509,17 @@ def read_options() -> argparse.Namespace:
         vars(options).update(trials=options.trials or ["blocks", "64 64"], sets=options.sets[:1])
     options.deadline = time.monotonic() + options.seconds
     options.brief = True
-    options.output.mkdir(parents=True, exist_ok=True)
     return options
 
 
 def main() -> int:
     options = read_options()
-    prepare(options)
     lengths = json.loads(options.lengths.read_text())
+    if options.render:
+        print(page(json.loads(options.render.read_text()), lengths, options))
+        return 0
+    prepare(options)
+    options.output.mkdir(parents=True, exist_ok=True)
     versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU, forward alone, few heads"
     about = ", ".join(f"{k} {versions.get(k)}" for k in ("torch", "triton", "flash-attn-4"))
@@ -503,8 +535,9 @@ def main() -> int:
                     continue
                 record = measure(workers, size, heads, found[heads], lengths, options)
                 results["records"].append(record)
-                save(results, options)
-                print("\n" + table(record, options), flush=True)
+                (options.output / "kernel_options.json").write_text(json.dumps(results, indent=1))
+                (options.output / "table.md").write_text(page(results, lengths, options) + "\n")
+                print("\n" + table(record, cases_of(size, lengths, options), options), flush=True)
                 if size == options.rows[0]:
                     found[heads] = finalists(record, found[heads], options)
     finally:
@@ -517,35 +550,106 @@ def wanted(found: list[Trial], options: argparse.Namespace) -> list[Trial]:
     return [t for t in found if not chosen or t.name == OWN or any(t.name.startswith(word) for word in chosen)]
 
 
-def save(results: dict[str, Any], options: argparse.Namespace) -> None:
-    (options.output / "kernel_options.json").write_text(json.dumps(results, indent=1))
-    tables = [f"Heads of {r['heads']}, {r['size']:,} tokens\n\n{table(r, options)}" for r in results["records"]]
-    (options.output / "table.md").write_text("\n\n".join([results["about"], *tables]) + "\n")
+def page(results: dict[str, Any], lengths: Any, options: argparse.Namespace) -> str:
+    """Show all records, with their conditions and the command that measured them."""
+    records = results["records"]
+    sizes, heads = (list(dict.fromkeys(record[name] for record in records)) for name in ("size", "heads"))
+    options = argparse.Namespace(**{**vars(options), "rows": sizes})
+    parts = []
+    for record in records:
+        cases = cases_of(record["size"], lengths, options)
+        parts += [f"**Heads of {record['heads']}, rows of {record['size']:,} tokens**", table(record, cases, options)]
+    asked = f"--heads {' '.join(map(str, heads))} --rows {' '.join(map(str, sizes))}"
+    conditions = [
+        "Forward + backward of attention alone in ms (share of the ideal; saved of a 7B model's step), Mistral-7B's 32",
+        "heads, 8 of keys, random numbers. *Ideal*: the fastest kernel for separate sequences, by the ratio of visible",
+        "pairs of tokens. *Saved*: in 32 layers, forward twice, since a reference runs too, of a step of",
+        f"{options.rest:g} s for 16,384 tokens, plus attention by torch's own options. *Error*: the largest of output",
+        "and gradients, against a float32 softmax, over that of torch's own options. Options are named by BLOCK_M,",
+        "BLOCK_N, warps and stages of forward / BLOCK_M1, N1, M2, N2, warps and stages of backward.",
+        f"{results['about']}. `python benchmarks/kernel_options.py LENGTHS.json {asked}`",
+    ]
+    parts.append(" ".join(conditions))
+    return "\n\n".join(parts)
 
 
-def table(record: dict[str, Any], options: argparse.Namespace) -> str:
-    """Show forward + backward, in ms, of each trial on each row, and the share of the ideal of the best and torch's."""
-    cases = record["cases"]
-    lines = [line("options", "error", *cases), "|---" * (2 + len(cases)) + "|"]
-    ideal: dict[str, float | None] = {}
-    for name, case in cases.items():
-        ideal[name] = None
+def table(record: dict[str, Any], cases: dict[str, list[Pair]], options: argparse.Namespace) -> str:
+    """Show forward + backward of torch's own options, of FA4 and of what is right and faster somewhere."""
+    names = list(record["cases"])
+    tokens = {name: sum(map(sum, cases[name])) for name in names}
+    for name, case in record["cases"].items():
+        if case["visible"] != visible_of(cases[name]):
+            raise SystemExit(f"{name}: measured with other lengths")
+    ideal: dict[str, float] = {}
+    for name, case in record["cases"].items():
         if case["separate"]:
             ms, _, pairs = case["separate"]
             ideal[name] = ms * case["visible"] / pairs
-    lines.append(line("ideal", None, *(None if ms is None else f"{ms:.2f}" for ms in ideal.values())))
-    for trial, times in record["times"].items():
+
+    times = record["times"]
+    failed = [f"Failed: {name}: {reason}" for name, reason in record["failed"].items()]
+    if OWN not in times:
+        return "\n".join(failed)
+    sound = [trial for trial in times if right(record, trial, options)]
+    tiled = [trial for trial in sound if trial not in (OWN, FA4) and not trial.startswith("blocks")]
+    best = {name: [fastest(times[trial][name][i] for trial in (OWN, *tiled)) for i in (0, 1)] for name in names}
+    faster = [
+        trial
+        for trial in sound
+        if trial not in (OWN, FA4, *tiled) and any(total(times[trial][n]) < total(times[OWN][n]) for n in names)
+    ]
+
+    def row(label: str, found: dict[str, list[float | None]], error: float | None) -> str:
         cells = []
-        for name in cases:
-            both = [ms for ms in times[name] if ms is not None]
-            share = "" if ideal[name] is None else f" ({ideal[name] / sum(both):.2f})"
-            cells.append(" + ".join(f"{ms:.2f}" for ms in both) + share)
-        ratio = ratio_of_error(record, trial)
-        wrong = "" if right(record, trial, options) else " WRONG"
-        lines.append(line(trial, None if ratio is None else f"{ratio:.2f}{wrong}", *cells))
-    lines += ["", "Forward + backward in ms (share of the ideal)."]
-    lines += [f"- failed: {name}: {reason}" for name, reason in record["failed"].items()]
-    return "\n".join(lines)
+        for name in names:
+            notes = [f"{ideal[name] / total(found[name]):.2f}"] if name in ideal else []
+            spared = saved(found[name], times[OWN][name], tokens[name], options)
+            if label != OWN and spared is not None:
+                notes.append(f"{spared:.1%}")
+            ms = " + ".join(f"{x:.2f}" for x in found[name] if x is not None)
+            cells.append(f"{ms} ({'; '.join(notes)})" if notes else ms)
+        return line(label, None if error is None else f"{error:.2f}", *cells)
+
+    lines = [line("options", "error", *names), "|---" * (2 + len(names)) + "|"]
+    lines.append(line("*visible keys a token*", None, *(f"{visible_of(cases[n]) / tokens[n]:,.0f}" for n in names)))
+    lines.append(line("*ideal*", None, *(f"{ideal[n]:.2f}" if n in ideal else None for n in names)))
+    lines.append(row(OWN, times[OWN], ratio_of_error(record, OWN)))
+    if tiled:
+        lines.append(row(f"best of {1 + len(tiled)} tiles and loads", best, None))
+    lines += [row(trial, times[trial], ratio_of_error(record, trial)) for trial in (*faster, FA4) if trial in sound]
+    lines.append("")
+    if tiled:
+        lines.append(
+            "*Best*: for each row the fastest forward and the fastest backward, apart, of torch's own options and of "
+            f"{listed(tiled)}."
+        )
+    slower = [trial for trial in sound if trial not in (OWN, FA4, *tiled, *faster)]
+    if slower:
+        lines.append(f"Right, and no faster on any row: {listed(slower)}.")
+    wrong = [f"{trial} ({ratio_of_error(record, trial):,.2f})" for trial in times if trial not in sound]
+    if wrong:
+        lines.append(f"Wrong (error): {listed(wrong)}.")
+    return "\n".join([*lines, *failed]).rstrip()
+
+
+def listed(names: Iterable[str]) -> str:
+    return "; ".join(name.replace("; ", " / ") for name in names)
+
+
+def total(times: list[float | None]) -> float:
+    return sum(ms for ms in times if ms is not None)
+
+
+def fastest(times: Iterable[float | None]) -> float | None:
+    return min((ms for ms in times if ms is not None), default=None)
+
+
+def saved(times: list[float | None], own: list[float | None], tokens: int, options: argparse.Namespace) -> float | None:
+    """Return the share of a 7B model's step on so many tokens that a trial saves; None without a backward."""
+    if times[1] is None or own[1] is None:
+        return None
+    mine, torchs = (LAYERS * (2 * (forward or 0.0) + (backward or 0.0)) for forward, backward in (times, own))
+    return (torchs - mine) / (options.rest * 1000 * tokens / 16384 + torchs)
 
 
 if __name__ == "__main__":

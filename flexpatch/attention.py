@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from flexpatch.devices import tiles
 from flexpatch.errors import FlexpatchError, UnsupportedModelError
-from flexpatch.masks import BLOCK, DEEP, blocks_of, tiles_of_blocks
+from flexpatch.masks import DEEP
 from flexpatch.progress import compiling
 
 # Compiled variants one process may hold: buckets x (full, windowed) x (train, no grad) x head shapes. Torch's own
@@ -97,8 +97,6 @@ def flex(
     _check_device(q_BHPD, k_BGPD, v_BGPD)
     # Constants of a device, a size of heads and a dtype, each of which has a graph of its own anyway.
     kernels: dict[str, Any] = dict(tiles(q_BHPD.device, q_BHPD.shape[-1], v_BGPD.shape[-1], dtype))
-    if blocks_of(mask) != (BLOCK, BLOCK):
-        kernels |= tiles_of_blocks(blocks_of(mask))
     if fa4:
         kernels = {"BACKEND": "FLASH"}
     if torch.compiler.is_compiling():

@@ -23,8 +23,8 @@ from flexpatch.tree import Tree
 
 # FlashAttention-4 for FlexAttention: gradients of older ones were wrong in silence, at times or for some head sizes.
 OLDEST = "4.0.0b33"
-# Keys that a token of a row sees on average, from which on it is faster than Triton's kernels by more than a fiftieth
-# of a 7B model's step (benchmarks/kernel_options.py, benchmarks/layers.py).
+# Keys that a token of a row sees on average, from which on it saves about a fiftieth of a 7B model's step over Triton's
+# kernels: less at 726 (1.1%), more at 1,451 (2.9%; an H200, benchmarks/results/kernel_options.md).
 DEEP_KEYS = 1000
 LARGEST_ERROR = 0.02  # of a right kernel in 16 bits; a wrong one is off by far more
 

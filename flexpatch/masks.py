@@ -83,12 +83,7 @@ def mask_mod(ends: Tensor, positions: Tensor, window: int | None, last: Tensor |
 
 
 def block_mask(
-    ends: Tensor,
-    positions: Tensor,
-    window: int | None,
-    last: Tensor | None = None,
-    blocks: tuple[int, int] = (BLOCK, BLOCK),
-    few: bool = False,
+    ends: Tensor, positions: Tensor, window: int | None, last: Tensor | None = None, few: bool = False
 ) -> BlockMask:
     """The block-sparse mask of packed rows, from per-block minima and maxima: O(L + N^2) work, no L x L tensor.
 
@@ -101,7 +96,6 @@ def block_mask(
         positions: (B, L) integers, rope positions.
         window: In tokens, or ``None``.
         last: (B, L) integers; ``None`` without two-way blocks.
-        blocks: Queries and keys of a block, powers of two up to 128. Small blocks leave more of the hidden pairs out.
         few: Whether its length is one of few (:func:`bucket`).
 
     Returns:
@@ -114,75 +108,36 @@ def block_mask(
     positions_BL = ends_BL.new_zeros(B, padded)
     positions_BL[:, :L] = positions
 
-    of_q, of_kv = blocks
-    q_low = torch.arange(0, padded, of_q, device=ends.device)[:, None]
-    kv_low = torch.arange(0, padded, of_kv, device=ends.device)
-    end_min, end_max = (e[:, None, :] for e in torch.aminmax(ends_BL.view(B, -1, of_kv), dim=-1))
-    last_BL, last_min, last_max = None, q_low, q_low + of_q - 1
+    blocks = padded // BLOCK
+    low = torch.arange(blocks, device=ends.device) * BLOCK
+    q_low, kv_low = low[:, None], low[None, :]
+    end_min, end_max = (e[:, None, :] for e in torch.aminmax(ends_BL.view(B, blocks, BLOCK), dim=-1))
+    last_BL, last_min, last_max = None, q_low, q_low
     if last is not None:
         last_BL = torch.arange(padded, dtype=torch.int32, device=ends.device).repeat(B, 1)
         last_BL[:, :L] = last
-        last_min, last_max = (e[:, :, None] for e in torch.aminmax(last_BL.view(B, -1, of_q), dim=-1))
+        last_min, last_max = (e[:, :, None] for e in torch.aminmax(last_BL.view(B, blocks, BLOCK), dim=-1))
     some = (last_max >= kv_low) & (q_low < end_max)
-    full = (last_min >= kv_low + of_kv - 1) & (q_low + of_q - 1 < end_min)
+    full = (last_min >= kv_low + BLOCK - 1) & (q_low + BLOCK - 1 < end_min)
     if window is not None:
-        q_near, q_far = torch.aminmax(positions_BL.view(B, -1, of_q), dim=-1)
-        kv_near, kv_far = torch.aminmax(positions_BL.view(B, -1, of_kv), dim=-1)
-        some &= q_near[:, :, None] - kv_far[:, None, :] < window
-        full &= q_far[:, :, None] - kv_near[:, None, :] < window
+        near, far = torch.aminmax(positions_BL.view(B, blocks, BLOCK), dim=-1)
+        some &= near[:, :, None] - far[:, None, :] < window
+        full &= far[:, :, None] - near[:, None, :] < window
 
-    # Rows of blocks for queries, columns for keys. All tables at once where they have one shape, since each operation
-    # costs a launch.
+    # Rows of blocks for queries, columns for keys; all four tables at once, since each operation costs a launch, and
+    # kernels take them for contiguous, which those of a transposed view alone are not.
     partial = some & ~full
-    pair = torch.stack((partial, full))
+    chosen = torch.stack((partial, full, partial.mT, full.mT))[:, :, None].to(torch.int8)
+    counts = chosen.sum(-1, dtype=torch.int32)
+    indices = torch.argsort(chosen, dim=-1, descending=True, stable=True).to(torch.int32)
+    # Copies: a compiled kernel would be compiled anew for tensors that begin at other than 16 bytes.
     tables: dict[str, Any] = {}
-    by_shape = [torch.cat((pair, pair.mT))] if of_q == of_kv else [pair, pair.mT]
-    names = iter(("kv", "full_kv", "q", "full_q"))
-    for chosen in (each[:, :, None].to(torch.int8) for each in by_shape):
-        counts = chosen.sum(-1, dtype=torch.int32)
-        indices = torch.argsort(chosen, dim=-1, descending=True, stable=True).to(torch.int32)
-        # Copies: a compiled kernel would be compiled anew for tensors that begin at other than 16 bytes.
-        for count, index in zip(counts, indices, strict=True):
-            name = next(names)
-            tables |= {f"{name}_num_blocks": count.clone(), f"{name}_indices": index.clone()}
+    for name, count, index in zip(("kv", "full_kv", "q", "full_q"), counts, indices, strict=True):
+        tables |= {f"{name}_num_blocks": count.clone(), f"{name}_indices": index.clone()}
     rule = mask_mod(ends_BL, positions_BL, window, last_BL)
-    mask = BlockMask(seq_lengths=(padded, padded), **tables, BLOCK_SIZE=blocks, mask_mod=rule)
+    mask = BlockMask(seq_lengths=(padded, padded), **tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule)
     mask.ndim = 4  # type: ignore[attr-defined]  # GPT-2 asks its mask for that
     return mask
-
-
-def blocks_of(mask: BlockMask) -> tuple[int, int]:
-    """Return the queries and keys of a mask's blocks, as its tables have them."""
-    assert mask.q_num_blocks is not None
-    padded = mask.seq_lengths[0]
-    return padded // mask.kv_num_blocks.shape[-1], padded // mask.q_num_blocks.shape[-1]
-
-
-def as_large_blocks(mask: BlockMask) -> BlockMask:
-    """Let a mask of small blocks pass for one of 128 x 128, with the tables that it has.
-
-    Torch (2.11 to 2.13) has no backward kernel for blocks that its own tiles do not divide, whichever tiles are asked
-    for. It takes the true sizes as options of the kernels: :func:`tiles_of_blocks`.
-    """
-    names = [f"{which}_{table}" for which in ("kv", "full_kv", "q", "full_q") for table in ("num_blocks", "indices")]
-    tables: dict[str, Any] = {name: getattr(mask, name) for name in names}
-    return BlockMask(seq_lengths=mask.seq_lengths, **tables, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=mask.mask_mod)
-
-
-def tiles_of_blocks(blocks: tuple[int, int]) -> dict[str, int]:
-    """Choose tiles for a mask of blocks smaller than 128 x 128.
-
-    Args:
-        blocks: Queries and keys of a block.
-
-    Returns:
-        Options with which kernels read such a mask's tables, though it passes for one of large blocks.
-    """
-    queries, keys = blocks
-    tiles = {"SPARSE_Q_BLOCK_SIZE": queries, "SPARSE_KV_BLOCK_SIZE": keys}
-    tiles |= {"fwd_BLOCK_M": queries, "fwd_BLOCK_N": min(keys, 64), "fwd_num_warps": queries // 16}
-    tiles |= {"bwd_BLOCK_M1": min(queries, 64), "bwd_BLOCK_N1": keys, "bwd_BLOCK_M2": queries}
-    return tiles | {"bwd_BLOCK_N2": min(keys, 64), "bwd_num_warps": max(queries, keys) // 16, "bwd_num_stages": 2}
 
 
 def dense_mask(ends: Tensor, positions: Tensor, window: int | None, last: Tensor | None = None) -> Tensor:

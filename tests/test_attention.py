@@ -451,16 +451,3 @@ class RealCompilationTest(unittest.TestCase):
             out = flex(*qkv, mask_of(rows, 17), softcap=3.0)
         true = softmax_attention(*qkv, dense_mask(rows.ends, rows.position_ids, 17), softcap=3.0)
         assert error([out], [true]) < 1e-6
-
-    @parameterized.expand([(64, 64), (128, 64), (64, 128)], name_func=name)
-    @pytest.mark.slow
-    def test_small_blocks(self, of_q: int, of_kv: int) -> None:
-        """The generated kernel visits the blocks that its mask lists: one that lists too few is wrong."""
-        rows, qkv = rows_of(500), random_qkv(1, 4, 2, 500, 16, torch.float32)
-        mask = block_mask(rows.ends, rows.position_ids, None, blocks=(of_q, of_kv))
-        true = softmax_attention(*qkv, dense_mask(rows.ends, rows.position_ids, None))
-        with torch.no_grad():
-            assert error([flex(*qkv, mask)], [true]) < 1e-6
-            mask.full_kv_num_blocks.zero_()
-            mask.kv_num_blocks.clamp_(max=1)
-            assert error([flex(*qkv, mask)], [true]) > 1e-2

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import flexpatch
 from benchmarks.masks import mask_cost, recompiles
 from flexpatch.attention import flex
-from flexpatch.masks import as_large_blocks, block_mask, dense_mask
+from flexpatch.masks import block_mask, dense_mask
 from flexpatch.models import tiny_model, tiny_types, variants
 from flexpatch.parity import check_parity
 from flexpatch.report import Report
@@ -93,30 +93,6 @@ def test_large_heads(size: int, value_size: int, dtype: torch.dtype) -> None:
     ours = results(flex(q, k, v, block_mask(rows.ends, rows.position_ids, None)))
     for mine, theirs, true in zip(ours, stock, truth, strict=True):
         assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
-
-
-@parameterized.expand([(d, blocks) for d in (64, 128) for blocks in ((64, 64), (128, 64), (64, 128))])
-def test_small_blocks(head_dim: int, blocks: tuple[int, int]) -> None:
-    """Masks of smaller blocks, which torch refuses on Hopper GPUs unless they pass for large ones: as close to float64
-    as large ones, times two, and a table with a block too few is seen."""
-    rows = build_rows([trees((300, 90, 41), (7, 1, 200), (200, 64, 65))]).to(DEVICE)
-    length = rows.input_ids.shape[1]
-    qkv = [torch.randn(1, h, length, head_dim, device=DEVICE).bfloat16().requires_grad_() for h in (8, 2, 2)]
-    weight = torch.randn(1, length, 8, head_dim, device=DEVICE)
-
-    def errors(out: Tensor, truth: list[Tensor]) -> list[float]:
-        found = [out, *torch.autograd.grad((out * weight).sum(), qkv)]
-        return [float((a - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)]
-
-    true = dense_attention(*qkv, dense_mask(rows.ends, rows.position_ids, None))
-    truth = [true.detach(), *torch.autograd.grad((true * weight).sum(), qkv)]
-    large = errors(flex(*qkv, block_mask(rows.ends, rows.position_ids, None)), truth)
-    mask = as_large_blocks(block_mask(rows.ends, rows.position_ids, None, blocks=blocks))
-    small = errors(flex(*qkv, mask), truth)
-    print(f"heads of {head_dim}, blocks of {blocks}: off by {small}; large blocks {large}")
-    assert all(x <= 2 * y for x, y in zip(small, large, strict=True))
-    mask.full_kv_num_blocks.zero_()
-    assert errors(flex(*qkv, mask), truth)[0] > 10 * large[0]
 
 
 def test_autocast_runs_flex_in_low_precision() -> None:

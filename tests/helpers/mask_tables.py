@@ -40,14 +40,13 @@ def rule_of(mask: BlockMask) -> Tensor:
 
 def what_kernels_see(mask: BlockMask) -> Tensor:
     """(B, 1, P, P): the rule inside partial blocks, everything inside full ones, nothing elsewhere."""
-    of_q, of_kv = mask.BLOCK_SIZE
     partial, full = (
-        blocks.repeat_interleave(of_kv, -1).repeat_interleave(of_q, -2) for blocks in partial_and_full(mask)
+        blocks.repeat_interleave(BLOCK, -1).repeat_interleave(BLOCK, -2) for blocks in partial_and_full(mask)
     )
     return partial & rule_of(mask) | full
 
 
-def blocks_with(condition: Callable[..., Tensor], pairs: Tensor, sizes: tuple[int, int] = (BLOCK, BLOCK)) -> Tensor:
-    """(B, 1, M, N): the blocks in which any, or all, pairs (B, 1, P, P) are allowed."""
-    blocks = pairs.unflatten(-1, (-1, sizes[1])).unflatten(-3, (-1, sizes[0]))  # (B, 1, M, 128, N, 128)
+def blocks_with(condition: Callable[..., Tensor], pairs: Tensor) -> Tensor:
+    """(B, 1, N, N): the blocks in which any, or all, pairs (B, 1, P, P) are allowed."""
+    blocks = pairs.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # (B, 1, N, 128, N, 128)
     return condition(condition(blocks, -1), -2)
