@@ -70,11 +70,12 @@ def main() -> None:
     rate = matmul_rate(options.device, torch.bfloat16)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     command = shlex.join(["python", "benchmarks/lora.py", *sys.argv[1:]]).split(" --output")[0]
+    shape = f"One layer {'narrower than' if options.tiny else 'of'} Mistral-7B's shape"
     conditions = (
-        f"One layer {'narrower than' if options.tiny else 'of'} Mistral-7B's shape, random weights, bfloat16, autocast, "
-        f"LoRA of rank {RANK} on all linear layers, forward and backward of a shared row of {count} pairs of {prompt} + "
-        f"2 × {answer} tokens; {device}, torch {torch.__version__}, transformers {transformers.__version__}, peft "
-        f"{peft.__version__}; a matrix product: {rate:.0f} TFLOP/s. `{command}`"
+        f"{shape}, random weights, bfloat16, autocast, LoRA of rank {RANK} on all linear layers, forward and backward "
+        f"of a shared row of {count} pairs of {prompt} + 2 × {answer} tokens; {device}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, peft {peft.__version__}; a matrix product: {rate:.0f} TFLOP/s. "
+        f"`{command}`"
     )
     print(conditions, flush=True)
     results: dict[str, Any] = {"conditions": conditions, "tflops": rate, "settings": {}}
