@@ -1,97 +1,176 @@
-"""Lists what the host does while the GPU waits for it, in a step of a trainer.
+"""Shows where a step of a trainer goes: kernels by class, and what the host does while the GPU waits for it.
 
-    python benchmarks/waits.py LENGTHS.json --sets hh gsm8k_4shot --modes stock packed    # on a GPU
+    python benchmarks/waits.py LENGTHS.json --modes stock packed                  # on a GPU
+    python benchmarks/waits.py --render runs/waits/waits.json --branch 0.5        # table and trees again
+    python benchmarks/waits.py LENGTHS.json --sets hh --device cpu --shape tiny --dtype float32 --budget 2048
 
-Trains as benchmarks/trainers.py does. In a warm step a thread notes the main thread's Python functions every
-millisecond, and torch's profiler notes when kernels run. Where no kernel runs for longer than --least, the notes of that
-time are added up, function by function: a tree of callers and milliseconds, without branches under --branch ms. Prints
-the trees, and writes waits.json and waits_SET_MODE.txt to --output.
+Trains as benchmarks/trainers.py does: packed with recompute_layers="auto", the other modes without gradient
+checkpointing. During one warm step a thread notes the main thread's Python functions every millisecond, and torch's
+profiler notes when kernels run. Where none runs for longer than --least, the notes of that time are added up: by who
+asked for the work (GROUPS), and as a tree of callers without branches under --branch ms. Frames that only hand a call
+on are left out, and walks that call themselves are one frame. A note stands for the idle time over the number of notes,
+1.5 to 2 ms. On a CPU, which is a dry run, all time counts as idle.
+
+Prints the trees and the table, and writes waits.json (with all notes), table.md and SET_MODE.txt to --output.
 """
 
 import argparse
 import json
+import shlex
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from trainers import MODES, SHAPES, TrainerCallback, by_class, measure
+from train import by_class
+from trainers import MODES, PRECOMPUTED, SHAPES, conditions_of, measure
+from transformers import TrainerCallback
 
-ROOT = "training_step", "_run_epoch", "_inner_training_loop"
+Stack = tuple[str, ...]  # frames as module:function:line, callers first
+
+# Who asks for what the host does: the first group that has any frame of a stack.
+GROUPS = {
+    "peft: adapters off and on": ("trl.trainer.utils:use_adapter", "peft.peft_model:disable_adapter"),
+    "TRL: checkpointing off and on, unwrapping": (
+        "trl.models.utils:disable_gradient_checkpointing",
+        "accelerate.utils.modeling:is_peft_model",
+        "accelerate.utils.other:extract_model_from_parallel",
+    ),
+    "Trainer: train(), clipping, counting, zero_grad, data": (
+        "torch.nn.modules.module:train",
+        "transformers.trainer:_clip_grad_norm",
+        "transformers.trainer:floating_point_ops",
+        "torch.nn.modules.module:zero_grad",
+        "transformers.trainer:get_batch_samples",
+        "flexpatch.trl:get_batch_samples",
+    ),
+    "flexpatch's hooks": ("flexpatch.forward:",),
+}
+REST = "rest"
+ROOT = "transformers.trainer:_run_epoch:"
+# Frames that hand a call on.
+PASSING = (
+    "accelerate.utils.operations:",
+    "contextlib:",
+    "torch._compile:",
+    "torch._dynamo.eval_frame:",
+    "torch.amp.autocast_mode:",
+    "torch.autograd.function:apply",
+    "torch.nn.modules.module:_call_impl",
+    "torch.nn.modules.module:_wrapped_call_impl",
+    "torch.nn.modules.module:inner",
+    "torch.nn.utils.clip_grad:_no_grad_wrapper",
+    "torch.optim.lr_scheduler:wrapper",
+    "torch.optim.optimizer:wrapper",
+    "torch.utils._contextlib:",
+    "transformers.utils.deprecation:",
+    "transformers.utils.generic:wrapper",
+    "transformers.utils.output_capturing:wrapper",
+)
+WALKS = ("__repr__", "named_modules", "train")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add("lengths", type=Path, nargs="?")
+    add("--render", type=Path, metavar="JSON", help="measure nothing: waits.json of an earlier call")
     add("--sets", nargs="+", default=["hh", "gsm8k_4shot"])
-    add("--modes", nargs="+", choices=MODES, default=["packed"])
+    add("--modes", nargs="+", choices=(*MODES, *PRECOMPUTED), default=["packed"])
     add("--shape", choices=SHAPES, default="Mistral-7B")
-    add("--batch-size", type=int, default=8, help="of stock and one line (%(default)s)")
-    add("--bins", type=int, default=4)
-    add("--budget", type=int, default=16384)
+    add("--batch-size", type=int, default=8, help="of all modes but packed (%(default)s)")
+    add("--bins", type=int, default=4, help="packed batches an epoch (%(default)s)")
+    add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
     add("--least", type=float, default=0.3, metavar="MS", help="shortest time without a kernel (%(default)s)")
     add("--branch", type=float, default=2.0, metavar="MS", help="least of a branch that is shown (%(default)s)")
+    add("--dtype", default="bfloat16")
+    add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/waits"))
     options = parser.parse_args()
+    if (options.lengths is None) == (options.render is None):
+        parser.error("either LENGTHS.json or --render")
     options.output.mkdir(parents=True, exist_ok=True)
-    fixed = dict(device="cuda", dtype="bfloat16", full=False, lora="all-linear", quick=False, precompute=False)
-    settings = argparse.Namespace(**vars(options), **fixed, pairs=2 * options.batch_size)
-    lengths, results = json.loads(options.lengths.read_text()), []
+    results = json.loads(options.render.read_text()) if options.render else measure_all(options)
+    for run in results["runs"]:
+        name = f"{run['set']}, {run['mode']}"
+        text = "\n".join(tree(stacks_of(run), options.branch))
+        (options.output / f"{name.replace(', ', '_').replace(' ', '_')}.txt").write_text(text + "\n")
+        print(f"\n{name}\n{text}")
+    (options.output / "table.md").write_text(table(results))
+    print(f"\n{table(results)}", flush=True)
+
+
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Watch a step of every set and mode, and write waits.json after each."""
+    fixed = dict(full=False, lora="all-linear", quick=False, precompute=False, pairs=2 * options.batch_size)
+    settings = argparse.Namespace(**vars(options), **fixed)
+    lengths = json.loads(options.lengths.read_text())
+    words = ["LENGTHS.json" if word == str(options.lengths) else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/waits.py", *words]).split(" --output")[0]
+    conditions = (
+        f"{conditions_of(settings)}; DPOTrainer with lengths of real datasets, LoRA on all linear layers, reference "
+        f"pass by adapter off; stock: {options.batch_size} pairs a batch, nothing recomputed; packed: "
+        f'{options.budget:,} tokens a batch, compiled layers, recompute_layers="auto". `{command}`'
+    )
+    results: dict[str, Any] = dict(conditions=conditions, least_ms=options.least, runs=[])
     for name in options.sets:
         for mode in options.modes:
-            waits = Waits(options.least)
-            record = measure(settings, mode, lengths[name], options.batch_size, mode == "packed", callbacks=[waits])
-            text = "\n".join(tree(waits.stacks, options.branch))
-            results.append(dict(set=name, mode=mode, steps_ms=record["steps_ms"], **waits.found))
-            print(f"\n{name}, {mode}: {json.dumps(results[-1])}\n{text}", flush=True)
-            (options.output / f"waits_{name}_{mode.replace(' ', '_')}.txt").write_text(text)
+            waits = Waits(options.least, options.device)
+            recompute = mode.startswith("packed")
+            record = measure(settings, mode, lengths[name], options.batch_size, recompute, callbacks=[waits])
+            shown = dict(set=name, mode=mode, pairs=record["pairs_per_step"], steps_ms=record["steps_ms"])
+            results["runs"].append(shown | waits.found)
             (options.output / "waits.json").write_text(json.dumps(results, indent=1))
+    return results
 
 
 class Waits(TrainerCallback):
-    """Watches the second epoch's second step; times of an unwatched one come from the trainer's clock."""
+    """Watches the second epoch's second step, from the end of the first, so that the loading of data is seen."""
 
-    def __init__(self, least_ms: float) -> None:
+    def __init__(self, least_ms: float, device: str) -> None:
         self.least = 1e6 * least_ms
+        self.on_gpu = device == "cuda"
+        self.wait = torch.get_device_module(device).synchronize
         self.profile: Any = None
-        self.stacks: Counter[tuple[str, ...]] = Counter()
         self.found: dict[str, Any] = {}
-        self.samples: list[tuple[int, tuple[str, ...]]] = []
+        self.notes: list[tuple[int, Stack]] = []
         self.over = threading.Event()
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        """Begin after the step before, so that the loading of data is seen."""
         if self.profile is not None:
             self.finish()
         elif not self.found and state.global_step == state.max_steps // 2 + 1:
-            self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True)
+            kinds = torch.profiler.ProfilerActivity
+            self.profile = torch.profiler.profile(
+                activities=[kinds.CUDA if self.on_gpu else kinds.CPU], acc_events=True
+            )
             self.profile.start()
-            torch.cuda.synchronize()
-            sys.setswitchinterval(2e-4)  # a sample must not wait until the main thread gives way
+            self.wait()
+            sys.setswitchinterval(2e-4)  # a note must not wait until the main thread gives way
             self.begin = time.time_ns()
-            threading.Thread(target=self.sample, args=(threading.main_thread().ident,), daemon=True).start()
+            threading.Thread(target=self.note, args=(threading.get_ident(),), daemon=True).start()
 
-    def sample(self, thread: int) -> None:
+    def note(self, thread: int) -> None:
+        """Write down another thread's frames until the step is over."""
         while not self.over.wait(1e-3):
-            frame, names = sys._current_frames().get(thread), []
-            now = time.time_ns()
+            now, frame, frames = time.time_ns(), sys._current_frames().get(thread), []
             while frame is not None:
-                code = frame.f_code
-                names.append(f"{Path(code.co_filename).stem}:{code.co_name}:{frame.f_lineno}")
+                frames.append(f"{frame.f_globals.get('__name__')}:{frame.f_code.co_name}:{frame.f_lineno}")
                 frame = frame.f_back
-            self.samples.append((now, tuple(reversed(names))))
+            self.notes.append((now, tuple(reversed(frames))))
 
     def finish(self) -> None:
-        torch.cuda.synchronize()
+        """Find the times without kernels, and add up the notes of them."""
+        self.wait()
         end = time.time_ns()
         self.over.set()
         sys.setswitchinterval(5e-3)
         self.profile.stop()
-        kinds = by_class(self.profile.key_averages())
+        kernels = by_class(self.profile.key_averages())
         events = [e for e in self.profile.profiler.kineto_results.events() if e.device_type().name == "CUDA"]
         self.profile = None
         busy = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events)
@@ -100,38 +179,77 @@ class Waits(TrainerCallback):
             if start - last > self.least:
                 gaps.append((last, start))
             last = max(last, stop)
-        for now, stack in self.samples:
-            if any(start <= now < stop for start, stop in gaps):
-                self.stacks[shortened(stack)] += 1
-        idle = sum(stop - start for start, stop in gaps) / 1e6
-        total = sum(self.stacks.values())
-        for stack in self.stacks:
-            self.stacks[stack] *= idle / max(total, 1)  # type: ignore[assignment]
-        self.found = dict(watched_ms=(end - self.begin) / 1e6, idle_ms=idle, gaps=len(gaps), samples=total, **kinds)
+        idle = [stack for now, stack in self.notes if any(start <= now < stop for start, stop in gaps)]
+        idle_ms = sum(stop - start for start, stop in gaps) / 1e6
+        counts = Counter(map(shortened, idle)).most_common()
+        self.found = dict(
+            watched_ms=(end - self.begin) / 1e6, kernels=kernels, idle_ms=idle_ms, gaps=len(gaps), notes=len(idle),
+            stacks=[[count * idle_ms / len(idle), stack] for stack, count in counts],
+        )  # fmt: skip
 
 
-def shortened(stack: tuple[str, ...]) -> tuple[str, ...]:
-    """Leave out what is above the training loop, and torch's calls of modules."""
-    at = next((i for i, name in enumerate(stack) if name.split(":")[1] in ROOT), 0)
-    return tuple(name for name in stack[at:] if not name.startswith(("module:_wrapped", "module:_call", "contextlib")))
+def shortened(stack: Stack) -> Stack:
+    """Begin at the training loop, leave out frames that hand a call on, and make one of a walk that calls itself."""
+    at = next((place for place, frame in enumerate(stack) if frame.startswith(ROOT)), 0)
+    short: list[str] = []
+    for frame in stack[at:]:
+        function = frame.split(":")[1]
+        again = function in WALKS and bool(short) and short[-1].split(":")[1] == function
+        if not (again or frame.startswith(PASSING)):
+            short.append(frame)
+    return tuple(short)
 
 
-def tree(stacks: Counter[tuple[str, ...]], least: float) -> list[str]:
+def stacks_of(run: Mapping[str, Any]) -> dict[Stack, float]:
+    """Read the milliseconds of each stack from a record."""
+    return {tuple(stack): ms for ms, stack in run["stacks"]}
+
+
+def tree(stacks: Mapping[Stack, float], least: float, indent: str = "") -> list[str]:
     """Add milliseconds up by caller, and indent callees."""
-    sums: Counter[tuple[str, ...]] = Counter()
+    branches: defaultdict[str, defaultdict[Stack, float]] = defaultdict(lambda: defaultdict(float))
     for stack, ms in stacks.items():
-        for depth in range(1, min(len(stack), 14) + 1):
-            sums[stack[:depth]] += ms
+        if stack:
+            branches[stack[0]][stack[1:]] += ms
+    lines = []
+    for frame, below in sorted(branches.items(), key=lambda branch: -sum(branch[1].values())):
+        if (ms := sum(below.values())) >= least:
+            lines += [f"{indent}{ms:.1f} {frame}", *tree(below, least, indent + "  ")]
+    return lines
 
-    def lines(prefix: tuple[str, ...]) -> list[str]:
-        found = []
-        under = [stack for stack in sums if len(stack) == len(prefix) + 1 and stack[: len(prefix)] == prefix]
-        for stack in sorted(under, key=lambda stack: -sums[stack]):
-            if sums[stack] >= least:
-                found += [f"{'  ' * len(prefix)}{sums[stack]:.1f} {stack[-1]}", *lines(stack)]
-        return found
 
-    return lines(())
+def group_of(stack: Iterable[str]) -> str:
+    """Find who asks for the work of a stack."""
+    frames = tuple(stack)
+    for group, askers in GROUPS.items():
+        if any(frame.startswith(askers) for frame in frames):
+            return group
+    return REST
+
+
+def table(results: dict[str, Any]) -> str:
+    """Write the kernels of each step by class, and below them the groups that its idle time belongs to."""
+    runs = results["runs"]
+    kinds, groups = list(runs[0]["kernels"]), [*GROUPS, REST]
+    steps = [f"| ms of a step | pairs | {' | '.join(kinds)} | GPU idle | all |", "|---" * (len(kinds) + 4) + "|"]
+    waits = [f"| ms while the GPU idles | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
+    for run in runs:
+        name = f"{run['set']}, {run['mode']}"
+        cells = [f"{run['pairs']:.0f}", *(f"{run['kernels'][kind]:.0f}" for kind in kinds)]
+        cells += [f"{run['idle_ms']:.0f} ({run['idle_ms'] / run['watched_ms']:.0%})", f"{run['watched_ms']:.0f}"]
+        steps.append(f"| {name} | {' | '.join(cells)} |")
+        spent = dict.fromkeys(groups, 0.0)
+        for stack, ms in stacks_of(run).items():
+            spent[group_of(stack)] += ms
+        cells = [f"{ms:.0f} ({ms / run['idle_ms']:.0%})" for ms in spent.values()]
+        waits.append(f"| {name} | {' | '.join(cells)} |")
+    notes = ", ".join(str(run["notes"]) for run in runs)
+    text = (
+        f"*Pairs*: of a step, on average. *GPU idle*: {results['least_ms']} ms or more without a kernel; below, who "
+        f"asks for what the host does meanwhile, by {notes} notes of its functions.\n\n"
+        f"Conditions: {results['conditions']}"
+    )
+    return "\n".join([*steps, "", *waits, "", text]) + "\n"
 
 
 if __name__ == "__main__":
