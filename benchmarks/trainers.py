@@ -16,7 +16,7 @@ dpo       LoRA DPOTrainer, reference = adapter off. Stock runs --batch-sizes upw
           after a step with its longest batch. Packed, PackedDPOTrainer, runs --bins rows of --budget tokens with
           compiled layers and as much checkpointing as memory demands: the median step (rows are full, so equally
           long). --modes adds both with reference log-probs computed before training: stock again at its two fastest
-          settings, and packed.
+          settings, and packed. "one line, compiled" is flexpatch.apply(model, compile=True).
 nothing   DPOTrainer on pairs that share nothing and need no padding: the cost of flexpatch where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
 grpo-trainer
@@ -95,7 +95,10 @@ SHAPES = {
 }  # fmt: skip
 MODES = ("stock", "one line", "packed")
 PRECOMPUTED = ("stock, precomputed", "packed, precomputed")
-OPTIONS: dict[str, dict[str, Any]] = {"one line": {}, "packed": dict(compile=True, recompute_layers="auto")}
+COMPILED = "one line, compiled"
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one line": {}, COMPILED: dict(compile=True), "packed": dict(compile=True, recompute_layers="auto"),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -104,7 +107,9 @@ def main() -> None:
     add("lengths", type=Path)
     add("--sets", nargs="+", help="default: all")
     add("--parts", nargs="*", choices=PARTS, default=["dpo", "nothing", "grpo"])
-    add("--modes", nargs="+", choices=(*MODES, *PRECOMPUTED), default=list(MODES), help="of dpo (%(default)s)")
+    add(
+        "--modes", nargs="+", choices=(*MODES, COMPILED, *PRECOMPUTED), default=list(MODES), help="of dpo (%(default)s)"
+    )
     add("--shape", choices=SHAPES, default="8 layers of Mistral-7B")
     add("--pairs", type=int, default=32, help="pairs that are timed, at least one batch (%(default)s)")
     add("--batch-sizes", nargs="+", type=int, default=[4, 8, 16, 32, 64])
@@ -398,7 +403,7 @@ def best(
 
     if mode.startswith("packed"):
         rate(1, True)
-    elif mode == "one line":  # larger batches gain more
+    elif mode.startswith("one line"):  # larger batches gain more
         sizes = sorted(options.one_line_sizes or options.batch_sizes, reverse=True)
         any(rate(size, again) for again in (False, True) for size in sizes)
     elif mode != "stock" and "stock" in before:
@@ -444,9 +449,9 @@ def measure(
     """Time a trainer's steps: pairs a second of the whole timed epoch; packed, of the median step of full rows."""
     model = make_model(options, attention)
     base, kind, skipped = mode.split(",")[0], Stock, 0
-    arguments = adapters_or_reference(options, base, attention)
+    arguments = adapters_or_reference(options, mode if mode in OPTIONS else base, attention)
     if base != "stock":
-        flexpatch.apply(model, **(OPTIONS[base] if options.device == "cuda" else {}))
+        flexpatch.apply(model, **(OPTIONS.get(mode, OPTIONS[base]) if options.device == "cuda" else {}))
     if base == "packed":
         drawn = full_rows(lengths, options)
         arguments["token_budget"], kind = options.budget, Packed
@@ -702,6 +707,17 @@ def dpo_table(results: dict[str, Any], label: str, group: dict[str, Any] | None 
         f"without gradient checkpointing, on {' or '.join(kernels)}; one line: the largest that fits without; packed: "
         'recompute_layers="auto"; *tokens*: how many times fewer the folded batches of the one line hold.'
     )
+    compiled = {name: modes for name, modes in results.items() if not {"stock", COMPILED} - set(modes)}
+    if compiled:
+        lines += [
+            "\n| one line with compile=True, lengths like | pairs/s (batch, checkpointing) | over stock | peak GB "
+            "| compiling, s |",
+            "|---|---|---|---|---|",
+        ]
+    for name, modes in compiled.items():
+        stock, line = modes["stock"], modes[COMPILED]
+        cells = [name, rate_of(line), gain(stock, line), gigabytes(line), f"{line['first_epoch_extra_s']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     both = {name: modes for name, modes in results.items() if not set(PRECOMPUTED) - set(modes)}
     if both:
         lines += [

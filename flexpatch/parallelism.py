@@ -138,7 +138,8 @@ def _hooks(model: nn.Module) -> Iterator[str]:
     todo = [model]
     while todo:  # not named_modules(), which is too slow before every call
         has = (module := todo.pop()).__dict__
-        todo += [child for child in has["_modules"].values() if child is not None]
+        if "base_layer" not in has["_modules"]:  # peft has a dozen modules around each linear layer
+            todo += [child for child in has["_modules"].values() if child is not None]
         if has["_forward_pre_hooks"] or has["_forward_hooks"] or "forward" in has:
             hooks = (*has["_forward_pre_hooks"].values(), *has["_forward_hooks"].values(), has.get("forward"))
             yield from (

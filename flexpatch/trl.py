@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
 
+from flexpatch.adapters_off import make_reference
 from flexpatch.bins import BinDataset, BinSampler, group_by_prompt, pair_lengths, prompt_groups, sequence_lengths
 from flexpatch.errors import FlexpatchError
 from flexpatch.forward import hook_of
@@ -55,6 +56,7 @@ class _PackedTrainer(Trainer):
             hook = hook_of(reference)
             assert hook is not None
             hook.folding.of_trainer = True  # KTO's asks for no cache, but before TRL 1.16 does not say so
+        make_reference(self)
         if not isinstance(self.train_dataset, Sized):
             raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
         if (shown := columns_of_images(self.train_dataset)) and not self.takes_images:
@@ -75,8 +77,7 @@ class _PackedTrainer(Trainer):
         sharded = shards(self.accelerator, self.is_fsdp_enabled)
         config = self.accelerator.unwrap_model(self.model).config
         workers = self.args.dataloader_num_workers
-        rows = pictured_rows(self.train_dataset, self.data_collator, config, workers, sequences)
-        check_images(rows, sharded)
+        check_images(rows := pictured_rows(self.train_dataset, self.data_collator, config, workers, sequences), sharded)
         return rows
 
     def get_train_dataloader(self) -> DataLoader:

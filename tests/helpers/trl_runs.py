@@ -68,8 +68,11 @@ def train(
         args=DPOConfig(**config),
         train_dataset=rows(pairs),
         processing_class=make_tokenizer(),
-        optimizers=(SGD(model.parameters(), lr=config["learning_rate"]), None),
-        **dict(ref_model=flexpatch.apply(tiny_model("llama", 1))) | arguments,
+        **dict(
+            ref_model=flexpatch.apply(tiny_model("llama", 1)),
+            optimizers=(SGD(model.parameters(), lr=config["learning_rate"]), None),
+        )
+        | arguments,
     )
     trainer.train()
     return trainer
