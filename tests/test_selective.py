@@ -262,9 +262,21 @@ def test_auto_on_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
         assert auto.ways() == expected, room
 
 
+class Attentions(Watch):
+    """Counts forwards of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.runs += str(func) == "flex_attention"
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.usefixtures("flex_on_cpu")
 def test_compiled_layers_keep_attention_where_products_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is measured then, in one call, and not before."""
+    """It is measured then, in one call, and not before; and it runs once, but in layers that keep nothing."""
     torch._dynamo.reset()
     auto = Auto(monkeypatch, backend="flex", compile=True)
     assert [auto.ways(), auto.ways(), auto.ways()] == ["wwwK", "wwwp", "wwww"]
@@ -276,7 +288,9 @@ def test_compiled_layers_keep_attention_where_products_do_not_fit(monkeypatch: p
     assert auto.ways() == "wwwa" and len(auto.stage.sizes.of["attention"]) == 1
     for room, expected in ((0, "wwww"), (2, "wwaa"), (4, "aaaa"), (8, "aapp"), (11, "appp"), (12, "pppp")):
         auto.stepped(room, attention=1)
-        assert auto.ways() == expected, room
+        with Attentions() as watch:
+            assert auto.ways() == expected, room
+        assert watch.runs == 4 + expected.count("w"), room
 
 
 def test_products_that_are_written_over_are_not_kept() -> None:
