@@ -2,4 +2,4 @@
 
 from flexpatch.registry import Adapter, register
 
-register(Adapter(name="DiffLlama", masks="single", tiny={"diffllama": [{}]}))
+register(Adapter(name="DiffLlama", masks="single", since="5.13", tiny={"diffllama": [{}]}))

@@ -257,10 +257,14 @@ class RefusalTest(unittest.TestCase):
             flex(*random_qkv(1, 4, 2, 150, 16), self.mask, dropout=0.1)
 
     def test_flash_attention_4_must_be_installed(self) -> None:
+        def fails(name: str) -> None:
+            raise ImportError(f"No module named '{name}'")
+
         fa4.check_fa4.cache_clear()
-        with pytest.raises(FlexpatchError, match=r"pip install 'flexpatch\[fa4\]'.*does not import here"):
-            flexpatch.apply(tiny_model("llama"), backend="fa4")
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fa4, "import_module", fails)
+            with pytest.raises(FlexpatchError, match=r"pip install 'flexpatch\[fa4\]'.*does not import here"):
+                flexpatch.apply(tiny_model("llama"), backend="fa4")
             patch.setattr(fa4, "import_module", lambda name: None)
             patch.setattr(fa4.metadata, "version", lambda name: "4.0.0b11")
             with pytest.raises(FlexpatchError, match=r"4.0.0b11 has given wrong gradients"):

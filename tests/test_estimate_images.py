@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers import processors_offline
+from helpers.needs import needs
 from parameterized import parameterized
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -110,6 +111,7 @@ def test_sizes_come_from_the_beginning_of_a_file(tmp_path: Path) -> None:
     assert len({each.digest for each in found}) == 3
 
 
+@needs("transformers", "5.17", "images fold from there on")
 @pytest.mark.parametrize("kind", processors_offline.KINDS)
 def test_rows_are_as_long_as_the_collators(kind: str, tmp_path: Path) -> None:
     """Qwen's whole processor needs torchvision: that of images and the record count there."""
@@ -137,6 +139,7 @@ def test_rows_are_as_long_as_the_collators(kind: str, tmp_path: Path) -> None:
     assert (len(found) > 1) == (kind in ("qwen2_5_vl", "llava_next"))
 
 
+@needs("transformers", "5.17", "images fold from there on")
 def test_counts_are_those_of_a_patched_model(folder: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On TRL's own batches."""
     monkeypatch.setattr("flexpatch.folding.gains", lambda *args: True)

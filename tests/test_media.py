@@ -27,6 +27,7 @@ from helpers.media import (
     text,
     with_holes,
 )
+from helpers.needs import needs
 from parameterized import parameterized
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -38,6 +39,8 @@ from flexpatch.float64 import Float64
 from flexpatch.layouts import Drawn, Grid, Media, Stacked, Unit, multimodal_types
 from flexpatch.models import TINY, check_architecture, tiny_config, tiny_model, tiny_types, variants
 from flexpatch.registry import FULL, SLIDING, adapter_for
+
+pytestmark = needs("transformers", "5.17", "images fold from there on")
 
 BOUND = 1e-10
 # What a control must be off, in nats.

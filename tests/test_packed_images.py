@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 from helpers import processors_offline as offline
+from helpers.needs import needs
 from helpers.tokenizers_offline import make_tokenizer
 from helpers.trl_images import all_equal, float64_training
 from helpers.trl_runs import unweighted, weights
@@ -113,6 +114,7 @@ def check_step(kind: str) -> None:
     assert (alike - true).norm() > BROKEN * true.norm()
 
 
+@needs("transformers", "5.17", "images fold from there on")
 def test_a_step_is_that_of_all_pairs() -> None:
     check_step("qwen2_5_vl")
 

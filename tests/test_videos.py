@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.media import KINDS, apart, copied, drawn, gradients, logps, read_of, text
+from helpers.needs import needs
 from parameterized import parameterized
 
 import flexpatch
@@ -15,6 +16,8 @@ from flexpatch.float64 import Float64
 from flexpatch.layouts import Drawn, Unit, multimodal_types
 from flexpatch.models import tiny_model
 from flexpatch.pictures import together
+
+pytestmark = needs("transformers", "5.17", "images fold from there on")
 
 BOUND = 1e-10
 WRONG = 1e-2
