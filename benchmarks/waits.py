@@ -34,7 +34,13 @@ Stack = tuple[str, ...]  # frames as module:function:line, callers first
 
 # Who asks for what the host does: the first group that has any frame of a stack.
 GROUPS = {
-    "peft: adapters off and on": ("trl.trainer.utils:use_adapter", "peft.peft_model:disable_adapter"),
+    "peft: adapters off and on": (
+        "trl.trainer.utils:use_adapter",
+        "peft.peft_model:disable_adapter",
+        "peft.tuners.tuners_utils:disable_adapter_layers",
+        "peft.tuners.tuners_utils:enable_adapter_layers",
+        "flexpatch.adapters_off:<listcomp>",
+    ),
     "TRL: checkpointing off and on, unwrapping": (
         "trl.models.utils:disable_gradient_checkpointing",
         "accelerate.utils.modeling:is_peft_model",
@@ -106,7 +112,7 @@ def main() -> None:
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     """Watch a step of every set and mode, and write waits.json after each."""
-    fixed = dict(full=False, lora="all-linear", quick=False, precompute=False, pairs=2 * options.batch_size)
+    fixed = dict(full=False, lora="all-linear", quick=False, precompute=False, pairs=2 * options.batch_size, gb=None)
     settings = argparse.Namespace(**vars(options), **fixed)
     lengths = json.loads(options.lengths.read_text())
     words = ["LENGTHS.json" if word == str(options.lengths) else word for word in sys.argv[1:]]
