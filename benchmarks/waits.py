@@ -39,7 +39,7 @@ GROUPS = {
         "peft.peft_model:disable_adapter",
         "peft.tuners.tuners_utils:disable_adapter_layers",
         "peft.tuners.tuners_utils:enable_adapter_layers",
-        "flexpatch.adapters_off:<listcomp>",
+        "flexpatch.adapters_off:_is_off",
     ),
     "TRL: checkpointing off and on, unwrapping": (
         "trl.models.utils:disable_gradient_checkpointing",

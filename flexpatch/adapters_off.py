@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 
 
 class WithoutAdapters:
@@ -24,8 +25,7 @@ class WithoutAdapters:
         """Call the policy."""
         model: Any = self.trainer.model
         peft_model: Any = self.trainer.accelerator.unwrap_model(model)
-        layers = [module for module in peft_model.modules() if isinstance(module, BaseTunerLayer)]
-        if any(layer.disable_adapters for layer in layers):  # by the user: peft's context leaves them so
+        if _is_off(peft_model):  # by the user: peft's context leaves it so
             with peft_model.disable_adapter():
                 return model(*args, **kwargs)
         peft_model.base_model.disable_adapter_layers()
@@ -33,6 +33,11 @@ class WithoutAdapters:
             return model(*args, **kwargs)
         finally:
             peft_model.base_model.enable_adapter_layers()
+
+
+def _is_off(model: nn.Module) -> bool:
+    """Tell whether any adapter is switched off."""
+    return any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
 def make_reference(trainer: Any) -> None:
