@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from helpers.example_runs import small_run
+from helpers.needs import needs
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "examples" / "data" / "direct_answers.jsonl"
@@ -106,6 +107,7 @@ def test_grpo(settings: tuple[str, ...], inside: Any) -> None:
     assert "flexpatch is off" in off
 
 
+@needs("transformers", "5.17", "images fold from there on")
 def test_pictures(inside: Any, tmp_path: Path) -> None:
     settings = ("--steps", 3, "--pairs", 12, "--batch-size", 4, "--lr", 0.003, "--output", tmp_path)
     code, on, _ = inside("vlm_dpo.py", *settings)
