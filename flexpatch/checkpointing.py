@@ -165,7 +165,7 @@ class Recomputation:
         if run_compiled(able, call):
             return able, {}
         kinds = zip(self._describe(layers), layers, strict=True)
-        pairs = [(kind, layer) for kind, layer in kinds if can_keep_products(layer)]
+        pairs = [(kind, layer) for kind, layer in kinds if layer in able]
         untried = {kind: layer for kind, layer in reversed(pairs) if kind not in self.survives}
         return [layer for kind, layer in pairs if self.survives.get(kind)], untried
 

@@ -130,6 +130,5 @@ def moved(choice: Choice, layer: nn.Module, way: str) -> Choice:
     Returns:
         The changed choice.
     """
-    names = ("everything", "products", "attention")
     others = ([other for other in some if other is not layer] for some in choice)
-    return Choice(*(some + [layer] * (name == way) for name, some in zip(names, others, strict=True)))
+    return Choice(*(some + [layer] * (name == way) for name, some in zip(reversed(WAYS), others, strict=True)))
