@@ -5,11 +5,11 @@
     python benchmarks/waits.py LENGTHS.json --sets hh --device cpu --shape tiny --dtype float32 --budget 2048
 
 Trains as benchmarks/trainers.py does: packed with recompute_layers="auto", the other modes without gradient
-checkpointing. During one warm step a thread notes the main thread's Python functions every millisecond, and torch's
-profiler notes when kernels run. Where none runs for longer than --least, the notes of that time are added up: by who
-asked for the work (GROUPS), and as a tree of callers without branches under --branch ms. Frames that only hand a call
-on are left out, and walks that call themselves are one frame. A note stands for the idle time over the number of notes,
-1.5 to 2 ms. On a CPU, which is a dry run, all time counts as idle.
+checkpointing. During one warm step, as the GPU runs it (the host may be ahead), a thread notes the main thread's Python
+functions every millisecond, and torch's profiler notes when kernels run. Where none runs for longer than --least, the
+notes of that time are added up: by who asked for the work (GROUPS), and as a tree of callers without branches under
+--branch ms. Frames that only hand a call on are left out, and walks that call themselves are one frame. A note stands
+for the idle time over the number of notes, 1.5 to 2 ms. On a CPU, which is a dry run, all time counts as idle.
 
 Prints the trees and the table, and writes waits.json (with all notes), table.md and SET_MODE.txt to --output.
 """
@@ -23,11 +23,12 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
 from train import by_class
-from trainers import MODES, PRECOMPUTED, SHAPES, conditions_of, measure
+from trainers import MODES, PRECOMPUTED, SHAPES, conditions_of, mark_of, measure, seconds_between
 from transformers import TrainerCallback
 
 Stack = tuple[str, ...]  # frames as module:function:line, callers first
@@ -112,7 +113,7 @@ def main() -> None:
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     """Watch a step of every set and mode, and write waits.json after each."""
-    fixed = dict(full=False, lora="all-linear", quick=False, precompute=False, pairs=2 * options.batch_size, gb=None)
+    fixed = dict(full=False, lora="all-linear", quick=False, precompute=False, pairs=3 * options.batch_size, gb=None)
     settings = argparse.Namespace(**vars(options), **fixed)
     lengths = json.loads(options.lengths.read_text())
     words = ["LENGTHS.json" if word == str(options.lengths) else word for word in sys.argv[1:]]
@@ -134,8 +135,21 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+class Kernel(NamedTuple):
+    """A kernel that ran once, with the names of the profiler's sums."""
+
+    key: str
+    self_device_time_total: float
+    device_type: Any = DeviceType.CUDA
+    is_user_annotation: bool = False
+
+
 class Waits(TrainerCallback):
-    """Watches the second epoch's second step, from the end of the first, so that the loading of data is seen."""
+    """Watches the second epoch's third step, as the GPU runs it: from when it ended the second, to when it ends it.
+
+    The host may run ahead of the GPU. So all are watched from the end of the first step on, and the host waits for the
+    GPU at the end of the third.
+    """
 
     def __init__(self, least_ms: float, device: str) -> None:
         self.least = 1e6 * least_ms
@@ -147,18 +161,19 @@ class Waits(TrainerCallback):
         self.over = threading.Event()
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        if self.profile is not None:
-            self.finish()
-        elif not self.found and state.global_step == state.max_steps // 2 + 1:
+        step = state.global_step - state.max_steps // 2
+        if step == 1:
             kinds = torch.profiler.ProfilerActivity
             self.profile = torch.profiler.profile(
                 activities=[kinds.CUDA if self.on_gpu else kinds.CPU], acc_events=True
             )
             self.profile.start()
-            self.wait()
             sys.setswitchinterval(2e-4)  # a note must not wait until the main thread gives way
-            self.begin = time.time_ns()
             threading.Thread(target=self.note, args=(threading.get_ident(),), daemon=True).start()
+        elif step == 2:
+            self.mark = mark_of(self.on_gpu)
+        elif step == 3:
+            self.finish(mark_of(self.on_gpu))
 
     def note(self, thread: int) -> None:
         """Write down another thread's frames until the step is over."""
@@ -169,18 +184,20 @@ class Waits(TrainerCallback):
                 frame = frame.f_back
             self.notes.append((now, tuple(reversed(frames))))
 
-    def finish(self) -> None:
+    def finish(self, mark: Any) -> None:
         """Find the times without kernels, and add up the notes of them."""
         self.wait()
         end = time.time_ns()
         self.over.set()
         sys.setswitchinterval(5e-3)
         self.profile.stop()
-        kernels = by_class(self.profile.key_averages())
+        begin = end - int(1e9 * seconds_between(self.mark, mark))
         events = [e for e in self.profile.profiler.kineto_results.events() if e.device_type().name == "CUDA"]
+        events = [e for e in events if e.start_ns() >= begin and not e.is_user_annotation()]
+        kernels = by_class(Kernel(e.name(), e.duration_ns() / 1e3) for e in events)
         self.profile = None
         busy = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events)
-        gaps, last = [], self.begin
+        gaps, last = [], begin
         for start, stop in [*busy, (end, end)]:
             if start - last > self.least:
                 gaps.append((last, start))
@@ -189,7 +206,7 @@ class Waits(TrainerCallback):
         idle_ms = sum(stop - start for start, stop in gaps) / 1e6
         counts = Counter(map(shortened, idle)).most_common()
         self.found = dict(
-            watched_ms=(end - self.begin) / 1e6, kernels=kernels, idle_ms=idle_ms, gaps=len(gaps), notes=len(idle),
+            watched_ms=(end - begin) / 1e6, kernels=kernels, idle_ms=idle_ms, gaps=len(gaps), notes=len(idle),
             stacks=[[count * idle_ms / len(idle), stack] for stack, count in counts],
         )  # fmt: skip
 

@@ -6,7 +6,7 @@ result depends on either.
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,7 @@ from flexpatch.counts import Counts
 from flexpatch.dispatch import check_ranks, is_flash, mask_dtype, original_of, warn_as_given
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
 from flexpatch.fold import Folded, check_ids, fold_batch, predicting_padding, see_themselves, unfold
+from flexpatch.host_copies import send, to_host
 from flexpatch.images import Held, held_by
 from flexpatch.internals import attention_name, change_tokens, device_of, layers_of, text_config
 from flexpatch.layouts import TYPES, media_of
@@ -166,10 +167,8 @@ class Folding:
         """
         ids, given = call["input_ids"], call.get("attention_mask")
         types = [call.get(name) for name in TYPES if config is not backbone.config]
-        tensors = [ids, None if given is None else given != 0, call.get("position_ids"), *types]
-        # One copy for all: on a GPU each would wait for everything launched before.
-        each = [x.expand_as(ids).to(ids.device, torch.int64) for x in tensors if x is not None]
-        arrays, numbers = _on_host(torch.stack(each), [x for media in held for x in media.numbers()])
+        tensors = [ids, given, call.get("position_ids"), *types]
+        arrays, numbers = to_host(tensors, [x for media in held for x in media.numbers()])
         # A dispatched model moves its inputs by itself: ids on the CPU do not mean that it computes there.
         home = device_of(backbone)
         device = ids.device if ids.device.type != "cpu" or home.type == "meta" else home
@@ -267,25 +266,8 @@ def _folded(
         reason = "with padding, to which FlashAttention gives zeros, and eager attention of rows does not"
     if reason is not None:
         return _Latest(Counts(ids.size, ids.size, ids.size, reason))
-    folded = replace(folded, rows=folded.rows.to(device), index=folded.index.to(device))
+    folded = replace(folded, rows=send(folded.rows, device), index=send(folded.index, device))
     return _Latest(folded.counts, folded, placed)
-
-
-def _on_host(arrays: Tensor, others: list[Tensor]) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """Copy a batch's arrays and other integers to the host at once: on a GPU each copy would wait for all before it.
-
-    Args:
-        arrays: (A, N, S) int64.
-        others: Each (n,) int64.
-
-    Returns:
-        The arrays; the others, one after another.
-    """
-    if not others:
-        return arrays.numpy(force=True), iter(())
-    every = torch.cat([arrays.flatten(), *(x.to(arrays.device) for x in others)]).numpy(force=True)
-    bounds = np.cumsum([arrays.numel(), *map(len, others)])
-    return every[: bounds[0]].reshape(arrays.shape), iter(np.split(every, bounds[:-1])[1:])
 
 
 def _unfold(index: Tensor, padding: int | None, output: Any) -> None:

@@ -27,6 +27,7 @@ from flexpatch.groups import gather_groups
 from flexpatch.patch import settings_of
 from flexpatch.picture_bins import Pictured, check_images, columns_of_images, pictured_rows, shards
 from flexpatch.refusals import check_dropout
+from flexpatch.run_ahead import ReferenceFirst, RunsAhead, prepare
 
 # Losses of DPOTrainer that are not means over pairs: they average over tokens, or compare pairs with each other.
 NOT_MEANS = ("sft", "aot", "aot_unpaired")
@@ -34,14 +35,10 @@ NOT_MEANS = ("sft", "aot", "aot_unpaired")
 Collate = Callable[[list[Any]], Any]
 
 
-class _PackedTrainer(Trainer):
+class _PackedTrainer(RunsAhead):
     """Trainer whose micro-batches hold as many samples as fit a budget of shared tokens.
 
-    ``per_device_train_batch_size`` is ignored. ``gradient_accumulation_steps`` counts packed micro-batches.
-
-    Micro-batches hold different numbers of samples, and TRL's trainers average over the samples of each. So each
-    micro-batch's loss is weighted by its share of the step's samples, over all ranks. The gradient is then the mean
-    over the step's samples, as of one batch. Metrics other than the loss stay means over micro-batches.
+    Each micro-batch's loss is weighted as :class:`PackedDPOTrainer` says.
     """
 
     takes_images = False
@@ -91,12 +88,13 @@ class _PackedTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
         )
-        return self.accelerator.prepare(loader)
+        return prepare(self.accelerator, loader)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], torch.Tensor]:
         """Return the step's micro-batches, and the number of their samples over all ranks."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
-        samples = torch.tensor([sum(map(self.samples, batches))], device=self.accelerator.device)
+        # Filled by the GPU, which a copy would wait for.
+        samples = torch.full((1,), sum(map(self.samples, batches)), device=self.accelerator.device)
         return batches, self.accelerator.gather(samples).sum()
 
     def compute_loss(
@@ -106,6 +104,7 @@ class _PackedTrainer(Trainer):
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if num_items_in_batch is None:  # evaluation
             return result
+        self.look_at(result[0] if return_outputs else result)
         # The trainer divides the loss by the number of micro-batches, and averages gradients over ranks.
         means = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         weight = self.samples(inputs) * means / num_items_in_batch
@@ -122,7 +121,7 @@ class _PackedTrainer(Trainer):
         return len(inputs["input_ids"]) // 2
 
 
-class PackedDPOTrainer(_PackedTrainer, DPOTrainer):
+class PackedDPOTrainer(ReferenceFirst, _PackedTrainer, DPOTrainer):
     """DPOTrainer whose micro-batches hold as many pairs as fit a budget of shared tokens.
 
     ``per_device_train_batch_size`` is ignored. ``gradient_accumulation_steps`` counts packed micro-batches.

@@ -24,8 +24,9 @@ from flexpatch.tree import Tree
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 DEVICE = torch.device("cuda")
 KINDS = [("llama", 0), ("mistral", 1), ("gemma2", 0), ("gemma3_text", 1), ("qwen3", 1)]
+# Of many layers: one that keeps everything, to be measured, then takes little of what all may.
 WIDE = dict(
-    hidden_size=1024, num_hidden_layers=8, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4,
+    hidden_size=1024, num_hidden_layers=24, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4,
     vocab_size=32000, max_position_embeddings=32768,
 )  # fmt: skip
 
@@ -132,10 +133,12 @@ def test_as_little_is_computed_again_as_memory_allows(compiled: bool, share: flo
     def steps() -> tuple[Tensor, Tensor]:
         flexpatch.apply(model, compile=compiled, recompute_layers="auto")
         for _ in range(5):
+            ours = None  # a step's results are large, and no step of training holds the last one's
             torch.cuda.reset_peak_memory_stats()
             ours = step(model, rows)
             model.get_input_embeddings().weight.data[0, 0] += 1  # an optimizer's step, of a token that does not occur
             peaks.append(torch.cuda.max_memory_allocated())
+        assert ours is not None
         return ours
 
     steps()  # compiles, which takes memory that a first step would count
@@ -150,8 +153,8 @@ def test_as_little_is_computed_again_as_memory_allows(compiled: bool, share: flo
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     sizes = [round(size / 1e9, 2) for size in (checkpointed, kept_all, limit, *peaks)]
-    print(f"GB: {sizes}; of 8 layers keep {counts}")
-    assert counts[way] > 0 and counts["everything"] < 8, counts
+    print(f"GB: {sizes}; of 24 layers keep {counts}")
+    assert counts[way] > 0 and counts["everything"] < 24, counts
     assert peaks[0] < peaks[-1] < limit
     assert torch.equal(ours[0], expected[0])
     assert (ours[1] - expected[1]).norm() < 1e-2 * expected[1].norm()
