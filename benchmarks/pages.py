@@ -20,7 +20,7 @@ import flexpatch
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONDITIONS = re.compile(r"Conditions: (.+?), random weights, (\w+), NVIDIA (\w+)")
+CONDITIONS = re.compile(r"Conditions: (.+?), random weights, (\w+), NVIDIA (\w+(?: with \d+ GB of its memory)?)")
 PART = re.compile(r"(<!-- results/(\w+) -->\n).*?(<!-- end results/\2 -->)", re.DOTALL)
 
 

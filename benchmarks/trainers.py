@@ -38,6 +38,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import statistics
 import time
@@ -482,7 +483,7 @@ def measure(
         output_dir=str(options.output), report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1000,
         max_length=None, num_train_epochs=1 if skipped else 2, per_device_train_batch_size=batch_size,
         gradient_checkpointing=recompute, train_sampling_strategy="sequential", bf16=options.dtype == "bfloat16",
-        use_cpu=options.device == "cpu",
+        use_cpu=options.device == "cpu" and "ACCELERATE_TORCH_DEVICE" not in os.environ,  # of ranks that pretend
         precompute_ref_log_probs=options.precompute or mode in PRECOMPUTED,
     )  # fmt: skip
     trainer = kind(
@@ -524,9 +525,10 @@ def adapters_or_reference(options: argparse.Namespace, mode: str, attention: str
 
 
 def full_rows(lengths: list[list[int]], options: argparse.Namespace) -> list[list[int]]:
-    """Take as many pairs as fill --bins rows."""
+    """Take as many pairs as fill --bins rows, of all ranks that a launcher started."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     count = round(options.bins * options.budget / statistics.mean(map(sum, lengths)))
-    while len(epoch_bins(list(map(sum, drawn := spread(lengths, count))), options.budget)) > options.bins:
+    while len(epoch_bins(list(map(sum, drawn := spread(lengths, count))), options.budget, ranks=ranks)) > options.bins:
         count -= 1
     return drawn
 

@@ -28,7 +28,8 @@ class RunsAhead(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._finite = False
-        self.add_callback(_Filter(self.args.logging_nan_inf_filter))
+        self._filter = _Filter()
+        self.add_callback(self._filter)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the step's micro-batches on the device, whose ids the host still knows."""
@@ -39,8 +40,9 @@ class RunsAhead(Trainer):
         """Compute gradients, and spare the training loop its look at a loss that is known to be a number."""
         self._finite = False
         loss = super().training_step(*args, **kwargs)
-        if self._finite:
-            self.args.logging_nan_inf_filter = False  # until _Filter sets it again
+        if self._finite and self.args.logging_nan_inf_filter:
+            self._filter.off = True
+            self.args.logging_nan_inf_filter = False
         return loss
 
     def look_at(self, loss: Tensor) -> None:
@@ -53,12 +55,18 @@ class ReferenceFirst(Trainer):
 
     TRL computes them behind the policy's, after it has waited for these. Before them the host prepares the reference
     while the GPU still works on the step before. TRL reads them as it reads those that were computed before training.
+
+    The first batch runs in TRL's order: FSDP2 settles at a model's first forward in which dtypes it reduces gradients,
+    by the parameters that are trained, and in the reference's forward adapters are not.
     """
+
+    _began = False
 
     def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the stock trainer's loss."""
         compute: Any = super().compute_loss  # type: ignore[safe-super]
-        if not self.model.training or not self._precedes():
+        began, self._began = self._began, True
+        if not (began and self.model.training and self._precedes()):
             return compute(model, inputs, *args, **kwargs)
         chosen, rejected = self.compute_ref_log_probs(self.ref_model, inputs)
         self.precompute_ref_logps = True  # for this batch
@@ -77,13 +85,15 @@ class ReferenceFirst(Trainer):
 
 
 class _Filter(TrainerCallback):
-    """Sets the filter of logged losses again, which the loop has passed by when it calls this."""
+    """Switches the filter of logged losses on again, which the loop has passed by when it calls this."""
 
-    def __init__(self, filters: bool) -> None:
-        self.filters = filters
+    def __init__(self) -> None:
+        self.off = False
 
     def on_substep_end(self, args: Any, *_: Any, **__: Any) -> None:
-        args.logging_nan_inf_filter = self.filters
+        if self.off:
+            args.logging_nan_inf_filter = True
+        self.off = False
 
     on_step_end = on_substep_end
 
@@ -115,7 +125,7 @@ def move(batch: Any, device: torch.device) -> Any:
     """
     if device.type == "cpu":
         return batch
-    moved = send_to_device(batch, device, non_blocking=True)
+    moved = send_to_device(batch, device, non_blocking=device.type == "cuda")
     for name, tensor in batch.items():
         if isinstance(tensor, Tensor) and not tensor.is_floating_point() and tensor.device.type == "cpu":
             remember(moved[name], tensor)

@@ -261,6 +261,19 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
 
 
 @needs_engines
+@pytest.mark.slow
+def test_adapters_of_another_dtype_under_fsdp2(tmp_path: Path) -> None:
+    """Peft's, in float32 on weights of 16 bits. FSDP2 settles its dtypes by what the first forward trains."""
+    save_model(tmp_path, torch.bfloat16)
+    launch("fsdp2", PROGRAMS / "engine_ranks.py", "bfloat16", tmp_path, tmp_path, "packed, lora")
+    before, after = torch.load(tmp_path / "packed, lora.pt")
+    adapters = [name for name in before if "lora_" in name]
+    assert adapters and {after[name].dtype for name in adapters} == {torch.float32}
+    assert vector(after, adapters).isfinite().all()
+    assert not torch.equal(vector(after, adapters), vector(before, adapters))
+
+
+@needs_engines
 @needs_deepspeed
 @pytest.mark.slow
 def test_packed_images_under_zero3_are_refused(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ PUBLIC = {
     },
     "parity": {"__version__"},
     "row_calls": {"__version__"},
+    "run_ahead": {"Trainer", "TrainerCallback"},
     "trl": {"Trainer"},
     "verify": {"utils"},
 }  # fmt: skip

@@ -1,0 +1,123 @@
+"""Times packed LoRA DPO on several GPUs against one: weak scaling under DDP and FSDP2.
+
+    python benchmarks/scaling.py LENGTHS.json                          # on two GPUs, about four minutes
+    python benchmarks/scaling.py LENGTHS.json --ranks 8 --engines ddp
+    python benchmarks/scaling.py LENGTHS.json --device cpu --shape tiny --dtype float32 --budget 2048
+
+Runs PackedDPOTrainer as benchmarks/trainers.py does, with compiled layers and recompute_layers="auto": first alone,
+then on --ranks under each engine, as accelerate launches it with the files of examples/accelerate. Every rank takes
+--bins rows of --budget tokens an epoch, and the median step of the second epoch counts, as the first rank's GPU sees
+it: ranks wait for each other in every step. A GPU's share is the pairs a second of all ranks, over as many times those
+of one alone.
+
+Prints a table, and writes scaling.json and table.md to --output.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from trainers import SHAPES, conditions_of, measure
+
+ROOT = Path(__file__).resolve().parent.parent
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+ALONE = "one GPU"
+TITLES = {ALONE: ALONE, "ddp": "DDP", "fsdp2": "FSDP2"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("lengths", type=Path)
+    add("--sets", nargs="+", default=["gsm8k_4shot"])
+    add("--engines", nargs="+", choices=["ddp", "fsdp2"], default=["ddp", "fsdp2"])
+    add("--ranks", type=int, default=2)
+    add("--shape", choices=SHAPES, default="Mistral-7B")
+    add("--bins", type=int, default=4, help="packed batches of each rank an epoch (%(default)s)")
+    add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
+    add("--dtype", default="bfloat16")
+    add("--device", default="cuda")
+    add("--output", type=Path, default=Path("runs/scaling"))
+    add("--worker", metavar="ENGINE", help="of the launcher: train as one of its ranks")
+    options = parser.parse_args()
+    if options.worker is not None:
+        work(options)
+        return
+    options.output.mkdir(parents=True, exist_ok=True)
+    for engine in (ALONE, *options.engines):
+        start = time.perf_counter()
+        subprocess.run(command(engine, options), env={**os.environ, **environment(engine, options)}, check=True)
+        print(f"{TITLES[engine]}: {time.perf_counter() - start:.0f} s", flush=True)
+        text = table(options)
+        (options.output / "table.md").write_text(text)
+    print(f"\n{text}", flush=True)
+
+
+def command(engine: str, options: argparse.Namespace) -> list[str]:
+    """Write the command that starts this file on the ranks of an engine."""
+    words = [str(Path(__file__).resolve()), *sys.argv[1:], "--worker", engine]
+    launcher: list[str] = []
+    if engine != ALONE:
+        precision = {"bfloat16": "bf16", "float16": "fp16"}.get(options.dtype, "no")
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/examples/accelerate/{engine}.yaml"]
+        launcher += ["--main_process_port", "0", "--num_processes", str(options.ranks), "--mixed_precision", precision]
+        launcher += [f"{ROOT}/tests/programs/cpu_ranks.py"] if options.device == "cpu" else []
+    return [sys.executable, *launcher, *words]
+
+
+def environment(engine: str, options: argparse.Namespace) -> dict[str, str]:
+    """Name the devices that an engine sees. Accelerate has FSDP2 for GPUs alone: cpu_ranks.py pretends."""
+    if options.device == "cuda":
+        return {"CUDA_VISIBLE_DEVICES": "0"} if engine == ALONE else {}
+    return {"ACCELERATE_TORCH_DEVICE": "cpu"} if engine == "fsdp2" else {"ACCELERATE_USE_CPU": "true"}
+
+
+def work(options: argparse.Namespace) -> None:
+    """Train as one rank. The first writes what it measured."""
+    if options.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    lengths = json.loads(options.lengths.read_text())
+    options.bins *= RANKS
+    fixed = dict(full=False, lora="all-linear", quick=False, precompute=False, pairs=1, gb=None)
+    settings = argparse.Namespace(**vars(options) | fixed)
+    records = {name: measure(settings, "packed", lengths[name], 1) for name in options.sets}
+    if RANK == 0:
+        found = dict(ranks=RANKS, conditions=conditions_of(settings), sets=records)
+        file_of(options, options.worker).write_text(json.dumps(found, indent=1))
+
+
+def file_of(options: argparse.Namespace, engine: str) -> Path:
+    return Path(options.output / f"{engine.replace(' ', '_')}.json")
+
+
+def table(options: argparse.Namespace) -> str:
+    """Write a line for each set and engine, from the files of the ranks."""
+    files = {engine: file_of(options, engine) for engine in (ALONE, *options.engines)}
+    results: dict[str, Any] = {engine: json.loads(path.read_text()) for engine, path in files.items() if path.exists()}
+    (options.output / "scaling.json").write_text(json.dumps(results, indent=1))
+    lines = ["| lengths like | | GPUs | pairs/s | ms a step | a GPU's share | peak GB |", "|---" * 7 + "|"]
+    for name in options.sets:
+        alone = results[ALONE]["sets"][name]
+        for engine, found in results.items():
+            record, ranks = found["sets"][name], found["ranks"]
+            share = record["pairs_per_s"] / (ranks * alone["pairs_per_s"])
+            cells = [name, TITLES[engine], str(ranks), f"{record['pairs_per_s']:.1f}", f"{record['ms_per_step']:.0f}"]
+            cells += ["" if engine == ALONE else f"**{share:.2f}**"]
+            cells += ["–" if record["peak_gb"] is None else f"{record['peak_gb']:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    text = (
+        f"PackedDPOTrainer, LoRA on all linear layers, {options.bins} rows of {options.budget:,} tokens an epoch on "
+        f'each rank, compiled layers, recompute_layers="auto"; the median step of a warm epoch. '
+        f"Conditions: {results[ALONE]['conditions']}. `python benchmarks/scaling.py LENGTHS.json`"
+    )
+    return "\n".join([*lines, "", text]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
