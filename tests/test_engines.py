@@ -247,7 +247,7 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
     """Two ranks that split every layer train what one rank of the unpatched model trains: losses, log-probs of all
     steps, gradients of the first, weights after the last."""
     save_model(tmp_path, torch.float64)
-    program = [str(PROGRAMS / "tensor_ranks.py"), str(tmp_path), str(tmp_path), *tensor_ranks.CASES]
+    program = [str(PROGRAMS / "tensor_ranks.py"), "float64", str(tmp_path), str(tmp_path), *tensor_ranks.CASES]
     start_python([*torchrun(), *program], tmp_path)
     true = tensor_ranks.train("stock", tmp_path)
     for name in tensor_ranks.CASES:

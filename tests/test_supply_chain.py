@@ -58,6 +58,7 @@ ALLOWED = {
     ("benchmarks/hh.py", "subprocess"),
     ("benchmarks/first_step.py", "subprocess"),
     ("benchmarks/frameworks.py", "subprocess"),
+    ("benchmarks/scaling.py", "subprocess"),
     ("flexpatch/launch.py", "subprocess"),
     ("flexpatch/launch.py", "os.execve"),
 }

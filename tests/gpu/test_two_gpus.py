@@ -9,10 +9,12 @@ import sys
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.processes import PATH, PROGRAMS, ROOT
+from programs import tensor_ranks
 from programs.engine_ranks import CASES, Weights, save_model, vector
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
@@ -26,16 +28,18 @@ NAMES = [
 CONTROLS = {"no": 100, "bf16": 1}
 
 
-def run(launcher: list[str], dtype: str, out: Path, names: list[str], gpus: str) -> dict[str, tuple[Weights, Weights]]:
-    """Weights of each case before and after."""
+def run(
+    launcher: list[str], dtype: str, out: Path, names: list[str], gpus: str, program: str = "engine_ranks.py"
+) -> dict[str, Any]:
+    """What a program saves of each case: of engine_ranks.py, weights before and after."""
     save_model(out, getattr(torch, dtype))
-    command = [sys.executable, *launcher, str(PROGRAMS / "engine_ranks.py"), dtype, str(out), str(out), *names]
+    command = [sys.executable, *launcher, str(PROGRAMS / program), dtype, str(out), str(out), *names]
     environment = {**os.environ, "PYTHONPATH": PATH, "CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1"}
     start = time.time()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
     print(f"{out.name}: {time.time() - start:.0f} s", flush=True)
-    return {name: torch.load(out / f"{name}.pt") for name in names}
+    return {name: torch.load(out / f"{name}.pt", map_location="cpu") for name in names}
 
 
 @cache
@@ -72,3 +76,24 @@ def test_two_gpus_train_what_one_trains(engine: str, precision: str, folder: Pat
             assert errors[name] > CONTROLS[precision] * bound, f"{name}, yet the weights are only {errors[name]} off"
         else:
             assert errors[name] <= bound, f"{name}: {errors[name]} off; {yardstick}: {errors[yardstick]}"
+
+
+@needs_two
+def test_tensor_parallelism(folder: Path) -> None:
+    """Two GPUs that split every layer, in float32: as close to float64 on one as the unpatched model."""
+    split = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    (true,) = run([], "float64", folder / "tensor truth", ["stock"], "0", "tensor_ranks.py").values()
+    ours = run(split, "float32", folder / "tensor", list(tensor_ranks.CASES), "0,1", "tensor_ranks.py")
+    errors = {}
+    for name, found in ours.items():
+        for kind in ("gradients", "weights"):
+            names = list(true[kind])
+            difference = vector(found[kind], names) - vector(true[kind], names)
+            errors[name, kind] = float(difference.norm() / vector(true[kind], names).norm())
+    print({" ".join(key): f"{error:.1e}" for key, error in errors.items()}, flush=True)
+    for (name, kind), error in errors.items():
+        bound = 2 * errors["stock", kind]
+        if name == "answers see each other":
+            assert error > CONTROLS["no"] * bound, errors
+        else:
+            assert error <= bound, errors

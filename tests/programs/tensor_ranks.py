@@ -2,7 +2,9 @@
 
 Run by test_engines.py, in tests/programs:
 
-    torchrun --nproc_per_node 2 cpu_ranks.py tensor_ranks.py MODEL FOLDER CASE ...
+    torchrun --nproc_per_node 2 cpu_ranks.py tensor_ranks.py DTYPE MODEL FOLDER CASE ...
+
+and by gpu/test_two_gpus.py without cpu_ranks.py. On GPUs rows run on compiled kernels, unless in float64.
 """
 
 import os
@@ -23,6 +25,8 @@ import flexpatch
 from flexpatch import Tree, folding
 from programs.engine_ranks import PAIRS, RANK, RANKS, STEPS, _see_siblings
 
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if CUDA else torch.device("cpu")
 # Whether flexpatch is applied, and what it is given.
 CASES = {"stock": None, "batches": "batches", "rows": "rows", "answers see each other": "batches"}
 
@@ -36,10 +40,10 @@ def batch_logps(model: nn.Module, trees: list[Tree]) -> Tensor:
     """Sums of the answers' log-probs, from an ordinary padded batch: chosen and rejected of each pair in turn."""
     pairs = [(tree.ids, child.ids) for tree in trees for child in tree.children]
     length = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    ids, mask, answers = (torch.zeros(len(pairs), length, dtype=torch.long) for _ in range(3))
+    ids, mask, answers = (torch.zeros(len(pairs), length, dtype=torch.long, device=DEVICE) for _ in range(3))
     for i, (prompt, answer) in enumerate(pairs):
         tokens = [*prompt, *answer]
-        ids[i, : len(tokens)] = torch.tensor(tokens)
+        ids[i, : len(tokens)] = torch.tensor(tokens, device=DEVICE)
         mask[i, : len(tokens)] = 1
         answers[i, len(prompt) : len(tokens)] = 1
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
@@ -47,16 +51,17 @@ def batch_logps(model: nn.Module, trees: list[Tree]) -> Tensor:
     return (logps * answers[:, 1:]).sum(1)
 
 
-def train(name: str, folder: Path) -> dict[str, Any]:
+def train(name: str, folder: Path, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Losses and log-probs of all steps, gradients of the first, weights after the last."""
     set_seed(0)
     split = dict(tp_plan="auto") if RANKS > 1 else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **split).train()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **split).train()
+    model = model if RANKS > 1 else model.to(DEVICE)
     if RANKS > 1:
         assert any(isinstance(parameter, DTensor) for parameter in model.parameters()), "nothing is split"
     kind = CASES[name]
     if kind is not None:
-        flexpatch.apply(model, backend="dense")
+        flexpatch.apply(model, backend="dense" if dtype == torch.float64 else "auto")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-3)
     trees = [Tree.of(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows(PAIRS)]
     size = PAIRS // STEPS
@@ -64,7 +69,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     for step in range(STEPS):
         some = trees[step * size : (step + 1) * size]
         if kind == "rows":
-            logps = flexpatch.answer_logprobs(model, flexpatch.build_rows([some])).answers
+            logps = flexpatch.answer_logprobs(model, flexpatch.build_rows([some]).to(DEVICE)).answers
         else:
             logps = batch_logps(model, some)
         loss = flexpatch.dpo_loss(logps, torch.zeros_like(logps), beta=0.01).loss
@@ -81,17 +86,19 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     return result | {"weights": {key: whole(parameter) for key, parameter in model.named_parameters()}}
 
 
-def main(model: Path, folder: Path, names: list[str]) -> None:
+def main(dtype: torch.dtype, model: Path, folder: Path, names: list[str]) -> None:
     LlamaRotaryEmbedding.forward, LlamaRMSNorm.forward = float64_rope, float64_norm
     for name in names:
         see = {"fold_batch": _see_siblings} if "see" in name else {}
         with mock.patch.multiple(folding, **see) if see else mock.patch.dict(os.environ):
-            result = train(name, model)
+            result = train(name, model, dtype)
         if RANK == 0:
             torch.save(result, folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
     if RANKS > 1:
-        distributed.init_process_group("gloo")
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+        distributed.init_process_group("nccl" if CUDA else "gloo")
+    if CUDA:
+        torch.cuda.set_device(DEVICE)
+    main(getattr(torch, sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
