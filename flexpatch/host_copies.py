@@ -4,7 +4,7 @@ A tensor may carry its copy on the host: then nobody waits for the GPU to read i
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +16,16 @@ from flexpatch.masks import version
 COPY = "flexpatch_host_copy"
 
 
-class _Copy(NamedTuple):
-    tensor: Tensor
-    version: int
-
-
 def remember(tensor: Tensor, copy: Tensor) -> None:
     """Let a tensor on a device carry its copy on the host.
 
     Args:
-        tensor: Any tensor.
+        tensor: Any tensor. Its copy is forgotten when an operation writes to it, but not when somebody writes to
+            ``tensor.data`` or a collective of torch.distributed does: then call :func:`remember` again.
         copy: A CPU tensor of the same numbers, which nobody changes.
     """
-    setattr(tensor, COPY, _Copy(copy, version(tensor)))
+    if not tensor.is_inference():  # inference tensors do not count how often they were written to
+        setattr(tensor, COPY, (copy, version(tensor)))  # a plain tuple, which torch.load takes
 
 
 def recall(tensor: Tensor) -> np.ndarray | None:
@@ -40,10 +37,8 @@ def recall(tensor: Tensor) -> np.ndarray | None:
     Returns:
         Its host copy; ``None`` if there is none, or the tensor was written to since.
     """
-    copy = getattr(tensor, COPY, None)
-    if copy is None or copy.version != version(tensor):
-        return None
-    return copy.tensor.numpy()
+    copy, written = getattr(tensor, COPY, (None, 0))
+    return None if copy is None or written != version(tensor) else copy.numpy()
 
 
 def to_host(tensors: Sequence[Tensor | None], others: Sequence[Tensor] = ()) -> tuple[np.ndarray, Iterator[np.ndarray]]:

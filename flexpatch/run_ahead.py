@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
 from flexpatch.host_copies import remember
 
@@ -28,8 +28,7 @@ class RunsAhead(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._finite = False
-        self._filter = _Filter()
-        self.add_callback(self._filter)
+        self._passes_filter = False
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """Return the step's micro-batches on the device, whose ids the host still knows."""
@@ -40,14 +39,25 @@ class RunsAhead(Trainer):
         """Compute gradients, and spare the training loop its look at a loss that is known to be a number."""
         self._finite = False
         loss = super().training_step(*args, **kwargs)
-        if self._finite and self.args.logging_nan_inf_filter:
-            self._filter.off = True
+        if self._finite and self.args.logging_nan_inf_filter and self._makes_the_loss():
             self.args.logging_nan_inf_filter = False
+            self._passes_filter = True
         return loss
+
+    def floating_point_ops(self, inputs: Any) -> Any:
+        """Count operations as the trainer does. The loop asks for them right after its look at the loss."""
+        if self._passes_filter:
+            self.args.logging_nan_inf_filter = True
+            self._passes_filter = False
+        return super().floating_point_ops(inputs)
 
     def look_at(self, loss: Tensor) -> None:
         """Note whether a loss is a number, at a time when the GPU has just finished it: TRL took its metrics."""
         self._finite = bool(loss.detach().isfinite().all())
+
+    def _makes_the_loss(self) -> bool:
+        """Tell whether the loop gets the loss that was looked at, and not another of a class derived from this one."""
+        return all(method.__module__.startswith("flexpatch.") for method in (self.compute_loss, self.training_step))
 
 
 class ReferenceFirst(Trainer):
@@ -55,47 +65,33 @@ class ReferenceFirst(Trainer):
 
     TRL computes them behind the policy's, after it has waited for these. Before them the host prepares the reference
     while the GPU still works on the step before. TRL reads them as it reads those that were computed before training.
-
-    The first batch runs in TRL's order: FSDP2 settles at a model's first forward in which dtypes it reduces gradients,
-    by the parameters that are trained, and in the reference's forward adapters are not.
     """
-
-    _began = False
 
     def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the stock trainer's loss."""
         compute: Any = super().compute_loss  # type: ignore[safe-super]
-        began, self._began = self._began, True
-        if not (began and self.model.training and self._precedes()):
+        if not (self.model.training and self._precedes()):
             return compute(model, inputs, *args, **kwargs)
         chosen, rejected = self.compute_ref_log_probs(self.ref_model, inputs)
+        inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         self.precompute_ref_logps = True  # for this batch
         try:
-            return compute(
-                model, {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}, *args, **kwargs
-            )
+            return compute(model, inputs, *args, **kwargs)
         finally:
             self.precompute_ref_logps = False
 
     def _precedes(self: Any) -> bool:
-        """Tell whether TRL's method for it takes a model, and no loss of Liger's reads the reference itself."""
-        if self.precompute_ref_logps or self.ref_model is None or self.args.use_liger_kernel:
+        """Tell whether the order makes no difference to anybody, and TRL has a method for the reference.
+
+        FSDP settles by the first forward which weights are trained, and gathers them in the policy's: the adapters that
+        peft switches off and on must be the gathered ones. DeepSpeed's ZeRO-3 keeps a trace of forwards. A loss of
+        Liger's reads the reference itself. Before TRL 1.9 the method takes no model.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.use_liger_kernel:
             return False
-        return "model" in signature(self.compute_ref_log_probs).parameters  # since TRL 1.9
-
-
-class _Filter(TrainerCallback):
-    """Switches the filter of logged losses on again, which the loop has passed by when it calls this."""
-
-    def __init__(self) -> None:
-        self.off = False
-
-    def on_substep_end(self, args: Any, *_: Any, **__: Any) -> None:
-        if self.off:
-            args.logging_nan_inf_filter = True
-        self.off = False
-
-    on_step_end = on_substep_end
+        if self.precompute_ref_logps or self.ref_model is None:
+            return False
+        return "model" in signature(self.compute_ref_log_probs).parameters
 
 
 def prepare(accelerator: Accelerator, loader: DataLoader) -> DataLoader:
@@ -106,9 +102,9 @@ def prepare(accelerator: Accelerator, loader: DataLoader) -> DataLoader:
         loader: Its batches are on the host.
 
     Returns:
-        The loader, for all ranks. DeepSpeed's own copies its batches itself.
+        The loader, for all ranks. One whose first rank hands out batches, and DeepSpeed's, copy them themselves.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED or accelerator.dispatch_batches:
         return accelerator.prepare(loader)
     return accelerator.prepare_data_loader(loader, device_placement=False)
 
@@ -127,6 +123,6 @@ def move(batch: Any, device: torch.device) -> Any:
         return batch
     moved = send_to_device(batch, device, non_blocking=device.type == "cuda")
     for name, tensor in batch.items():
-        if isinstance(tensor, Tensor) and not tensor.is_floating_point() and tensor.device.type == "cpu":
+        if isinstance(tensor, Tensor) and tensor.ndim == 2 and not tensor.is_floating_point() and tensor.is_cpu:
             remember(moved[name], tensor)
     return moved

@@ -73,7 +73,7 @@ PUBLIC = {
     },
     "parity": {"__version__"},
     "row_calls": {"__version__"},
-    "run_ahead": {"Trainer", "TrainerCallback"},
+    "run_ahead": {"Trainer"},
     "trl": {"Trainer"},
     "verify": {"utils"},
 }  # fmt: skip

@@ -13,24 +13,25 @@ from helpers.trl_runs import Packed, rows, train
 from parameterized import parameterized
 from peft import LoraConfig
 from torch import Tensor
-from transformers import LlamaModel
+from transformers import TrainerCallback
 from trl import DPOTrainer
 
 import flexpatch
 from flexpatch import run_ahead
-from flexpatch.adapters_off import WithoutAdapters
 from flexpatch.host_copies import recall, remember, to_host
 from flexpatch.models import tiny_model
-from flexpatch.run_ahead import RunsAhead, move
+from flexpatch.run_ahead import move
 
 BATCH = torch.tensor([[3, 4, 5, 6, 7, 0], [3, 4, 5, 6, 8, 9], [3, 4, 5, 6, 2, 1]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 
 
-def trained(folder: Path, kind: type = Packed, adapters: bool = True, **settings: Any) -> tuple[list[float], Tensor]:
+def trained(
+    folder: Path, kind: type = Packed, adapters: bool = True, callbacks: Any = None, **settings: Any
+) -> tuple[list[float], Tensor]:
     """Train for a few steps: the losses that are logged, and the weights that were trained."""
     torch.manual_seed(0)
-    given: dict[str, Any] = dict(optimizers=(None, None), token_budget=300)
+    given: dict[str, Any] = dict(optimizers=(None, None), token_budget=300, callbacks=callbacks)
     if adapters:
         given |= dict(ref_model=None, peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     settings = dict(num_train_epochs=2, gradient_accumulation_steps=2, optim="sgd") | settings
@@ -56,25 +57,26 @@ def test_the_reference_first(_: str, adapters: bool, checkpoints: bool) -> None:
         assert trained(Path(folder), **given)[0] != losses
 
 
-def test_the_policy_runs_first_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine may settle by a model's first forward what is trained: then not without adapters."""
-    order: list[str] = []
+@parameterized.expand([("is_fsdp_enabled",), ("is_deepspeed_enabled",)])
+def test_engines_that_shard_keep_trl_s_order(engine: str) -> None:
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        compute, build, calls = Packed.compute_ref_log_probs, DPOTrainer.create_optimizer, []
 
-    def note(kind: Any, method: str, name: str) -> None:
-        stock = getattr(kind, method)
+        def counted(*given: Any) -> Any:
+            calls.append(None)
+            return compute(*given)
 
-        def noted(*args: Any, **kwargs: Any) -> Any:
-            order.append(name)
-            return stock(*args, **kwargs)
+        def under_the_engine(self: Any) -> Any:
+            setattr(self, engine, True)
+            return build(self)
 
-        monkeypatch.setattr(kind, method, noted)
-
-    note(WithoutAdapters, "__call__", "reference")
-    note(RunsAhead, "look_at", "loss")
-    note(LlamaModel, "forward", "run")
-    trained(tmp_path, max_steps=2)
-    assert order[:4] == ["run", "reference", "run", "loss"]
-    assert order[4:] == ["reference", "run", "run", "loss"] * 3
+        patch.setattr(Packed, "compute_ref_log_probs", wraps(compute)(counted))
+        trained(Path(folder), max_steps=1)
+        assert calls
+        calls.clear()
+        patch.setattr(Packed, "create_optimizer", under_the_engine)
+        trained(Path(folder), max_steps=1)
+        assert not calls
 
 
 def test_evaluation_computes_the_reference_as_trl_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +105,35 @@ def test_a_loss_that_is_no_number_is_filtered(tmp_path: Path, monkeypatch: pytes
     assert losses == looked and torch.equal(weights, their_weights)
 
 
+def test_callbacks_see_the_filter_as_it_was_given(tmp_path: Path) -> None:
+    seen = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
+            seen.append(args.logging_nan_inf_filter)
+
+        on_pre_optimizer_step = on_substep_end = on_step_end
+
+    trained(tmp_path, callbacks=[Look()])
+    assert len(seen) > 5 and all(seen)
+
+
+def test_a_derived_class_with_another_loss_is_looked_at(tmp_path: Path) -> None:
+    class Derived(Packed):
+        calls = 0
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return super().compute_loss(*args, **kwargs) + (math.nan if self.calls == 3 else 0.0)
+
+    losses, _ = trained(tmp_path, Derived)
+    assert len(losses) > 3 and all(map(math.isfinite, losses))
+
+
+def test_batches_that_the_first_rank_hands_out(tmp_path: Path) -> None:
+    assert trained(tmp_path, accelerator_config=dict(dispatch_batches=True))[0] == trained(tmp_path)[0]
+
+
 def test_host_copies() -> None:
     ids, mask = BATCH.clone(), MASK.clone()
     expected = to_host([ids, mask, None])[0]
@@ -125,6 +156,15 @@ def test_a_batch_that_moves_leaves_its_ids_with_the_host() -> None:
     assert moved["input_ids"].device.type == "meta" and moved["names"] == ["a", "b", "c"]
     assert np.array_equal(to_host([moved["input_ids"], moved["attention_mask"]])[0], np.stack([BATCH, MASK]))
     assert recall(moved["scores"]) is None
+    with torch.inference_mode():
+        assert recall(move(batch, torch.device("meta"))["input_ids"]) is None
+
+
+def test_a_batch_that_is_saved_loads(tmp_path: Path) -> None:
+    ids = BATCH.clone()
+    remember(ids, BATCH)
+    torch.save(ids, tmp_path / "ids.pt")
+    assert torch.equal(torch.load(tmp_path / "ids.pt"), BATCH)
 
 
 def test_a_fold_reads_the_host_copies() -> None:
