@@ -38,7 +38,7 @@ def verify(folder: Path, model_type: str = "nanochat") -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize("model_type", ["nanochat", "ema_llama"])
+@pytest.mark.parametrize("model_type", ["nanochat", pytest.param("ema_llama", marks=pytest.mark.slow)])
 def test_the_example_package_is_found_and_verified(model_type: str, installed: Path) -> None:
     found = verify(installed, model_type)
     assert found.returncode == 0, found.stdout + found.stderr
