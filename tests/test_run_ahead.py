@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.needs import needs
 from helpers.trl_runs import Packed, rows, train
 from parameterized import parameterized
 from peft import LoraConfig
@@ -23,6 +24,7 @@ from flexpatch.models import tiny_model
 from flexpatch.run_ahead import move
 
 BATCH = torch.tensor([[3, 4, 5, 6, 7, 0], [3, 4, 5, 6, 8, 9], [3, 4, 5, 6, 2, 1]])
+needs_method = needs("trl", "1.9", "the method for the reference's log-probs takes no model before")
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 
 
@@ -42,6 +44,7 @@ def trained(
 
 
 @parameterized.expand([("adapters", True, False), ("checkpointing", True, True), ("second model", False, True)])
+@needs_method
 def test_the_reference_first(_: str, adapters: bool, checkpoints: bool) -> None:
     """As TRL computes it, behind the policy. A reference of other numbers shows in the loss."""
     given: dict[str, Any] = dict(adapters=adapters, gradient_checkpointing=checkpoints, loss_type=["sigmoid", "ipo"])
@@ -58,6 +61,7 @@ def test_the_reference_first(_: str, adapters: bool, checkpoints: bool) -> None:
 
 
 @parameterized.expand([("is_fsdp_enabled",), ("is_deepspeed_enabled",)])
+@needs_method
 def test_engines_that_shard_keep_trl_s_order(engine: str) -> None:
     with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
         compute, build, calls = Packed.compute_ref_log_probs, DPOTrainer.create_optimizer, []
