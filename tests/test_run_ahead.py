@@ -23,8 +23,8 @@ from flexpatch.host_copies import recall, remember, to_host
 from flexpatch.models import tiny_model
 from flexpatch.run_ahead import move
 
-BATCH = torch.tensor([[3, 4, 5, 6, 7, 0], [3, 4, 5, 6, 8, 9], [3, 4, 5, 6, 2, 1]])
 needs_method = needs("trl", "1.9", "the method for the reference's log-probs takes no model before")
+BATCH = torch.tensor([[3, 4, 5, 6, 7, 0], [3, 4, 5, 6, 8, 9], [3, 4, 5, 6, 2, 1]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
 
 
