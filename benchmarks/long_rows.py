@@ -58,9 +58,9 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import flexpatch
-from flexpatch import selective
 from flexpatch.masks import BLOCK, block_mask
 from flexpatch.rows import Rows, build_rows
+from flexpatch.selective import way_of
 from flexpatch.tree import Tree
 from flexpatch.verification import FACTOR
 
@@ -224,7 +224,7 @@ def first_steps(job: Job, step: Any) -> None:
 
 def time_step(job: Job, step: Any, options: argparse.Namespace) -> dict[str, Any]:
     layers, seen = job.causal.model.layers, []
-    counting = layers[0].register_forward_pre_hook(lambda *_: seen.append(Counter(map(keeps, layers))))
+    counting = layers[0].register_forward_pre_hook(lambda *_: seen.append(Counter(map(way_of, layers))))
     try:
         first = timed(step, options.device, 1)[0][0]
         seen.clear()
@@ -239,14 +239,6 @@ def time_step(job: Job, step: Any, options: argparse.Namespace) -> dict[str, Any
     )
     kept = min(seen, key=lambda counts: counts["nothing"])  # the reference's forward keeps nothing
     return dict(seconds=seconds, first=first, peak_gb=peak, reserved_gb=reserved, layers_keep=kept)
-
-
-def keeps(layer: Any) -> str:
-    """Tell what a layer keeps in the forward that runs."""
-    if not layer.gradient_checkpointing:
-        return "everything"
-    made = layer._gradient_checkpointing_func.keywords.get("context_fn")
-    return {selective.contexts: "products", selective.attention_contexts: "attention"}.get(made, "nothing")
 
 
 def useful_flops(job: Job, rows: Rows) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trainers import SHAPES, conditions_of, measure
+from trainers import SHAPES, conditions_of, measure, settings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -84,8 +84,7 @@ def work(options: argparse.Namespace) -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     lengths = json.loads(options.lengths.read_text())
     options.bins *= RANKS
-    fixed = dict(full=False, lora="all-linear", quick=False, precompute=False, pairs=1, gb=None)
-    settings = argparse.Namespace(**vars(options) | fixed)
+    settings = settings_of(options)
     records = {name: measure(settings, "packed", lengths[name], 1) for name in options.sets}
     if RANK == 0:
         found = dict(ranks=RANKS, conditions=conditions_of(settings), sets=records)

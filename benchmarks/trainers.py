@@ -513,6 +513,12 @@ def measure(
     )
 
 
+def settings_of(options: argparse.Namespace, pairs: int = 1) -> argparse.Namespace:
+    """Add to another script's options what :func:`measure` asks for: LoRA on all linear layers, all of the memory."""
+    fixed = dict(full=False, lora="all-linear", quick=False, precompute=False, gb=None)
+    return argparse.Namespace(**vars(options) | fixed, pairs=pairs)
+
+
 def adapters_or_reference(options: argparse.Namespace, mode: str, attention: str) -> dict[str, Any]:
     """Make the arguments of a trainer for LoRA, or for all weights and a second model as the reference."""
     if not options.full:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import DeviceType
 from train import by_class
-from trainers import MODES, PRECOMPUTED, SHAPES, conditions_of, mark_of, measure, seconds_between
+from trainers import MODES, PRECOMPUTED, SHAPES, conditions_of, mark_of, measure, seconds_between, settings_of
 from transformers import TrainerCallback
 
 Stack = tuple[str, ...]  # frames as module:function:line, callers first
@@ -113,8 +113,7 @@ def main() -> None:
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
     """Watch a step of every set and mode, and write waits.json after each."""
-    fixed = dict(full=False, lora="all-linear", quick=False, precompute=False, pairs=3 * options.batch_size, gb=None)
-    settings = argparse.Namespace(**vars(options), **fixed)
+    settings = settings_of(options, pairs=3 * options.batch_size)
     lengths = json.loads(options.lengths.read_text())
     words = ["LENGTHS.json" if word == str(options.lengths) else word for word in sys.argv[1:]]
     command = shlex.join(["python", "benchmarks/waits.py", *words]).split(" --output")[0]

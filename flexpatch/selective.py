@@ -100,6 +100,21 @@ def keep_nothing(layer: Any) -> None:
     layer._gradient_checkpointing_func = getattr(now, "before", now)
 
 
+def way_of(layer: Any) -> str:
+    """Tell what a layer keeps of the call that runs.
+
+    Args:
+        layer: A layer that may be checkpointed, by torch's own function.
+
+    Returns:
+        A name of ``flexpatch.keeping.WAYS``, or ``"nothing"`` if it is recomputed wholly.
+    """
+    if not layer.gradient_checkpointing:
+        return "everything"
+    made = layer._gradient_checkpointing_func.keywords.get("context_fn")
+    return {contexts: "products", attention_contexts: "attention"}.get(made, "nothing")
+
+
 def watch_products(layer: nn.Module, note: Callable[[bool], Any]) -> None:
     """Let a checkpointed layer tell whether its products may be kept; undo it with :func:`keep_nothing`.
 

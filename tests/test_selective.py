@@ -23,7 +23,7 @@ from flexpatch.internals import layers_of
 from flexpatch.keeping import Choice, choose, mixture
 from flexpatch.meters import Memory
 from flexpatch.models import tiny_model
-from flexpatch.selective import attention_contexts, can_keep_products, contexts
+from flexpatch.selective import attention_contexts, can_keep_products, contexts, way_of
 
 TERMS = 16  # of a tiny model's products, at least
 PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -210,9 +210,12 @@ def test_products_are_kept_and_nothing_else(compiles: bool) -> None:
 def way(layer: Any) -> str:
     """Tell by K, p, a or w what a layer keeps in the call that runs, from everything to nothing; t: it is tried."""
     if layer.gradient_checkpointing is KEPT:
+        assert way_of(layer) == "everything"
         return "K"
     made = layer._gradient_checkpointing_func.keywords.get("context_fn")
-    return {None: "w", contexts: "p", attention_contexts: "a"}.get(made, "t")
+    found = {None: "w", contexts: "p", attention_contexts: "a"}.get(made, "t")
+    assert way_of(layer) == dict(p="products", a="attention").get(found, "nothing")
+    return found
 
 
 def device(limit: float) -> Any:

@@ -4,7 +4,6 @@ chunks; and Liger's kernels, whichever is applied first."""
 import copy
 import gc
 from collections import Counter
-from typing import Any
 
 import peft
 import pytest
@@ -20,7 +19,7 @@ from flexpatch.masks import bucket
 from flexpatch.models import tiny_model
 from flexpatch.parity import check_parity
 from flexpatch.rows import Rows, build_rows
-from flexpatch.selective import attention_contexts, contexts
+from flexpatch.selective import way_of
 from flexpatch.tree import Tree
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
@@ -109,14 +108,6 @@ def test_a_chunk_of_logits_is_all_that_is_held() -> None:
             assert (token_logprobs(head, hidden[:500], targets[:500]) - true).abs().max() < 1e-5
 
 
-def kept(layer: Any) -> str:
-    """Tell what a checkpointed layer keeps in the call that runs."""
-    if not layer.gradient_checkpointing:
-        return "everything"
-    made = layer._gradient_checkpointing_func.keywords.get("context_fn")
-    return {contexts: "products", attention_contexts: "attention"}.get(made, "nothing")
-
-
 @parameterized.expand([(True, 0.5, "products"), (False, 0.5, "products"), (True, 0.2, "attention")])
 def test_as_little_is_computed_again_as_memory_allows(compiled: bool, share: float, way: str) -> None:
     """Under a memory limit that a share of activations fits: the peak comes near to it, and gradients stay."""
@@ -141,7 +132,7 @@ def test_as_little_is_computed_again_as_memory_allows(compiled: bool, share: flo
     peaks: list[int] = []
     keeps: list[Counter[str]] = []  # each time that the first layer runs: how many layers keep what
     layers = list(model.model.layers)
-    layers[0].register_forward_pre_hook(lambda *_: keeps.append(Counter(map(kept, layers))))
+    layers[0].register_forward_pre_hook(lambda *_: keeps.append(Counter(map(way_of, layers))))
 
     def steps() -> tuple[Tensor, Tensor]:
         flexpatch.apply(model, compile=compiled, recompute_layers="auto")
