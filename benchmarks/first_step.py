@@ -119,9 +119,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     met: set[int] = set()
 
     def packed() -> Any:
-        size = options.tokens
+        size = options.tokens - generator.randrange(options.tokens // 32)
         chosen = [[size - 2 * (size // 8), size // 8, size // 8]] if case.get("document") else lengths
-        pairs = draw_pairs(chosen, size - generator.randrange(size // 32), vocabulary)
+        pairs = draw_pairs(chosen, size, vocabulary)
         rows = build_rows([[Tree.of(*pair) for pair in pairs]]).to(options.device)
         met.add(bucket(rows.input_ids.shape[1]))
         return flexpatch.answer_logprobs(model, rows).answers.sum()

@@ -11,7 +11,7 @@ unpatched, right-padded, on sdpa, with the same checkpointing, in micro-batches 
 one pair if it has more; its logits are of answers alone. *Triton* is backend="flex", where auto takes FlashAttention-4.
 *Auto* is recompute_layers="auto" after two optimizer steps and what it measures after them, *triton auto* the same on
 backend="flex". Every step is run twice, and the second run counts. With --gb torch may take no more memory than a card
-of that size has.
+of that size has; with --once a step is run once, to see whether it fits, and its time is not shown.
 
 Checks come first, for every length of --checks (of --rows, unless given), with layers of the same width. The block mask
 must be the rule in int64 for every pair of tokens. Log-probs and gradients of the long document may be at most twice as
@@ -125,6 +125,7 @@ def read_options() -> argparse.Namespace:
     add("--settings", nargs="+", choices=settings, default=list(settings))
     add("--checks", type=int, nargs="*", help="tokens of rows that are checked (all of --rows)")
     add("--gb", type=float, help="memory of a smaller card, which must suffice")
+    add("--once", action="store_true", help="run each step once, for its memory alone")
     add("--backend", default="auto", help="backend of shared rows, for flexpatch.apply (%(default)s)")
     add("--compile", action="store_true", help="compile the layers of shared rows")
     add("--tokens", type=int, default=16384, help="padded tokens of a stock micro-batch, at most (%(default)s)")
@@ -203,7 +204,8 @@ def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> 
         record |= time_step(job, step, options) | {
             "tokens_computed": sum(rows.input_ids.numel() for rows, _ in batches)
         }
-        record["useful_tflops"] = useful_flops(job, case.rows) / record["seconds"] / 1e12
+        if not options.once:
+            record["useful_tflops"] = useful_flops(job, case.rows) / record["seconds"] / 1e12
     except torch.OutOfMemoryError:
         record["error"] = OUT_OF_MEMORY
     job.causal.zero_grad(set_to_none=True)
@@ -225,12 +227,13 @@ def first_steps(job: Job, step: Any) -> None:
 def time_step(job: Job, step: Any, options: argparse.Namespace) -> dict[str, Any]:
     layers, seen = job.causal.model.layers, []
     counting = layers[0].register_forward_pre_hook(lambda *_: seen.append(Counter(map(way_of, layers))))
+    times: list[float] = []
     try:
-        first = timed(step, options.device, 1)[0][0]
-        seen.clear()
-        if options.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = timed(step, options.device, 1)[0][0]
+        for _ in range(1 if options.once else 2):
+            seen.clear()
+            if options.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            times += timed(step, options.device, 1)[0]
     finally:
         counting.remove()
     cuda = options.device == "cuda"
@@ -238,7 +241,8 @@ def time_step(job: Job, step: Any, options: argparse.Namespace) -> dict[str, Any
         of() / 1e9 if cuda else None for of in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
     )
     kept = min(seen, key=lambda counts: counts["nothing"])  # the reference's forward keeps nothing
-    return dict(seconds=seconds, first=first, peak_gb=peak, reserved_gb=reserved, layers_keep=kept)
+    seconds = None if options.once else times[-1]
+    return dict(seconds=seconds, first=times[0], peak_gb=peak, reserved_gb=reserved, layers_keep=kept)
 
 
 def useful_flops(job: Job, rows: Rows) -> float:
@@ -414,15 +418,18 @@ CAPTION = (
 def numbers(step: dict[str, Any], stock: dict[str, Any], rate: float) -> list[str]:
     if "seconds" not in step:
         return [step["error"], *["–"] * 5]
-    ours = step is not stock and "seconds" in stock
+    ours = step is not stock and bool(stock.get("seconds"))
     kept = [str(step["layers_keep"].get(way, 0)) for way in ("everything", "products", "attention")]
+    choice = ", ".join(kept) if step["setting"].endswith("auto") else "–"
+    if step["seconds"] is None:
+        return [*["–"] * 4, gigabytes(step), choice]
     return [
         f"{step['seconds']:.1f}",
         f"**{stock['seconds'] / step['seconds']:.2f}×**" if ours else "–",
         f"{step['tokens'] / step['seconds']:,.0f}",
         f"{step['useful_tflops']:.3g} ({step['useful_tflops'] / rate:.0%})",
         gigabytes(step),
-        ", ".join(kept) if step["setting"].endswith("auto") else "–",
+        choice,
     ]
 
 

@@ -10,6 +10,9 @@ then on --ranks under each engine, as accelerate launches it with the files of e
 it: ranks wait for each other in every step. A GPU's share is the pairs a second of all ranks, over as many times those
 of one alone.
 
+With --watch a step of another training in the same process is watched on the first rank, as benchmarks/waits.py does:
+kernels by class, the time in which NCCL's run alone (they also wait for other ranks), and the time without any.
+
 Prints a table, and writes scaling.json and table.md to --output.
 """
 
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 from trainers import SHAPES, conditions_of, measure, settings_of
+from waits import Waits
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -41,6 +45,7 @@ def main() -> None:
     add("--shape", choices=SHAPES, default="Mistral-7B")
     add("--bins", type=int, default=4, help="packed batches of each rank an epoch (%(default)s)")
     add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
+    add("--watch", nargs="*", default=[], metavar="SET", help="sets whose steps are watched")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/scaling"))
@@ -86,6 +91,10 @@ def work(options: argparse.Namespace) -> None:
     options.bins *= RANKS
     settings = settings_of(options)
     records = {name: measure(settings, "packed", lengths[name], 1) for name in options.sets}
+    for name in options.watch:
+        waits = Waits(0.3, options.device)
+        measure(settings, "packed", lengths[name], 1, callbacks=[waits] if RANK == 0 else [])
+        records[name] |= waits.found
     if RANK == 0:
         found = dict(ranks=RANKS, conditions=conditions_of(settings), sets=records)
         file_of(options, options.worker).write_text(json.dumps(found, indent=1))
@@ -110,12 +119,30 @@ def table(options: argparse.Namespace) -> str:
             cells += ["" if engine == ALONE else f"**{share:.2f}**"]
             cells += ["–" if record["peak_gb"] is None else f"{record['peak_gb']:.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += watched(results, options.watch)
     text = (
         f"PackedDPOTrainer, LoRA on all linear layers, {options.bins} rows of {options.budget:,} tokens an epoch on "
         f'each rank, compiled layers, recompute_layers="auto"; the median step of a warm epoch. '
         f"Conditions: {results[ALONE]['conditions']}. `python benchmarks/scaling.py LENGTHS.json`"
     )
     return "\n".join([*lines, "", text]) + "\n"
+
+
+def watched(results: dict[str, Any], names: list[str]) -> list[str]:
+    """Write where watched steps go."""
+    if not names:
+        return []
+    kinds = dict.fromkeys(
+        kind for found in results.values() for name in names for kind in found["sets"][name]["kernels"]
+    )
+    lines = ["", f"| ms of a step | | {' | '.join(kinds)} | GPU idle | all |", "|---" * (len(kinds) + 4) + "|"]
+    for name in names:
+        for engine, found in results.items():
+            record = found["sets"][name]
+            cells = [f"{record['kernels'].get(kind, 0):.0f}" for kind in kinds]
+            cells += [f"{record['idle_ms']:.0f}", f"{record['watched_ms']:.0f}"]
+            lines.append(f"| {name} | {TITLES[engine]} | {' | '.join(cells)} |")
+    return lines
 
 
 if __name__ == "__main__":

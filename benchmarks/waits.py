@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ GROUPS = {
     "flexpatch's hooks": ("flexpatch.forward:",),
 }
 REST = "rest"
+ALONE = "NCCL alone"  # a class of kernels: no other runs meanwhile
 ROOT = "transformers.trainer:_run_epoch:"
 # Frames that hand a call on.
 PASSING = (
@@ -193,14 +194,13 @@ class Waits(TrainerCallback):
         begin = end - int(1e9 * seconds_between(self.mark, mark))
         events = [e for e in self.profile.profiler.kineto_results.events() if e.device_type().name == "CUDA"]
         events = [e for e in events if e.start_ns() >= begin and not e.is_user_annotation()]
-        kernels = by_class(Kernel(e.name(), e.duration_ns() / 1e3) for e in events)
+        own = [e for e in events if not e.name().startswith("nccl")]
+        kernels = by_class(Kernel(e.name(), e.duration_ns() / 1e3) for e in own)
+        if len(own) < len(events):
+            without = sum(stop - start for start, stop in gaps_between(own, begin, end))
+            kernels[ALONE] = (without - sum(stop - start for start, stop in gaps_between(events, begin, end))) / 1e6
         self.profile = None
-        busy = sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in events)
-        gaps, last = [], begin
-        for start, stop in [*busy, (end, end)]:
-            if start - last > self.least:
-                gaps.append((last, start))
-            last = max(last, stop)
+        gaps = [(start, stop) for start, stop in gaps_between(events, begin, end) if stop - start > self.least]
         idle = [stack for now, stack in self.notes if any(start <= now < stop for start, stop in gaps)]
         idle_ms = sum(stop - start for start, stop in gaps) / 1e6
         counts = Counter(map(shortened, idle)).most_common()
@@ -208,6 +208,16 @@ class Waits(TrainerCallback):
             watched_ms=(end - begin) / 1e6, kernels=kernels, idle_ms=idle_ms, gaps=len(gaps), notes=len(idle),
             stacks=[[count * idle_ms / len(idle), stack] for stack, count in counts],
         )  # fmt: skip
+
+
+def gaps_between(events: Iterable[Any], begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the times without a kernel."""
+    last = begin
+    for start, stop in sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events):
+        if start > last:
+            yield last, start
+        last = max(last, stop)
+    yield last, end
 
 
 def shortened(stack: Stack) -> Stack:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
@@ -67,11 +68,22 @@ class ReferenceFirst(Trainer):
     while the GPU still works on the step before. TRL reads them as it reads those that were computed before training.
     """
 
+    _may_precede: bool | None = None  # under FSDP, known behind the policy's first forward
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Make the loader that a training starts with. Before it, an engine may have taken the model anew."""
+        self._may_precede = None
+        return super().get_train_dataloader()
+
     def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the stock trainer's loss."""
         compute: Any = super().compute_loss  # type: ignore[safe-super]
         if not (self.model.training and self._precedes()):
-            return compute(model, inputs, *args, **kwargs)
+            loss = compute(model, inputs, *args, **kwargs)
+            if self.model.training and self.is_fsdp_enabled and self._may_precede is None:
+                plugin = self.accelerator.state.fsdp_plugin
+                self._may_precede = plugin.reshard_after_forward is True and trains_in_layers(model)
+            return loss
         chosen, rejected = self.compute_ref_log_probs(self.ref_model, inputs)
         inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
         self.precompute_ref_logps = True  # for this batch
@@ -83,15 +95,32 @@ class ReferenceFirst(Trainer):
     def _precedes(self: Any) -> bool:
         """Tell whether the order makes no difference to anybody, and TRL has a method for the reference.
 
-        FSDP settles by the first forward which weights are trained, and gathers them in the policy's: the adapters that
-        peft switches off and on must be the gathered ones. DeepSpeed's ZeRO-3 keeps a trace of forwards. A loss of
-        Liger's reads the reference itself. Before TRL 1.9 the method takes no model.
+        FSDP2 settles by a model's first forward which weights are trained, and in which dtype: that must be the
+        policy's. DeepSpeed's ZeRO-3 keeps a trace of forwards. A loss of Liger's reads the reference itself. Before
+        TRL 1.9 the method takes no model.
         """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.use_liger_kernel:
+        if self.is_deepspeed_enabled or self.args.use_liger_kernel or (self.is_fsdp_enabled and not self._may_precede):
             return False
         if self.precompute_ref_logps or self.ref_model is None:
             return False
         return "model" in signature(self.compute_ref_log_probs).parameters
+
+
+def trains_in_layers(model: nn.Module) -> bool:
+    """Tell whether FSDP2 shards all trained weights in units below the model, which are whole in their forward alone.
+
+    The model's own unit stays whole behind its forward, and so do all without ``reshard_after_forward``. There peft,
+    which switched adapters off in the shards, would switch them on in the whole weights, and leave the shards frozen.
+
+    Args:
+        model: Of a trainer, prepared.
+
+    Returns:
+        ``False`` too if FSDP2 does not shard the model.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    inside = {id(parameter) for unit in units[1:] for parameter in unit.parameters()}  # the first is the model's own
+    return all(id(parameter) in inside for parameter in model.parameters() if parameter.requires_grad)
 
 
 def prepare(accelerator: Accelerator, loader: DataLoader) -> DataLoader:

@@ -45,11 +45,12 @@ def accelerate(config: str, ranks: int = 2) -> list[str]:
     return [*command, "--main_process_port", "0", "--num_processes", str(ranks)]
 
 
-def launch(engine: str, script: Path, *arguments: object, fails: bool = False) -> str:
-    """What a script prints (or its errors) under an engine, in the precision of its model."""
+def launch(engine: str, script: Path, *arguments: object, fails: bool = False, **options: object) -> str:
+    """What a script prints (or its errors) under an engine, in the precision of its model. Options: of the launcher."""
     device = dict(ACCELERATE_USE_CPU="true") if engine == "ddp" else dict(ACCELERATE_TORCH_DEVICE="cpu")
     program = [str(PROGRAMS / "cpu_ranks.py"), str(script), *map(str, arguments)]
-    command = [*accelerate(f"{engine}.yaml"), "--mixed_precision", "no", *program]
+    given = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [*accelerate(f"{engine}.yaml"), "--mixed_precision", "no", *given, *program]
     done = start_python(command, script.parent, device, fails=fails)
     return done.stderr if fails else done.stdout
 
@@ -113,13 +114,13 @@ def losses(output: str) -> list[float]:
     return [float(loss) for loss in line.split(", ")]
 
 
-def compare(engine: str, tmp_path: Path, names: list[str]) -> dict[str, float]:
+def compare(engine: str, tmp_path: Path, names: list[str], **options: object) -> dict[str, float]:
     """How far each case's weights are from one rank's, over what training changed there in float64."""
     truth, folder = tmp_path / "float64", tmp_path / engine
     save_model(truth, torch.float64)
     dtype = "float32" if engine == "zero3" else "float64"
     save_model(folder, getattr(torch, dtype))
-    launch(engine, PROGRAMS / "engine_ranks.py", dtype, folder, folder, *names)
+    launch(engine, PROGRAMS / "engine_ranks.py", dtype, folder, folder, *names, **options)
     trained: dict[str, tuple[Weights, Weights]] = {}
     errors = {}
     for name in names:
@@ -136,11 +137,11 @@ def compare(engine: str, tmp_path: Path, names: list[str]) -> dict[str, float]:
     return errors
 
 
-def check(engine: str, tmp_path: Path, names: list[str]) -> None:
+def check(engine: str, tmp_path: Path, names: list[str], **options: object) -> None:
     """In float64 within 1e-10; where a stock trainer itself, under the same engine, is further from one rank (TRL takes
     log-probs in float32, which other micro-batches round otherwise; ZeRO-3 is float32 throughout), twice as far."""
     yardsticks = [CASES[name].yardstick() for name in names]
-    errors = compare(engine, tmp_path, list(dict.fromkeys(yardsticks + names)))
+    errors = compare(engine, tmp_path, list(dict.fromkeys(yardsticks + names)), **options)
     for name, yardstick in zip(names, yardsticks, strict=True):
         bound = max(EXACT, 2 * errors[yardstick])
         assert errors[yardstick] < 1e-4, f"{yardstick} is {errors[yardstick]} off by itself"
@@ -258,6 +259,13 @@ def test_tensor_parallelism(tmp_path: Path) -> None:
             assert min(errors.values()) > CONTROL * EXACT, errors
         else:
             assert max(errors.values()) < EXACT, (name, errors)
+
+
+@needs_engines
+@pytest.mark.slow
+def test_layers_that_stay_whole_behind_their_forward(tmp_path: Path) -> None:
+    """FSDP2 leaves them so if asked. A second training still trains adapters that were switched off and on."""
+    check("fsdp2", tmp_path, ["packed, lora, twice"], fsdp_reshard_after_forward="false")
 
 
 @needs_engines

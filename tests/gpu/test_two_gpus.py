@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 NAMES = [
-    "one line", "one line, lora", "packed", "own rows", "recompute_layers=auto", "compile", "answers see each other"
+    "one line", "one line, lora", "packed", "packed, lora", "own rows", "recompute_layers=auto", "compile",
+    "answers see each other",
 ]  # fmt: skip
 # Twice the stock trainer's error, under the same engine and in the same precision, is allowed; a broken mask must be
 # this many times further off.

@@ -60,6 +60,7 @@ class Case:
         patched: Whether ``flexpatch.apply`` was called.
         options: Of ``flexpatch.apply``.
         settings: Of the trainer.
+        twice: Whether another training follows in the same process.
         model_type: Of the model that is trained.
         broken: What is wrong on the last rank: ``"siblings"``: answers see each other; ``"pairs"``: one pair stands for
             all of its own.
@@ -70,6 +71,7 @@ class Case:
     patched: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
+    twice: bool = False
     model_type: str = "llama"
     broken: str | None = None
 
@@ -87,7 +89,7 @@ class Case:
 
     def suffix(self) -> str:
         """What tells this training's truth from others of its kind."""
-        return f", {self.model_type}" * (self.model_type != "llama") + ", lora" * self.lora
+        return f", {self.model_type}" * (self.model_type != "llama") + ", lora" * self.lora + ", twice" * self.twice
 
 
 def hybrid_cases(kind: str) -> dict[str, Case]:
@@ -114,16 +116,20 @@ ACCUMULATION = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4
 CASES = {
     "stock": Case(patched=False),
     "stock, lora": Case(lora=True, patched=False),
+    "stock, lora, twice": Case(lora=True, patched=False, twice=True),
     "stock, accumulation": Case(patched=False, settings=ACCUMULATION),
     "stock, accumulation, lora": Case(lora=True, patched=False, settings=ACCUMULATION),
+    "stock, accumulation, lora, twice": Case(lora=True, patched=False, settings=ACCUMULATION, twice=True),
     "stock, epochs": Case("epochs", patched=False),
     "stock, epochs, lora": Case("epochs", lora=True, patched=False),
+    "stock, epochs, lora, twice": Case("epochs", lora=True, patched=False, twice=True),
     "padded loop": Case("loop", patched=False),
     "padded loop, lora": Case("loop", lora=True, patched=False),
     "one line": Case(),
     "one line, lora": Case(lora=True),
     "packed": Case("packed"),
     "packed, lora": Case("packed", lora=True),
+    "packed, lora, twice": Case("packed", lora=True, twice=True),
     "own rows": Case("loop"),
     "own rows, lora": Case("loop", lora=True),
     "recompute_layers=auto": Case(**AUTO),
@@ -192,9 +198,12 @@ def with_trainer(case: Case, folder: Path, dtype: torch.dtype) -> tuple[Weights,
         peft_config=LORA if case.lora else None, **budget,
     )  # fmt: skip
     before = whole(trainer.model.state_dict())
-    trainer.train()
+    for _ in range(1 + case.twice):
+        trainer.train()
     assert trainer.state.global_step == STEPS, trainer.state.global_step
     assert trainer.accelerator.num_processes == RANKS, trainer.accelerator.num_processes
+    if case.kind == "packed" and case.lora and trainer.is_fsdp_enabled:  # the reference came first, where it may
+        assert trainer._may_precede is trainer.accelerator.state.fsdp_plugin.reshard_after_forward
     if case.kind == "packed":
         assert len(trainer.bins) > 2 * RANKS, "a bin a step would need no weights"
     if case.patched:

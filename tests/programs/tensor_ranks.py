@@ -62,7 +62,8 @@ def train(name: str, folder: Path, dtype: torch.dtype = torch.float64) -> dict[s
     kind = CASES[name]
     if kind is not None:
         flexpatch.apply(model, backend="dense" if dtype == torch.float64 else "auto")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-3)
+    # On CUDA torch would update many weights in a call, and refuse split ones beside whole ones.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, eps=1e-3, foreach=False)
     trees = [Tree.of(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]) for row in rows(PAIRS)]
     size = PAIRS // STEPS
     result: dict[str, Any] = dict(losses=[], logps=[])
