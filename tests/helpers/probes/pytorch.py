@@ -113,6 +113,13 @@ def _recompiles_have_limits() -> bool:
     return isinstance(config.recompile_limit, int) and isinstance(config.accumulated_recompile_limit, int)
 
 
+@probe("torch", "torch._dynamo.config.optimize_ddp", "attention.many_recompiles", "to keep a layer's graph whole")
+def _graphs_are_split_by_buckets() -> bool:
+    from torch._dynamo import config
+
+    return config.optimize_ddp is True
+
+
 @probe("torch", "torch._dynamo.exc.TorchDynamoException", "compiled._forward", "to say why layers do not compile")
 def _errors_of_compiling_have_a_base() -> bool:
     from torch._dynamo import exc
