@@ -411,14 +411,12 @@ def counted(records: list[dict[str, Any]]) -> list[str]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    lines = (
-        counted(results["layer"])
-        if "; CPU," in results["conditions"]
-        else [
+    lines = counted(results["layer"]) if "; CPU," in results["conditions"] else []
+    if results["layer"] and not lines:
+        lines = [
             "| a layer | kept | kB a token | forward, ms | backward, ms | both, beyond everything kept |",
             "|---|---|---|---|---|---|",
         ]
-    )
     fastest: dict[str, float] = {}
     for record in results["layer"]:
         if "; CPU," in results["conditions"]:
@@ -434,8 +432,7 @@ def tables(results: dict[str, Any]) -> str:
         cells = f"{record['kb_a_token']:.1f} | {record['forward_ms']:.2f} | {record['backward_ms']:.2f} | {more}"
         lines.append(f"| {name} | {record['way']} | {cells} |")
     if results["model"]:
-        lines += [
-            "",
+        lines += [""] * bool(lines) + [
             "| a model | GB it may hold | recomputed | layers: everything, products, attention, nothing kept "
             "| step, ms | share of it in recomputation | peak GB |",
             "|---|---|---|---|---|---|---|",
