@@ -80,7 +80,10 @@ GLM5 = TINY | dict(
     hc_sinkhorn_iters=3,
     index_kpool=2,
 )
-VISION = dict(hidden_size=32, intermediate_size=32, depth=1, num_heads=2, image_size=28, patch_size=14)
+VISION = dict(
+    hidden_size=32, intermediate_size=32, depth=1, num_heads=2, image_size=28, patch_size=14, out_hidden_size=64,
+    projection_intermediate_size=32,
+)  # fmt: skip
 
 
 def flat(module: Any) -> Visible:

@@ -115,8 +115,9 @@ def many_recompiles() -> Any:
     Inside a forward of DDP torch would split each layer's graph by DDP's buckets, so that gradients of a part can be
     averaged while another part is computed. A layer alone is such a part: split, it has fewer fused kernels.
     """
-    limits = dict(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT)
-    return torch._dynamo.config.patch(**limits, optimize_ddp=False)
+    return torch._dynamo.config.patch(
+        recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT, optimize_ddp=False
+    )
 
 
 def _check_device(*tensors: Tensor) -> None:

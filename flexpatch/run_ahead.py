@@ -81,8 +81,9 @@ class ReferenceFirst(Trainer):
         if not (self.model.training and self._precedes()):
             loss = compute(model, inputs, *args, **kwargs)
             if self.model.training and self.is_fsdp_enabled and self._may_precede is None:
-                plugin = self.accelerator.state.fsdp_plugin
-                self._may_precede = plugin.reshard_after_forward is True and trains_in_layers(model)
+                plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+                again = getattr(plugin, "reshard_after_forward", False) is True
+                self._may_precede = again and trains_in_layers(model)
             return loss
         chosen, rejected = self.compute_ref_log_probs(self.ref_model, inputs)
         inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
