@@ -120,7 +120,8 @@ def layers_of(backbone: PreTrainedModel) -> list[GradientCheckpointingLayer]:
 
 def device_of(inner: PreTrainedModel) -> torch.device:
     """Return the device of the input embeddings, where token ids are expected."""
-    return inner.get_input_embeddings().weight.device
+    table = inner.get_input_embeddings()  # ZeRO-3 takes a weight that is read by its name for used, and gathers it
+    return next((p.device for p in table.parameters()), None) or table.weight.device
 
 
 def attention_dtype(inner: PreTrainedModel, device: torch.device) -> torch.dtype:
@@ -169,8 +170,7 @@ def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
         FlexpatchError: For a model without a head.
         UnsupportedModelError: If its logits are scaled or capped, and its adapter does not say how.
     """
-    inner = pretrained(model)
-    config = text_config(inner)
+    inner, config = pretrained(model), text_config(model)
     adapter, head = adapter_for(inner.config), inner.get_output_embeddings()
     transform = adapter.logit_transform(config)
     if head is None:

@@ -130,8 +130,8 @@ def token_logprobs(
     # equally often, and the hooks' bookkeeping expects one backward.
     whole = any(p.ndim == 2 for p in parameters)
     whole &= not any(isinstance(p, DTensor) or p.numel() == 0 for p in parameters)
-    weight = getattr(head, "weight", None)
-    if whole and weight is not None and weight.is_floating_point() and weight.dtype.itemsize < hidden_TD.dtype.itemsize:
+    weight = getattr(head, "weight", None) if whole else None  # DeepSpeed gathers one that is read
+    if weight is not None and weight.is_floating_point() and weight.dtype.itemsize < hidden_TD.dtype.itemsize:
         hidden_TD = hidden_TD.to(weight.dtype)  # as models do that keep their residuals in float32 (Mamba)
     logits = CHUNK_LOGITS_COMPILED if compiled else CHUNK_LOGITS
     size = chunk_tokens or max(1, logits // getattr(head, "out_features", 1 << 17))

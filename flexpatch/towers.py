@@ -60,6 +60,10 @@ class Tower(NamedTuple):
 def measured(model: PreTrainedModel) -> Tower | None:
     """Measure the vision tower of a model, or of a multimodal backbone.
 
+    No weight is read by its name (``layer.weight``): in a forward DeepSpeed's ZeRO-3 takes that for a use. It gathers
+    the weight at once, and from then on with the module whose forward it is, in backward too. Ranks must then all
+    measure, or none of them, but each asks when one of its own batches needs to know.
+
     Args:
         model: The model, its weights where they are or on no device.
 
@@ -72,23 +76,29 @@ def measured(model: PreTrainedModel) -> Tower | None:
     text = {id(m) for part in (decoder_of(model), model.get_output_embeddings()) if part for m in part.modules()}
     tower = [m for m in model.modules() if id(m) not in text]
     lists = [m for m in tower if isinstance(m, torch.nn.ModuleList)]
-    blocks = list(max(lists, key=lambda each: sum(p.numel() for p in each.parameters()), default=()))
+    blocks = list(max(lists, key=lambda each: sum(shape.numel() for shape in _shapes(each)), default=()))
     inside = {id(m) for block in blocks for m in block.modules()}
     linear = [m for m in tower if isinstance(m, torch.nn.Linear)]
+    convolutions = [m for m in tower if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))]
     others = [m for m in tower if not isinstance(m, torch.nn.Embedding) and id(m) not in inside]
     size = vision.patch_size
     window, side = getattr(vision, "window_size", 0) or 0, int(size[0] if isinstance(size, (list, tuple)) else size)
     return Tower(
         blocks=sum(m.in_features * m.out_features for m in linear if id(m) in inside),  # quantized weights are shorter
-        others=sum(p.numel() for m in others for p in m.parameters(recurse=False) if p.ndim == 2),
-        patch=sum(m.weight.numel() for m in tower if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d))),
+        others=sum(shape.numel() for m in others for shape in _shapes(m, recurse=False) if len(shape) == 2),
+        patch=sum(shape.numel() for m in convolutions for shape in _shapes(m, recurse=False) if len(shape) > 2),
         depth=len(blocks),
-        width=next((p.numel() for block in blocks for p in block.parameters() if p.ndim == 1), 0),
+        width=next((shape.numel() for block in blocks for shape in _shapes(block) if len(shape) == 1), 0),
         side=side,
         frames=getattr(vision, "temporal_patch_size", 1) or 1,
         window=(window // side) ** 2,
         full=len(getattr(vision, "fullatt_block_indexes", None) or blocks),
     )
+
+
+def _shapes(module: torch.nn.Module, *, recurse: bool = True) -> list[torch.Size]:
+    """List the shapes of a module's weights, whole where ZeRO-3 shows empty tensors in their places."""
+    return [getattr(parameter, "ds_shape", parameter.shape) for parameter in module.parameters(recurse)]
 
 
 # FLOPs of the tower for all images of a batch, or for some.

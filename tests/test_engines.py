@@ -177,7 +177,7 @@ PACKED = 1e-6
 PICTURED = dict(qwen2_5_vl="Qwen2.5-VL", gemma3="Gemma 3", llava="LLaVA")
 PICTURES = {
     "qwen2_5_vl": [f"qwen2_5_vl, {name}" for name in ("one line", "own rows", "taken as equal", "lora")],
-    "qwen2_5_vl, more": ["qwen2_5_vl, frozen tower", "qwen2_5_vl, as given on a rank"],
+    "qwen2_5_vl, more": [f"qwen2_5_vl, {name}" for name in ("frozen tower", "as given on a rank", "refused on a rank")],
     "recomputation": ["qwen2_5_vl, recompute layers", "qwen2_5_vl, recompute layers auto"],
     "compiled": ["qwen2_5_vl, compile", "gemma3, compile"],
     "others": [

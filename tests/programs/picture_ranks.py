@@ -56,7 +56,8 @@ class Case:
         lora: Adapters are trained, of text and tower.
         frozen: The tower is not trained.
         alone: Batches of the first rank alone have images.
-        given: Batches of the last rank run as they are given.
+        given: Why batches of the last rank run as they are given: ``"gains"``: folding would gain little;
+            ``"obstacle"``: they cannot be folded, which is found out before anything else.
         equal: The last rank takes images as equal: the control.
         options: Of ``flexpatch.apply``.
         settings: Of the trainer.
@@ -68,7 +69,7 @@ class Case:
     lora: bool = False
     frozen: bool = False
     alone: bool = False
-    given: bool = False
+    given: str = ""
     equal: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class Case:
     def stock(self) -> "Case":
         """The same training of the unpatched model."""
         trainer = "epochs" if self.trainer == "packed" else self.trainer
-        return replace(self, trainer=trainer, patched=False, given=False, equal=False, options={}, settings={})
+        return replace(self, trainer=trainer, patched=False, given="", equal=False, options={}, settings={})
 
 
 def cases_of(kind: str, **changes: Case) -> dict[str, Case]:
@@ -94,7 +95,8 @@ CASES = {
         lora=Case(lora=True),
         frozen_tower=Case(frozen=True),
         packed=Case(trainer="packed", lora=True),
-        as_given_on_a_rank=Case(given=True),
+        as_given_on_a_rank=Case(given="gains"),
+        refused_on_a_rank=Case(given="obstacle"),
         recompute_layers=Case(options=dict(recompute_layers=1), settings=CHECKPOINTS),
         recompute_layers_auto=Case(options=dict(recompute_layers="auto"), settings=REENTRANT),
         compile=Case(options=dict(backend="flex", compile=True)),
@@ -184,7 +186,7 @@ def with_trainer(case: Case, folder: Path, dtype: torch.dtype) -> tuple[list[flo
 
 def check_savings(case: Case, saved: Any) -> None:
     """Batches fold, and images run once, where they are to."""
-    as_given = case.given and LAST
+    as_given = case.given != "" and LAST
     assert saved.batches > 0 and saved.folded == (0 if as_given else saved.batches), saved
     if not as_given and not (case.alone and LAST and RANKS > 1):
         assert 0 < saved.images_run <= saved.images / 2, saved
@@ -211,7 +213,9 @@ def changed(case: Case) -> Iterator[None]:
         if case.equal and LAST:
             stack.enter_context(mock.patch("flexpatch.media.identities", all_equal))
         if case.given and LAST:
-            stack.enter_context(mock.patch("flexpatch.folding.gains", lambda *_: False))
+            answer = dict(gains=False, obstacle="nothing in their way")[case.given]
+            stack.enter_context(mock.patch(f"flexpatch.folding.{case.given}", lambda *_: answer))
+            stack.enter_context(mock.patch("flexpatch.folding.warn_as_given"))
         if "recompute_layers" in case.options and not torch.cuda.is_available():
             memory = partial(_memory, 1e12 if LAST else 0)
             recompute = partial(Recomputation, memory=memory)
