@@ -20,8 +20,8 @@ dpo       LoRA DPOTrainer, reference = adapter off. Stock runs --batch-sizes upw
 nothing   DPOTrainer on pairs that share nothing and need no padding: the cost of flexpatch where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
 grpo-trainer
-          A step of GRPOTrainer on such a group, whose completions are given instead of generated: stock at the fastest
-          of --groups (completions a micro-batch, gradient checkpointing), against one line.
+          A step of GRPOTrainer on such a group, whose completions are given instead of generated: stock and one line,
+          each at the fastest of --groups (completions a micro-batch, gradient checkpointing).
 padding-free
           The same sequences behind each other in one row, on --flash: stock by its varlen kernels, against one line.
 profile   Kernels of one step of every set, by class: stock at the first batch size, without checkpointing, and packed.
@@ -542,7 +542,7 @@ def full_rows(lengths: list[list[int]], options: argparse.Namespace) -> list[lis
 def grpo_trainer(options: argparse.Namespace, mode: str) -> dict[str, Any]:
     """Find the fastest of GRPOTrainer's settings for one group a step, and list all that were tried."""
     tried = []
-    for group in options.groups if mode == "stock" else options.groups[:1]:
+    for group in options.groups:
         size, _, recompute = group.partition(":")
         setting = dict(batch_size=int(size), recompute=recompute == "on", attention="sdpa")
         tried.append(attempt(lambda given=setting: grpo_steps(options, mode, given), setting))  # type: ignore[misc]
@@ -784,14 +784,14 @@ def grpo_table(results: dict[str, Any]) -> str:
 
 
 def grpo_trainer_text(results: dict[str, Any]) -> str:
-    tried = [
-        f"{of['batch_size']} a micro-batch, checkpointing {on(of['recompute'])}, {of['attention']}: "
-        + (f"{of['ms']:.0f} ms" if "ms" in of else str(of["failed"]))
-        for of in results["stock"]["tried"]
-    ]
-    text = f"A step of GRPOTrainer whose completions are given, stock: {'; '.join(tried)}."
-    if "one line" in results:
-        text += f" One line: {results['one line'].get('ms', math.nan):.0f} ms."
+    text = "A step of GRPOTrainer whose completions are given."
+    for mode, found in results.items():
+        tried = [
+            f"{of['batch_size']} a micro-batch, checkpointing {on(of['recompute'])}, {of['attention']}: "
+            + (f"{of['ms']:.0f} ms" if "ms" in of else str(of["failed"]))
+            for of in found["tried"]
+        ]
+        text += f" {mode.capitalize()}: {'; '.join(tried)}."
     return text
 
 
