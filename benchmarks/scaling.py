@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from trainers import SHAPES, conditions_of, measure, settings_of
-from waits import Waits
+from waits import LEAST_MS, Waits, cells_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -92,7 +92,7 @@ def work(options: argparse.Namespace) -> None:
     settings = settings_of(options)
     records = {name: measure(settings, "packed", lengths[name], 1) for name in options.sets}
     for name in options.watch:
-        waits = Waits(0.3, options.device)
+        waits = Waits(LEAST_MS, options.device)
         measure(settings, "packed", lengths[name], 1, callbacks=[waits] if RANK == 0 else [])
         records[name] |= waits.found
     if RANK == 0:
@@ -138,9 +138,7 @@ def watched(results: dict[str, Any], names: list[str]) -> list[str]:
     lines = ["", f"| ms of a step | | {' | '.join(kinds)} | GPU idle | all |", "|---" * (len(kinds) + 4) + "|"]
     for name in names:
         for engine, found in results.items():
-            record = found["sets"][name]
-            cells = [f"{record['kernels'].get(kind, 0):.0f}" for kind in kinds]
-            cells += [f"{record['idle_ms']:.0f}", f"{record['watched_ms']:.0f}"]
+            cells = cells_of(found["sets"][name], kinds)
             lines.append(f"| {name} | {TITLES[engine]} | {' | '.join(cells)} |")
     return lines
 

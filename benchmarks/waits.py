@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +58,8 @@ GROUPS = {
     "flexpatch's hooks": ("flexpatch.forward:",),
 }
 REST = "rest"
-ALONE = "NCCL alone"  # a class of kernels: no other runs meanwhile
+LEAST_MS = 0.3  # a shorter time without a kernel is not called idle
+NCCL_ALONE = "NCCL alone"  # a class of kernels: no other runs meanwhile
 ROOT = "transformers.trainer:_run_epoch:"
 # Frames that hand a call on.
 PASSING = (
@@ -93,7 +94,7 @@ def main() -> None:
     add("--batch-size", type=int, default=8, help="of all modes but packed (%(default)s)")
     add("--bins", type=int, default=4, help="packed batches an epoch (%(default)s)")
     add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
-    add("--least", type=float, default=0.3, metavar="MS", help="shortest time without a kernel (%(default)s)")
+    add("--least", type=float, default=LEAST_MS, metavar="MS", help="shortest time without a kernel (%(default)s)")
     add("--branch", type=float, default=2.0, metavar="MS", help="least of a branch that is shown (%(default)s)")
     add("--dtype", default="bfloat16")
     add("--device", default="cuda")
@@ -196,13 +197,13 @@ class Waits(TrainerCallback):
         events = [e for e in events if e.start_ns() >= begin and not e.is_user_annotation()]
         own = [e for e in events if not e.name().startswith("nccl")]
         kernels = by_class(Kernel(e.name(), e.duration_ns() / 1e3) for e in own)
+        found = gaps_between(events, begin, end)
         if len(own) < len(events):
-            without = sum(stop - start for start, stop in gaps_between(own, begin, end))
-            kernels[ALONE] = (without - sum(stop - start for start, stop in gaps_between(events, begin, end))) / 1e6
+            kernels[NCCL_ALONE] = total_ms(gaps_between(own, begin, end)) - total_ms(found)
         self.profile = None
-        gaps = [(start, stop) for start, stop in gaps_between(events, begin, end) if stop - start > self.least]
+        gaps = [(start, stop) for start, stop in found if stop - start > self.least]
         idle = [stack for now, stack in self.notes if any(start <= now < stop for start, stop in gaps)]
-        idle_ms = sum(stop - start for start, stop in gaps) / 1e6
+        idle_ms = total_ms(gaps)
         counts = Counter(map(shortened, idle)).most_common()
         self.found = dict(
             watched_ms=(end - begin) / 1e6, kernels=kernels, idle_ms=idle_ms, gaps=len(gaps), notes=len(idle),
@@ -210,14 +211,18 @@ class Waits(TrainerCallback):
         )  # fmt: skip
 
 
-def gaps_between(events: Iterable[Any], begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield the times without a kernel."""
-    last = begin
-    for start, stop in sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events):
+def gaps_between(events: Iterable[Any], begin: int, end: int) -> list[tuple[int, int]]:
+    """List the times without a kernel, in nanoseconds."""
+    gaps, last = [], begin
+    for start, stop in [*sorted((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events), (end, end)]:
         if start > last:
-            yield last, start
+            gaps.append((last, start))
         last = max(last, stop)
-    yield last, end
+    return gaps
+
+
+def total_ms(gaps: Iterable[tuple[int, int]]) -> float:
+    return sum(stop - start for start, stop in gaps) / 1e6
 
 
 def shortened(stack: Stack) -> Stack:
@@ -259,6 +264,13 @@ def group_of(stack: Iterable[str]) -> str:
     return REST
 
 
+def cells_of(run: Mapping[str, Any], kinds: Iterable[str]) -> list[str]:
+    """Write the milliseconds of a watched step: of its kernels by class, without any, and of all of it."""
+    idle, watched = run["idle_ms"], run["watched_ms"]
+    kernels = [f"{run['kernels'].get(kind, 0):.0f}" for kind in kinds]
+    return [*kernels, f"{idle:.0f} ({idle / watched:.0%})", f"{watched:.0f}"]
+
+
 def table(results: dict[str, Any]) -> str:
     """Write the kernels of each step by class, and below them the groups that its idle time belongs to."""
     runs = results["runs"]
@@ -267,9 +279,7 @@ def table(results: dict[str, Any]) -> str:
     waits = [f"| ms while the GPU idles | {' | '.join(groups)} |", "|---" * (len(groups) + 1) + "|"]
     for run in runs:
         name = f"{run['set']}, {run['mode']}"
-        cells = [f"{run['pairs']:.0f}", *(f"{run['kernels'][kind]:.0f}" for kind in kinds)]
-        cells += [f"{run['idle_ms']:.0f} ({run['idle_ms'] / run['watched_ms']:.0%})", f"{run['watched_ms']:.0f}"]
-        steps.append(f"| {name} | {' | '.join(cells)} |")
+        steps.append(f"| {name} | {run['pairs']:.0f} | {' | '.join(cells_of(run, kinds))} |")
         spent = dict.fromkeys(groups, 0.0)
         for stack, ms in stacks_of(run).items():
             spent[group_of(stack)] += ms

@@ -170,9 +170,9 @@ def head_of(model: nn.Module) -> tuple[nn.Module, LogitTransform]:
         FlexpatchError: For a model without a head.
         UnsupportedModelError: If its logits are scaled or capped, and its adapter does not say how.
     """
-    inner, config = pretrained(model), text_config(model)
-    adapter, head = adapter_for(inner.config), inner.get_output_embeddings()
-    transform = adapter.logit_transform(config)
+    inner = pretrained(model)
+    config, adapter = decoder_config(inner.config), adapter_for(inner.config)
+    transform, head = adapter.logit_transform(config), inner.get_output_embeddings()
     if head is None:
         raise FlexpatchError(f"{type(inner).__name__} makes no logits; load it with AutoModelForCausalLM")
     if (record := media_of(inner.config)) is not None and not record.text_logits:

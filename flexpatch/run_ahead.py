@@ -81,9 +81,7 @@ class ReferenceFirst(Trainer):
         if not (self.model.training and self._precedes()):
             loss = compute(model, inputs, *args, **kwargs)
             if self.model.training and self.is_fsdp_enabled and self._may_precede is None:
-                plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-                again = getattr(plugin, "reshard_after_forward", False) is True
-                self._may_precede = again and trains_in_layers(model)
+                self._may_precede = switches_in_shards(model, self.accelerator)
             return loss
         chosen, rejected = self.compute_ref_log_probs(self.ref_model, inputs)
         inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
@@ -107,18 +105,23 @@ class ReferenceFirst(Trainer):
         return "model" in signature(self.compute_ref_log_probs).parameters
 
 
-def trains_in_layers(model: nn.Module) -> bool:
-    """Tell whether FSDP2 shards all trained weights in units below the model, which are whole in their forward alone.
+def switches_in_shards(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Tell whether peft finds the shards of all trained weights in the model, before each forward and behind it.
 
-    The model's own unit stays whole behind its forward, and so do all without ``reshard_after_forward``. There peft,
-    which switched adapters off in the shards, would switch them on in the whole weights, and leave the shards frozen.
+    FSDP2 leaves the model's own unit whole behind its forward, and all units without ``reshard_after_forward``. There
+    peft, which switched adapters off in the shards, would switch them on in the whole weights, and leave the shards
+    frozen.
 
     Args:
         model: Of a trainer, prepared.
+        accelerator: Of the trainer.
 
     Returns:
         ``False`` too if FSDP2 does not shard the model.
     """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if getattr(plugin, "reshard_after_forward", False) is not True:  # FSDP1 has a strategy there
+        return False
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     inside = {id(parameter) for unit in units[1:] for parameter in unit.parameters()}  # the first is the model's own
     return all(id(parameter) in inside for parameter in model.parameters() if parameter.requires_grad)

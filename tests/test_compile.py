@@ -131,22 +131,19 @@ def test_a_mask_of_other_rows_is_refused() -> None:
             model(**(rows | {"attention_mask": mask["attention_mask"]}))
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_ddp_leaves_a_layer_one_graph(graphs: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch splits what is compiled in DDP's forward by DDP's buckets, each of which here holds some of a layer."""
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 10_000)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        for split in (False, True):
-            if split:
-                monkeypatch.setattr(compiled, "many_recompiles", nullcontext)
-            model = flexpatch.apply(deep("llama", 4), backend="flex", compile=True)
-            rows = build_rows(ROWS)
-            nn.parallel.DistributedDataParallel(model)(**model_inputs(model, rows)).logits.sum().backward()
-            assert (graphs.frame_count > 1) is split, graphs.frame_count
-            torch._dynamo.reset()
-            graphs.clear()
-    finally:
-        torch.distributed.destroy_process_group()
+    for split in (False, True):
+        if split:
+            monkeypatch.setattr(compiled, "many_recompiles", nullcontext)
+        model = flexpatch.apply(deep("llama", 4), backend="flex", compile=True)
+        rows = build_rows(ROWS)
+        nn.parallel.DistributedDataParallel(model)(**model_inputs(model, rows)).logits.sum().backward()
+        assert (graphs.frame_count > 1) is split, graphs.frame_count
+        torch._dynamo.reset()
+        graphs.clear()
 
 
 def test_one_graph_for_all_layers_and_lengths_of_a_bucket(graphs: CompileCounterWithBackend) -> None:

@@ -605,13 +605,9 @@ class TrainingTest(unittest.TestCase):
         flexpatch.remove(model).set_attn_implementation("eager")
         assert torch.equal(flexpatch.apply(model)(input_ids=ids).logits, eager(input_ids=ids).logits)
 
-    def one_rank(self) -> None:
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-        self.addCleanup(torch.distributed.destroy_process_group)
-
+    @pytest.mark.usefixtures("one_rank")
     def test_fully_sharded(self) -> None:
         """FSDP2 itself."""
-        self.one_rank()
         model = flexpatch.apply(tiny_model("gemma2"), backend="dense")
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         for layer in model.model.layers:
@@ -623,9 +619,8 @@ class TrainingTest(unittest.TestCase):
         Result(logps.tokens.detach(), logps.answers.detach(), grads).matches(oracle("gemma2", 0), bounds_of("gemma2"))
 
     @parameterized.expand(BACKENDS)
-    @pytest.mark.usefixtures("flex_on_cpu")
+    @pytest.mark.usefixtures("flex_on_cpu", "one_rank")
     def test_distributed_data_parallel(self, backend: str) -> None:
-        self.one_rank()
         inner = flexpatch.apply(tiny_model("gemma3_text"), backend=backend)
         model = nn.parallel.DistributedDataParallel(inner)
         Result.packed(model, self.rows).matches(oracle("gemma3_text", 0))

@@ -3,7 +3,7 @@
 import copy
 import pickle
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -530,15 +530,8 @@ def test_weights_that_are_gathered_within_mixers(kind: str) -> None:
         assert apart(step(model, call), true) < BOUND and len(counts) == 1
 
 
-@pytest.fixture
-def _one_rank() -> Iterator[None]:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("applied", ["before", "after"])
-@pytest.mark.usefixtures("_one_rank")
+@pytest.mark.usefixtures("one_rank")
 @kinds
 def test_sharded_mixers(kind: str, applied: str) -> None:
     """FSDP2 around each mixer gives it another class, and its weights for one call; whichever came first."""
