@@ -11,7 +11,8 @@ unpatched, right-padded, on sdpa, with the same checkpointing, in micro-batches 
 one pair if it has more; its logits are of answers alone. *Triton* is backend="flex", where auto takes FlashAttention-4.
 *Auto* is recompute_layers="auto" after two optimizer steps and what it measures after them, *triton auto* the same on
 backend="flex". Every step is run twice, and the second run counts. With --gb torch may take no more memory than a card
-of that size has; with --once a step is run once, to see whether it fits, and its time is not shown.
+of that size has; with --once a step is run once, to see whether it fits, and its time is not shown; with --offload
+TRL's activation_offloading moves what backward needs to the host.
 
 Checks come first, for every length of --checks (of --rows, unless given), with layers of the same width. The block mask
 must be the rule in int64 for every pair of tokens. Log-probs and gradients of the long document may be at most twice as
@@ -56,6 +57,7 @@ from train import (
 )
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 import flexpatch
 from flexpatch.masks import BLOCK, block_mask
@@ -125,6 +127,7 @@ def read_options() -> argparse.Namespace:
     add("--settings", nargs="+", choices=settings, default=list(settings))
     add("--checks", type=int, nargs="*", help="tokens of rows that are checked (all of --rows)")
     add("--gb", type=float, help="memory of a smaller card, which must suffice")
+    add("--offload", action="store_true", help="move what backward needs to the host, as activation_offloading does")
     add("--once", action="store_true", help="run each step once, for its memory alone")
     add("--backend", default="auto", help="backend of shared rows, for flexpatch.apply (%(default)s)")
     add("--compile", action="store_true", help="compile the layers of shared rows")
@@ -147,7 +150,7 @@ def read_options() -> argparse.Namespace:
 
 def describe(options: argparse.Namespace) -> str:
     device = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
-    compiled = ", compiled layers" if options.compile else ""
+    compiled = ", compiled layers" * options.compile + ", activation_offloading" * options.offload
     return (
         f"{options.shape}, LoRA, random weights, {options.dtype}, backend {options.backend}{compiled}; {device}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
@@ -198,6 +201,8 @@ def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> 
     try:
         batches = make_batches(job, "padded pairs" if setting == "stock" else "shared packed", case.pairs, options)
         step = partial(train_step, job, batches)
+        if options.offload:
+            step = partial(offloaded, get_act_offloading_ctx_manager(job.wrapped), step)
         if setting.endswith("auto"):
             flexpatch.apply(job.causal, backend=backend, compile=options.compile, recompute_layers="auto")
             first_steps(job, step)
@@ -212,6 +217,12 @@ def measure(job: Job, case: Case, setting: str, options: argparse.Namespace) -> 
     free_memory()
     print(json.dumps(record), flush=True)
     return record
+
+
+def offloaded(context: Any, step: Any) -> Any:
+    """Run a step as TRL's trainers do with ``activation_offloading``."""
+    with context:
+        return step()
 
 
 def first_steps(job: Job, step: Any) -> None:

@@ -18,7 +18,7 @@ from flexpatch.compiled import run_compiled
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
 from flexpatch.internals import layers_of
 from flexpatch.keeping import WAYS, Choice, Sizes, choose, mixture, moved
-from flexpatch.meters import Memory, Meter, cuda_memory, kind_of, some_weights
+from flexpatch.meters import Memory, Meter, cuda_memory, hooks_take_activations, kind_of, some_weights
 from flexpatch.row_calls import plan_in
 from flexpatch.segments import NO_LOAD, Load
 from flexpatch.selective import (
@@ -38,6 +38,11 @@ KEPT = 0
 GATHERS = (
     "flexpatch: under ZeRO-3 recompute_layers='auto' recomputes all layers: ranks gather weights together, so none "
     "may decide by its own memory; a number, apply(model, recompute_layers=8), is the same on all"
+)
+OFFLOADS = (
+    "flexpatch: where hooks take what backward needs, as with TRL's activation_offloading, recompute_layers='auto' "
+    "recomputes all layers: it cannot see what they would keep elsewhere; a number, apply(model, recompute_layers=8), "
+    "is taken as it is"
 )
 WHOLE = (
     "flexpatch: recompute_layers='partly' recomputes whole layers here: it needs torch's own checkpointing, "
@@ -215,8 +220,9 @@ class Recomputation:
             return Choice(layers[self.setting :]), None
         if self.setting == "partly":
             return Choice((), able), None
-        if _gathers(layers):
-            warnings.warn(GATHERS, FlexpatchWarning, 2)
+        blind = GATHERS if _gathers(layers) else OFFLOADS if hooks_take_activations() else None
+        if blind is not None:
+            warnings.warn(blind, FlexpatchWarning, 2)
             return Choice(), None
         device = next(model.parameters()).device
         memory, tokens, kinds = self.memory(device), ids.numel(), self._describe(layers)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 from flexpatch.errors import FlexpatchError
@@ -40,6 +41,15 @@ def cuda_memory(device: torch.device) -> Memory:
     held = torch.cuda.memory_reserved(index)
     limit = min(free + held, total * torch.cuda.get_per_process_memory_fraction(index))
     return Memory(torch.cuda.memory_allocated(index), held, int(limit))
+
+
+def hooks_take_activations() -> bool:
+    """Tell whether hooks take the tensors that are saved for backward, perhaps to the host. Torch tells by an error."""
+    try:
+        with disable_saved_tensors_hooks("flexpatch asks whether there are any"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def kind_of(layer: nn.Module) -> str:

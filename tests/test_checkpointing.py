@@ -10,6 +10,7 @@ import torch
 from helpers.oracle import deep
 from parameterized import parameterized
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import flexpatch
 from flexpatch.checkpointing import USABLE, Recomputation
@@ -205,6 +206,16 @@ def test_ranks_that_gather_weights_together_decide_nothing_by_themselves() -> No
     with pytest.warns(flexpatch.FlexpatchWarning, match="under ZeRO-3 recompute_layers='auto' recomputes all layers"):
         assert forward(policy, device, model, 10) == LAYERS
     assert forward(Recomputation(2), device, model, 10) == 2
+
+
+def test_what_hooks_take_is_not_measured() -> None:
+    """Layers whose activations go to the host seem to keep nothing; if all did, the host would have to hold them."""
+    policy, device, model = stepped_policy(limit=10_000)
+    with saved_tensors_hooks(torch.clone, torch.clone):
+        with pytest.warns(flexpatch.FlexpatchWarning, match="activation_offloading, recompute_layers='auto'"):
+            assert forward(policy, device, model, 10) == LAYERS
+        assert forward(Recomputation(2), device, model, 10) == 2
+    assert forward(policy, device, model, 10) == 0
 
 
 def batch() -> dict[str, torch.Tensor]:

@@ -9,6 +9,8 @@ from helpers.processes import PROGRAMS, start_python, torchrun
 from helpers.trl_runs import PAIRS, Packed, Stock, rows, train, unweighted, weights
 from programs import packed_ranks
 from trl import DPOTrainer
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
+from trl.trainer import dpo_trainer
 
 import flexpatch
 from flexpatch import FlexpatchError
@@ -63,6 +65,23 @@ def test_compiled_layers_and_less_recomputation(tmp_path: Path) -> None:
     assert faster.state.global_step == plain.state.global_step > 1
     change = weights(plain.model) - weights(tiny_model("llama"))
     assert 0 < (weights(faster.model) - weights(plain.model)).norm() < 1e-6 * change.norm()
+
+
+def test_activation_offloading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL's own hooks, which take each tensor that backward needs away and give it back once. They ask for a GPU."""
+
+    def offloads(model: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+            return get_act_offloading_ctx_manager(model, use_pin_memory=False, use_streams=False)
+
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    monkeypatch.setattr(dpo_trainer, "get_act_offloading_ctx_manager", offloads)
+    settings = dict(gradient_accumulation_steps=2, num_train_epochs=1, gradient_checkpointing=True)
+    plain = train(Packed, tmp_path, settings=settings, token_budget=300)
+    moved = train(Packed, tmp_path, settings=settings | dict(activation_offloading=True), token_budget=300)
+    assert moved.maybe_activation_offload_context.tensor_id > 10
+    assert torch.equal(weights(moved.model), weights(plain.model))
 
 
 def test_several_steps_of_several_bins(tmp_path: Path) -> None:

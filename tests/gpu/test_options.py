@@ -4,6 +4,8 @@ chunks; and Liger's kernels, whichever is applied first."""
 import copy
 import gc
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import peft
 import pytest
@@ -11,6 +13,7 @@ import torch
 from parameterized import parameterized
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 
 import flexpatch
 from flexpatch.checkpointing import USABLE
@@ -161,6 +164,36 @@ def test_as_little_is_computed_again_as_memory_allows(compiled: bool, share: flo
     assert peaks[0] < peaks[-1] < limit
     assert torch.equal(ours[0], expected[0])
     assert (ours[1] - expected[1]).norm() < 1e-2 * expected[1].norm()
+
+
+@parameterized.expand([(True,), (False,)])
+def test_activation_offloading(compiled: bool) -> None:
+    """Under TRL's hooks, which move what backward needs to the host: the same numbers in less memory."""
+    torch._dynamo.reset()
+    model = wide()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    rows = rows_of(*[(400, 300, 300)] * 8, vocabulary=32000)
+    flexpatch.apply(model, compile=compiled)
+    context = get_act_offloading_ctx_manager(model)
+
+    def run(where: AbstractContextManager[Any]) -> tuple[int, Tensor, Tensor]:
+        """Bytes that wait for backward, log-probs, and the gradient."""
+        model.zero_grad(set_to_none=True)
+        before = torch.cuda.memory_allocated()
+        with where:
+            answers = flexpatch.answer_logprobs(model, rows).answers
+            held = torch.cuda.memory_allocated() - before
+            flexpatch.dpo_loss(answers).loss.backward()
+        return held, answers.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    step(model, rows)  # compiles
+    held, expected, gradient = run(nullcontext())
+    left, ours, moved = run(context)
+    print(f"MB that wait for backward: {held / 1e6:.0f}, of which {left / 1e6:.0f} stay on the GPU")
+    assert torch.equal(ours, expected)
+    assert (moved - gradient).norm() < 1e-2 * gradient.norm()
+    layer = 2 * rows.tokens * WIDE["hidden_size"]  # bytes of its input
+    assert left < held - 12 * layer
 
 
 @parameterized.expand([("liger first",), ("flexpatch first",)])
