@@ -157,7 +157,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| run | caches | first step, s | median step, s | extra of all steps, s | padded lengths | graphs | cached |",
+        "| run | caches | first step, s | median step, s | extra of all steps, s | padded lengths | graphs | of them cached |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -165,7 +165,7 @@ def table(results: list[dict[str, Any]]) -> str:
             lines.append(f"| {r['case']} | {r['state']} | failed | – | – | – | – | – |")
             continue
         numbers = [f"{r['first']:.1f}", f"{r['median']:.2f}", f"{r['extra']:.1f}"]
-        cells = [r["case"], r["state"], *numbers, r["lengths"], r["graphs"], f"{r['caches']['hit']} graphs"]
+        cells = [r["case"], r["state"], *numbers, r["lengths"], r["graphs"], r["caches"]["autograd hit"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     about = next((r["about"] for r in results if "about" in r), "")
     return "\n".join([*lines, "", f"{about}; `python benchmarks/first_step.py`"]) + "\n"

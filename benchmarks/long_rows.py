@@ -1,7 +1,8 @@
 """Checks rows of 32k and 64k tokens on one GPU with a 7B model, and measures their speed and memory.
 
     python benchmarks/long_rows.py LENGTHS.json
-    python benchmarks/long_rows.py LENGTHS.json --rows 131072 --checks --sets --settings shared --gb 80
+    python benchmarks/long_rows.py LENGTHS.json --rows 131072 --checks --sets --settings shared --compile --gb 80 \\
+        --once --offload
     python benchmarks/long_rows.py LENGTHS.json --tiny           # on a CPU, small
 
 A step is forward and backward of LoRA DPO (rank 16 in all linear layers, a reference pass with it off, random weights,
