@@ -157,7 +157,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| run | caches | first step, s | median step, s | extra of all steps, s | padded lengths | graphs | of them cached |",
+        "| run | caches | first step, s | median step, s | extra of all steps, s | padded lengths | graphs "
+        "| of them cached |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in results:

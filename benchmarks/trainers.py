@@ -13,10 +13,11 @@ dpo       LoRA DPOTrainer, reference = adapter off. Stock runs --batch-sizes upw
           that ran without (smaller sizes would not be faster); then the fastest setting on --flash. The fastest
           counts. One line, flexpatch.apply(model), runs the largest of --one-line-sizes that fits without
           checkpointing. Both count the second of two epochs over equal batches; with --quick, stock counts one epoch,
-          after a step with its longest batch. Packed, PackedDPOTrainer, runs --bins rows of --budget tokens with
-          compiled layers and as much checkpointing as memory demands: the median step (rows are full, so equally
-          long). --modes adds both with reference log-probs computed before training: stock again at its two fastest
-          settings, and packed. "one line, compiled" is flexpatch.apply(model, compile=True).
+          after a step with its longest batch. Packed, PackedDPOTrainer, runs --bins rows of --budget tokens (of
+          several budgets the fastest counts) with compiled layers and as much checkpointing as memory demands: the
+          median step (rows are full, so equally long). --modes adds both with reference log-probs computed before
+          training: stock again at its two fastest settings, and packed. "one line, compiled" is flexpatch.apply(model,
+          compile=True).
 nothing   DPOTrainer on pairs that share nothing and need no padding: the cost of flexpatch where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
 grpo-trainer
@@ -121,7 +122,10 @@ def main() -> None:
     add("--quick", action="store_true", help="warm stock up by one step instead of an epoch")
     add("--seconds", type=float, default=math.inf, help="begin no mode of a set after so many seconds")
     add("--bins", type=int, default=6, help="packed batches an epoch (%(default)s)")
-    add("--budget", type=int, default=16384, help="tokens of a packed batch (%(default)s)")
+    add(
+        "--budget", dest="budgets", nargs="+", type=int, default=[16384], metavar="TOKENS",
+        help="tokens of a packed batch; of several the fastest counts (%(default)s)",
+    )  # fmt: skip
     add("--gb", type=float, help="memory of a smaller card, which must suffice for all modes")
     add("--lora", choices=("all-linear", "attention"), default="all-linear", help="layers that get adapters")
     add("--eager", action="store_true", help="packed: without compiled layers, as hybrids need it")
@@ -131,6 +135,7 @@ def main() -> None:
     add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/trainers"))
     options = parser.parse_args()
+    options.budget = options.budgets[0]
     if options.eager:
         OPTIONS["packed"]["compile"] = False
     if options.gb is not None:  # a gigabyte is the driver's, not torch's
@@ -165,7 +170,9 @@ def main() -> None:
 def label_of(options: argparse.Namespace) -> str:
     """Name the part of the results that equal options belong to."""
     kind = "full fine-tuning" if options.full else "LoRA" if options.lora == "all-linear" else "LoRA on attention"
-    extra = f", rows of {options.budget:,} tokens" + (", layers not compiled" if options.eager else "")
+    extra = f", rows of {' or '.join(f'{budget:,}' for budget in options.budgets)} tokens" + (
+        ", layers not compiled" if options.eager else ""
+    )
     return f"{options.shape}, {kind}{extra}{', reference precomputed' if options.precompute else ''}"
 
 
@@ -407,9 +414,10 @@ def best(
     """Find the fastest of a mode's settings, and list all that were tried. ``before``: modes that were measured."""
     tried: list[dict[str, Any]] = []
 
-    def rate(size: int, recompute: bool, attention: str = "sdpa") -> float:
-        setting = dict(batch_size=size, recompute=recompute, attention=attention)
-        tried.append(attempt(lambda: measure(options, mode, lengths, size, recompute, attention), setting))
+    def rate(size: int, recompute: bool, attention: str = "sdpa", budget: int = options.budget) -> float:
+        setting = dict(batch_size=size, recompute=recompute, attention=attention, budget=budget)
+        given = argparse.Namespace(**vars(options) | dict(budget=budget))
+        tried.append(attempt(lambda: measure(given, mode, lengths, size, recompute, attention), setting))
         print(name, mode, tried[-1], flush=True)
         return float(tried[-1]["pairs_per_s"])
 
@@ -417,7 +425,8 @@ def best(
         return max(tried, key=lambda record: record["pairs_per_s"])
 
     if mode.startswith("packed"):
-        rate(1, True)
+        for budget in options.budgets:
+            rate(1, True, budget=budget)
     elif mode.startswith("one line"):  # larger batches gain more
         sizes = sorted(options.one_line_sizes or options.batch_sizes, reverse=True)
         any(rate(size, again) for again in (False, True) for size in sizes)
@@ -505,6 +514,7 @@ def measure(
         batch_size=batch_size,
         recompute=recompute,
         attention=attention,
+        budget=options.budget,
         steps_ms=[round(1e3 * step) for step in steps],
         first_epoch_extra_s=clock.epochs[0] - clock.epochs[-1],
         peak_gb=torch.cuda.max_memory_allocated() / 1e9 if clock.cuda else None,
@@ -707,7 +717,7 @@ def dpo_table(results: dict[str, Any], label: str, group: dict[str, Any] | None 
         if "stock" not in modes or "packed" not in modes:
             continue
         stock, line, packed = (modes.get(mode) for mode in MODES)
-        cells = [name, rate_of(stock), rate_of(line) if line else "", f"{packed['pairs_per_s']:.1f}"]
+        cells = [name, rate_of(stock), rate_of(line) if line else "", rate_of_packed(packed)]
         cells += [gain(stock, line), gain(stock, packed), f"÷ {(line or packed)['token_factor']:.2f}"]
         cells.append(", ".join(gigabytes(of) for of in (stock, line, packed)))
         cells.append(f"{packed['first_epoch_extra_s']:.0f}")
@@ -749,13 +759,18 @@ def dpo_table(results: dict[str, Any], label: str, group: dict[str, Any] | None 
         ]
     for name, modes in both.items():
         stock, packed = (modes[mode] for mode in PRECOMPUTED)
-        cells = [name, rate_of(stock), f"{packed['pairs_per_s']:.1f}", gain(stock, packed)]
+        cells = [name, rate_of(stock), rate_of_packed(packed), gain(stock, packed)]
         lines.append(f"| {' | '.join([*cells, f'{gigabytes(stock)}, {gigabytes(packed)}'])} |")
     return "\n".join(lines)
 
 
 def rate_of(record: dict[str, Any]) -> str:
     return f"{record['pairs_per_s']:.1f} ({record['batch_size']}, {on(record['recompute'])})"
+
+
+def rate_of_packed(record: dict[str, Any]) -> str:
+    """Tell the rate, and the tokens of a batch where several were tried."""
+    return f"{record['pairs_per_s']:.1f}" + (f" ({record['budget']:,})" if len(record["tried"]) > 1 else "")
 
 
 def on(recompute: bool) -> str:
