@@ -8,7 +8,8 @@ Runs PackedDPOTrainer as benchmarks/trainers.py does, with compiled layers and r
 then on --ranks under each engine, as accelerate launches it with the files of examples/accelerate. Every rank takes
 --bins rows of --budget tokens an epoch, and the median step of the second epoch counts, as the first rank's GPU sees
 it: ranks wait for each other in every step. A GPU's share is the pairs a second of all ranks, over as many times those
-of one alone.
+of one alone. With fsdp2-whole, which is FSDP2 with fsdp_reshard_after_forward: false, layers are gathered once a step,
+and stay so until their backward: for models that fit.
 
 With --watch a step of another training in the same process is watched on the first rank, as benchmarks/waits.py does:
 kernels by class, the time in which NCCL's run alone (they also wait for other ranks), and the time without any.
@@ -32,7 +33,8 @@ from waits import LEAST_MS, Waits, cells_of
 ROOT = Path(__file__).resolve().parent.parent
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ALONE = "one GPU"
-TITLES = {ALONE: ALONE, "ddp": "DDP", "fsdp2": "FSDP2"}
+WHOLE = "fsdp2-whole"
+TITLES = {ALONE: ALONE, "ddp": "DDP", "fsdp2": "FSDP2", WHOLE: "FSDP2, layers stay whole behind their forward"}
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
     add = parser.add_argument
     add("lengths", type=Path)
     add("--sets", nargs="+", default=["gsm8k_4shot"])
-    add("--engines", nargs="+", choices=["ddp", "fsdp2"], default=["ddp", "fsdp2"])
+    add("--engines", nargs="+", choices=["ddp", "fsdp2", WHOLE], default=["ddp", "fsdp2"])
     add("--ranks", type=int, default=2)
     add("--shape", choices=SHAPES, default="Mistral-7B")
     add("--bins", type=int, default=4, help="packed batches of each rank an epoch (%(default)s)")
@@ -70,7 +72,8 @@ def command(engine: str, options: argparse.Namespace) -> list[str]:
     launcher: list[str] = []
     if engine != ALONE:
         precision = {"bfloat16": "bf16", "float16": "fp16"}.get(options.dtype, "no")
-        launcher = ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/examples/accelerate/{engine}.yaml"]
+        launcher = ["-m", "accelerate.commands.launch", "--config_file"]
+        launcher += [f"{ROOT}/examples/accelerate/{engine.removesuffix('-whole')}.yaml"]
         launcher += ["--main_process_port", "0", "--num_processes", str(options.ranks), "--mixed_precision", precision]
         launcher += [f"{ROOT}/tests/programs/cpu_ranks.py"] if options.device == "cpu" else []
     return [sys.executable, *launcher, *words]
@@ -80,13 +83,15 @@ def environment(engine: str, options: argparse.Namespace) -> dict[str, str]:
     """Name the devices that an engine sees. Accelerate has FSDP2 for GPUs alone: cpu_ranks.py pretends."""
     if options.device == "cuda":
         return {"CUDA_VISIBLE_DEVICES": "0"} if engine == ALONE else {}
-    return {"ACCELERATE_TORCH_DEVICE": "cpu"} if engine == "fsdp2" else {"ACCELERATE_USE_CPU": "true"}
+    return {"ACCELERATE_TORCH_DEVICE": "cpu"} if engine.startswith("fsdp2") else {"ACCELERATE_USE_CPU": "true"}
 
 
 def work(options: argparse.Namespace) -> None:
     """Train as one rank. The first writes what it measured."""
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if options.worker == WHOLE:
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = "false"  # the launcher takes it from the file alone
     lengths = json.loads(options.lengths.read_text())
     options.bins *= RANKS
     settings = settings_of(options)
