@@ -17,6 +17,7 @@ import torch
 from helpers.processes import PATH, PROGRAMS
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flexpatch.fold import lookup
 
@@ -129,3 +130,22 @@ def test_sums_of_a_shared_token(dtype: torch.dtype, count: int, ordered: bool, r
         assert distinct(ours) == 1
     elif count == 20_000:
         assert distinct(atomics) > 1, "the control: sums in any order would have been seen"
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_flash_attention_of_stock_models(ordered: bool, request: pytest.FixtureRequest) -> None:
+    """Torch's own flash kernel, which sdpa runs, adds up gradients of queries in any order too, unless asked not to."""
+    if ordered:
+        request.getfixturevalue("_deterministic")
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shape = dict(device=DEVICE, dtype=torch.bfloat16, generator=generator)
+    q, k, v, gradient = (torch.randn(1, 32, 8192, 128, **shape) for _ in range(4))  # type: ignore[arg-type]
+    found = []
+    for _ in range(20):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+        found.append(torch.autograd.grad(out, leaves, gradient))
+    counts = [distinct(list(gradients)) for gradients in zip(*found, strict=True)]
+    print(f"deterministic {ordered}: gradients of q, k, v had {counts} different results of {len(found)}")
+    assert max(counts) == 1 if ordered else counts[0] > 1
