@@ -1,5 +1,6 @@
 """Packed batches under TRL's DPOTrainer, and savings among a trainer's metrics."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import torch
 from helpers.processes import PROGRAMS, start_python, torchrun
 from helpers.trl_runs import PAIRS, Packed, Stock, rows, train, unweighted, weights
 from programs import packed_ranks
+from torch.autograd.graph import saved_tensors_hooks
 from trl import DPOTrainer
-from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from trl.trainer import dpo_trainer
 
 import flexpatch
@@ -68,19 +69,21 @@ def test_compiled_layers_and_less_recomputation(tmp_path: Path) -> None:
 
 
 def test_activation_offloading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL's own hooks, which take each tensor that backward needs away and give it back once. They ask for a GPU."""
+    """Hooks take each tensor that backward needs away and give it back once. TRL's own need a GPU (test_options.py)."""
+    held: dict[int, torch.Tensor] = {}
+    keys = itertools.count()
 
-    def offloads(model: Any) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
-            return get_act_offloading_ctx_manager(model, use_pin_memory=False, use_streams=False)
+    def take(tensor: torch.Tensor) -> int:
+        held[key := next(keys)] = tensor.clone()
+        return key
 
-    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
-    monkeypatch.setattr(dpo_trainer, "get_act_offloading_ctx_manager", offloads)
+    monkeypatch.setattr(
+        dpo_trainer, "get_act_offloading_ctx_manager", lambda model: saved_tensors_hooks(take, held.pop)
+    )
     settings = dict(gradient_accumulation_steps=2, num_train_epochs=1, gradient_checkpointing=True)
     plain = train(Packed, tmp_path, settings=settings, token_budget=300)
     moved = train(Packed, tmp_path, settings=settings | dict(activation_offloading=True), token_budget=300)
-    assert moved.maybe_activation_offload_context.tensor_id > 10
+    assert next(keys) > 100
     assert torch.equal(weights(moved.model), weights(plain.model))
 
 
