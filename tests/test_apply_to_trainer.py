@@ -1,6 +1,8 @@
 """One line for a trainer: all models that it holds are patched, and dropout is accepted or refused before it trains."""
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -8,10 +10,12 @@ import pytest
 import torch
 from parameterized import parameterized
 from torch import nn
-from transformers import ImageGPTConfig, ImageGPTModel
+from transformers import ImageGPTConfig, ImageGPTModel, TrainingArguments
+from transformers import Trainer as HuggingFaceTrainer
 
 import flexpatch
 from flexpatch import FlexpatchWarning, UnsupportedModelError
+from flexpatch.callbacks import Flexpatch
 from flexpatch.models import tiny_model
 from flexpatch.patch import settings_of
 from flexpatch.trainers import models_of
@@ -154,3 +158,25 @@ def test_attention_dropout_needs_more_than_consent() -> None:
     flexpatch.apply(model, shared_dropout=True).train()
     with pytest.raises(UnsupportedModelError, match=r"attention_dropout 0.1 in .* is active"):
         model(**batch(), use_cache=False)
+
+
+def test_a_model_that_is_made_for_each_training(tmp_path: Path) -> None:
+    """A trainer with ``model_init`` trains another model than it holds before."""
+
+    def trained(make: Any, apply: bool = False, **given: Any) -> Any:
+        args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+        ids, mask = batch().values()
+        data = [dict(input_ids=i, attention_mask=m, labels=i) for i, m in zip(ids, mask, strict=True)]
+        trainer = HuggingFaceTrainer(None, args, train_dataset=data, model_init=make, **given)
+        if apply:
+            flexpatch.apply(trainer)
+        trainer.train()
+        return trainer.model
+
+    with pytest.warns(FlexpatchWarning, match=r"makes another model by model_init.*return flexpatch.apply\(model\)"):
+        assert not flexpatch.is_applied(trained(lambda: tiny_model("llama"), apply=True))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*model_init", FlexpatchWarning)
+        for apply in (True, False):
+            assert flexpatch.savings(trained(lambda: flexpatch.apply(tiny_model("llama")), apply)).folded == 1
+        assert flexpatch.savings(trained(lambda: tiny_model("llama"), callbacks=[Flexpatch()])).folded == 1
