@@ -323,6 +323,29 @@ def test_a_step_of_whole_groups_is_a_step_of_shuffled_ones(
     assert flexpatch.savings(ours.model, 4).computed < flexpatch.savings(one.model, 4).computed
 
 
+def test_tokens_picked_by_entropy() -> None:
+    """The trainer picks them in each micro-batch: those of a generation hold other completions as whole groups."""
+    settings = dict(per_device_train_batch_size=4, top_entropy_quantile=0.5)
+    message = r"top_entropy_quantile=0.5 .*the 4 micro-batches of a generation.*steps_per_generation=1"
+    with pytest.raises(FlexpatchError, match=message):
+        online(PackedGRPOTrainer, GRPOConfig, [], **settings)
+    settings |= dict(steps_per_generation=1)
+    _, true = online(GRPOTrainer, GRPOConfig, [], **settings)
+    assert off(online(PackedGRPOTrainer, GRPOConfig, [], **settings)[1], true) < EQUAL
+
+    class Unchecked(PackedGRPOTrainer):
+        """What the refusal spares."""
+
+        def __init__(self, model: Any, reward: Any, args: Any, **given: Any) -> None:
+            picked, args.top_entropy_quantile = args.top_entropy_quantile, 1.0
+            super().__init__(model, reward, args, **given)
+            self.top_entropy_quantile = picked
+
+    settings |= dict(steps_per_generation=4)
+    _, true = online(GRPOTrainer, GRPOConfig, [], **settings)
+    assert off(online(Unchecked, GRPOConfig, [], **settings)[1], true) > BROKEN
+
+
 def test_groups_are_gathered() -> None:
     """Rows stay whole, prompts that differ in their padding alone stay apart, and values for all stay as they are."""
     ids = torch.tensor([[0, 7], [3, 4], [0, 7], [0, 7], [3, 4], [0, 7]])
