@@ -59,7 +59,10 @@ def check_packs(trainer: Any, takes_images: bool) -> None:
             "depend on per_device_train_batch_size: leave it out, and lower token_budget if memory runs out"
         )
     if not isinstance(dataset, Sized):
-        raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
+        raise FlexpatchError(
+            "packing needs a dataset of known length; this one is streamed: load it without streaming=True, or train "
+            "with TRL's trainer, flexpatch.apply(model) and a batch size"
+        )
     if len(dataset) == 0:
         raise FlexpatchError(
             f"train_dataset has no rows to pack: perhaps max_length={args.max_length} leaves nothing of their answers. "

@@ -152,6 +152,13 @@ def test_smaller_batches_are_no_way_out_of_memory(tmp_path: Path) -> None:
         train(Packed, tmp_path, settings=dict(auto_find_batch_size=True), token_budget=300)
 
 
+def test_a_streamed_dataset(tmp_path: Path) -> None:
+    with pytest.raises(FlexpatchError, match="this one is streamed: load it without streaming=True"):
+        train(
+            Packed, tmp_path, settings=dict(max_steps=1), token_budget=300, train_dataset=rows().to_iterable_dataset()
+        )
+
+
 @pytest.mark.parametrize("kind", [PackedDPOTrainer, PackedRewardTrainer])
 def test_a_dataset_of_which_nothing_is_left(tmp_path: Path, kind: Any) -> None:
     """TRL drops rows whose prompts fill the longest sequence."""
