@@ -1,6 +1,7 @@
 """Models, datasets and settings with which a packed trainer could not keep its word: refused when it is built."""
 
 from collections.abc import Sized
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,16 @@ from flexpatch.refusals import check_dropout
 
 # Settings of a data loader that releases of transformers have, by their names without "dataloader_".
 LOADER = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
+
+
+def check_budget(token_budget: Any) -> None:
+    """Refuse a budget that is no number of tokens, before the trainer is built.
+
+    Raises:
+        FlexpatchError: Saying what is expected.
+    """
+    if not isinstance(token_budget, Integral) or isinstance(token_budget, bool) or token_budget < 1:
+        raise FlexpatchError(f"token_budget={token_budget!r}; expected a number of tokens, such as 16384")
 
 
 def check_folds(model: nn.Module, name: str, otherwise: str) -> None:

@@ -23,7 +23,7 @@ from flexpatch.bins import BinDataset, BinSampler, group_by_prompt, pair_lengths
 from flexpatch.errors import FlexpatchError
 from flexpatch.forward import hook_of
 from flexpatch.groups import gather_groups
-from flexpatch.packable import check_folds, check_packs, loader_settings
+from flexpatch.packable import check_budget, check_folds, check_packs, loader_settings
 from flexpatch.picture_bins import Pictured, check_images, columns_of_images, pictured_rows, shards
 from flexpatch.run_ahead import ReferenceFirst, RunsAhead, prepare
 
@@ -42,6 +42,7 @@ class _PackedTrainer(RunsAhead):
     takes_images = False
 
     def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
+        check_budget(token_budget)
         super().__init__(*args, **kwargs)
         larger = f"micro-batches of {token_budget:,} shared tokens would be padded batches, many times as large"
         check_folds(self.accelerator.unwrap_model(self.model), "model", larger)

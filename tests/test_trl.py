@@ -10,6 +10,7 @@ from datasets import Dataset
 from helpers.processes import PROGRAMS, start_python, torchrun
 from helpers.tokenizers_offline import make_tokenizer
 from helpers.trl_runs import PAIRS, Packed, Stock, rows, train, unweighted, weights
+from parameterized import parameterized
 from programs import packed_ranks
 from transformers import AutoModelForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig
@@ -144,6 +145,13 @@ def test_refusals(tmp_path: Path) -> None:
         train(Packed, tmp_path, tiny_model("llama"), token_budget=300)
     with pytest.raises(FlexpatchError, match=r"sample \d+ has \d+ tokens, outside 1 to 50 \(the budget"):
         train(Packed, tmp_path, token_budget=50)
+
+
+@parameterized.expand([("300",), (None,), (0,), (300.5,)])
+def test_a_budget_is_a_number_of_tokens(budget: Any) -> None:
+    """Wrong ones are told before a model is looked at."""
+    with pytest.raises(FlexpatchError, match=f"token_budget={budget!r}; expected a number of tokens"):
+        PackedDPOTrainer(None, token_budget=budget)
 
 
 def test_smaller_batches_are_no_way_out_of_memory(tmp_path: Path) -> None:
