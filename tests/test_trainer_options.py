@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.needs import needs
 from helpers.oracle import float64_norm, float64_rope
 from helpers.trl_matrix import broken_fold
 from helpers.trl_runs import Packed, Unprepared, rows, train, weights
@@ -19,7 +20,10 @@ from trl import DPOTrainer
 from flexpatch.bins import BinDataset, BinSampler, pair_lengths
 from flexpatch.models import tiny_model
 
-pytestmark = pytest.mark.usefixtures("nothing_cached", "all_in_float64")
+pytestmark = [
+    pytest.mark.usefixtures("nothing_cached", "all_in_float64"),
+    needs("trl", "1.16", "older ones have other options"),
+]
 
 BUDGET = 200
 # Differences of logged numbers, relative where they exceed one (losses are added up in float32), and of weights,

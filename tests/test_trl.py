@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from helpers.needs import needs
 from helpers.processes import PROGRAMS, start_python, torchrun
 from helpers.tokenizers_offline import make_tokenizer
 from helpers.trl_runs import PAIRS, Packed, Stock, rows, train, unweighted, weights
@@ -184,6 +185,7 @@ def test_a_dataset_of_which_nothing_is_left(tmp_path: Path, kind: Any) -> None:
         kind(flexpatch.apply(model), args=args, token_budget=300, **given)
 
 
+@needs("transformers", "5.17", "older ones have fewer settings of data loaders")
 def test_settings_of_the_data_loader(tmp_path: Path) -> None:
     """Those of the trainer's arguments. Workers that are spawned need what can be pickled."""
     workers = dict(num_workers=1, prefetch_factor=5, multiprocessing_context="spawn", in_order=False)
