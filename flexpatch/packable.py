@@ -25,6 +25,11 @@ def check_budget(token_budget: Any) -> None:
         raise FlexpatchError(f"token_budget={token_budget!r}; expected a number of tokens, such as 16384")
 
 
+def larger(token_budget: int) -> str:
+    """Say what a batch of a budget would be that does not fold."""
+    return f"micro-batches of {token_budget:,} shared tokens would be padded batches, many times as large"
+
+
 def check_folds(model: nn.Module, name: str, otherwise: str) -> None:
     """Refuse a model that would run batches as they are given.
 

@@ -23,7 +23,7 @@ from flexpatch.bins import BinDataset, BinSampler, group_by_prompt, pair_lengths
 from flexpatch.errors import FlexpatchError
 from flexpatch.forward import hook_of
 from flexpatch.groups import gather_groups
-from flexpatch.packable import check_budget, check_folds, check_packs, loader_settings
+from flexpatch.packable import check_budget, check_folds, check_packs, larger, loader_settings
 from flexpatch.picture_bins import Pictured, check_images, columns_of_images, pictured_rows, shards
 from flexpatch.run_ahead import ReferenceFirst, RunsAhead, prepare
 
@@ -43,20 +43,32 @@ class _PackedTrainer(RunsAhead):
 
     def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
         check_budget(token_budget)
+        self.token_budget = token_budget
         super().__init__(*args, **kwargs)
-        larger = f"micro-batches of {token_budget:,} shared tokens would be padded batches, many times as large"
-        check_folds(self.accelerator.unwrap_model(self.model), "model", larger)
+        if not hasattr(self, "bins"):
+            self._pack()
+        make_reference(self)
+
+    def _pack(self) -> None:
+        """Refuse what cannot be packed, and make bins."""
+        otherwise = larger(self.token_budget)
+        check_folds(self.accelerator.unwrap_model(self.model), "model", otherwise)
         reference = getattr(self, "ref_model", None)
         if reference is not None and not self.args.precompute_ref_log_probs:
-            check_folds(reference := self.accelerator.unwrap_model(reference), "ref_model", larger)
+            check_folds(reference := self.accelerator.unwrap_model(reference), "ref_model", otherwise)
             hook = hook_of(reference)
             assert hook is not None
             hook.folding.of_trainer = True  # KTO's asks for no cache, but before TRL 1.16 does not say so
-        make_reference(self)
         check_packs(self, self.takes_images)
-        self.groups, lengths = self._items(token_budget)
+        self.groups, lengths = self._items(self.token_budget)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.bins = BinSampler(lengths, token_budget, self.accelerator.num_processes, seed)
+        self.bins = BinSampler(lengths, self.token_budget, self.accelerator.num_processes, seed)
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the reference's log-probs of a dataset. TRL asks for them while it builds the trainer, for hours."""
+        if not hasattr(self, "bins"):
+            self._pack()
+        return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
 
     def _items(self, token_budget: int) -> tuple[list[list[int]] | None, list[int]]:
         """Return the rows of each item of the dataset (``None``: one), and its length in a shared row."""
@@ -189,8 +201,8 @@ class PackedKTOTrainer(_PackedTrainer, KTOTrainer):
 
     takes_images = True
 
-    def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
-        super().__init__(*args, token_budget=token_budget, **kwargs)
+    def _pack(self) -> None:
+        super()._pack()
         if not self.calculate_KL:
             return
         if self.args.precompute_ref_log_probs:
@@ -200,8 +212,8 @@ class PackedKTOTrainer(_PackedTrainer, KTOTrainer):
             )
         if min(map(len, self.bins), default=2) < 2:
             raise FlexpatchError(
-                f"with token_budget={token_budget} a micro-batch would hold the completions of one prompt alone, and "
-                "KTO's estimate of the KL divergence needs those of others: raise it, or use "
+                f"with token_budget={self.token_budget} a micro-batch would hold the completions of one prompt alone, "
+                "and KTO's estimate of the KL divergence needs those of others: raise it, or use "
                 "loss_type='apo_zero_unpaired'"
             )
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import (
+    DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
     KTOConfig,
@@ -216,9 +217,19 @@ def test_refusals_of_kto() -> None:
 
 
 @needs_precomputed
-def test_precomputed_references_of_kto_are_refused() -> None:
+def test_refusals_come_before_references_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which TRL does while it builds a trainer, of the whole dataset."""
+    precomputed = dict(precompute_ref_log_probs=True)
+    for stock in (KTOTrainer, DPOTrainer):
+        monkeypatch.setattr(stock, "_precompute_ref_logps", None)  # calling it is an error
     with pytest.raises(FlexpatchError, match="precompute_ref_log_probs=True scores the rotated completions"):
-        kto(PackedKTO, completions(), dict(precompute_ref_log_probs=True), token_budget=300)
+        kto(PackedKTO, completions(), precomputed, token_budget=300)
+    with pytest.raises(FlexpatchError, match="loss_type sft is not a mean over pairs"):
+        train(Packed, Path(), settings=precomputed | dict(loss_type="sft"), token_budget=300)
+    with pytest.raises(FlexpatchError, match=r"outside 1 to 50 \(the budget"):
+        train(Packed, Path(), settings=precomputed, token_budget=50)
+    with pytest.raises(FlexpatchError, match="model does not fold"):
+        train(Packed, Path(), tiny_model("llama"), precomputed, token_budget=300)
 
 
 # Models that would not fold
