@@ -75,6 +75,7 @@ class Folding:
         self.padding_skipped: bool | None = None
         self.counts: deque[Counts] = deque(maxlen=10_000)
         self.latest: _Latest | None = None
+        self.trained = False  # whether a batch that could have folded came in training
         self.works = TowerWorks()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,8 +127,11 @@ class Folding:
         record = media_of(backbone.config)
         held = [] if record is None else held_by(record, call)
         latest, batch = self._fold(backbone, config, call, cached, held)
-        reason = None if latest.folded is None else check_mode(backbone, shared_dropout=self.shared_dropout)
-        if reason is not None:
+        reason, first = None, self._first(backbone, latest, len(ids))
+        if latest.folded is not None or first:
+            reason = check_mode(backbone, shared_dropout=self.shared_dropout)
+            self.trained = self.trained or first
+        if reason is not None and latest.folded is not None:
             self.given(call, reason)
             return call, None
         if latest.folded is None and latest.counts.reason != LITTLE:
@@ -156,6 +160,16 @@ class Folding:
         inputs |= {name: inputs[name].clone() for name in ("input_ids", "position_ids") if name in inputs}
         leave = partial(_unfold, latest.folded.index, latest.folded.padding)
         return call | dict.fromkeys({*IGNORED, *VARLEN} & call.keys()) | inputs | shown, leave
+
+    def _first(self, backbone: PreTrainedModel, latest: _Latest, rows: int) -> bool:
+        """Tell whether a training begins with this batch, of a kind that may fold.
+
+        The model is looked at then, although this batch may have too little to share: one that folds comes later, after
+        hours perhaps.
+        """
+        if self.trained or rows < 2 or not (backbone.training and torch.is_grad_enabled()):
+            return False
+        return latest.folded is not None or latest.counts.reason == LITTLE
 
     def _fold(
         self, backbone: PreTrainedModel, config: Any, call: dict[str, Any], cached: bool, held: list[Held]

@@ -47,7 +47,7 @@ from flexpatch.refusals import check_dropout, check_mode
 from flexpatch.registry import adapter_for
 from flexpatch.row_images import own_inputs
 from flexpatch.rows import Rows
-from flexpatch.trainers import is_trainer, models_of
+from flexpatch.trainers import is_trainer, models_of, warn_of_another
 from flexpatch.tuners import check_tuners
 
 log = logging.getLogger(__name__)
@@ -115,6 +115,8 @@ def apply(
 
 def _apply_to_trainer(trainer: Any, options: dict[str, Any]) -> None:
     """Patch all models of a trainer."""
+    if hook_of(trainer.model) is None:
+        warn_of_another(trainer)
     for name, model in models_of(trainer).items():
         try:
             _apply(model, options, trains=name == "model")

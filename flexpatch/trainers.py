@@ -1,9 +1,11 @@
 """Find the models that a trainer holds: its policy, and perhaps references, teachers, value and reward models."""
 
+import warnings
 from typing import Any
 
 from torch import nn
 
+from flexpatch.errors import FlexpatchWarning
 from flexpatch.internals import find_pretrained
 
 
@@ -31,3 +33,18 @@ def models_of(trainer: Any) -> dict[str, nn.Module]:
                 seen.add(id(inner))
                 found[name if len(several) == 1 else f"{name}[{i}]"] = model
     return found
+
+
+def warn_of_another(trainer: Any) -> None:
+    """Warn of a trainer that will train another model than it holds, and not a patched one.
+
+    Args:
+        trainer: A trainer whose model was not patched yet.
+    """
+    if getattr(trainer, "model_init", None) is not None and not trainer.is_in_train:
+        warnings.warn(
+            "flexpatch: train() of this trainer makes another model by model_init, which runs as it is: let model_init "
+            "return flexpatch.apply(model), or pass the trainer callbacks=[flexpatch.callbacks.Flexpatch()]",
+            FlexpatchWarning,
+            4,
+        )

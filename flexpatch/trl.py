@@ -9,12 +9,11 @@ Trainers that generate split what they generated at random. :class:`PackedGRPOTr
 keep the completions of a prompt together.
 """
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer
@@ -24,9 +23,8 @@ from flexpatch.bins import BinDataset, BinSampler, group_by_prompt, pair_lengths
 from flexpatch.errors import FlexpatchError
 from flexpatch.forward import hook_of
 from flexpatch.groups import gather_groups
-from flexpatch.patch import settings_of
+from flexpatch.packable import check_budget, check_folds, check_packs, larger, loader_settings
 from flexpatch.picture_bins import Pictured, check_images, columns_of_images, pictured_rows, shards
-from flexpatch.refusals import check_dropout
 from flexpatch.run_ahead import ReferenceFirst, RunsAhead, prepare
 
 # Losses of DPOTrainer that are not means over pairs: they average over tokens, or compare pairs with each other.
@@ -44,26 +42,33 @@ class _PackedTrainer(RunsAhead):
     takes_images = False
 
     def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
+        check_budget(token_budget)
+        self.token_budget = token_budget
         super().__init__(*args, **kwargs)
-        larger = f"micro-batches of {token_budget:,} shared tokens would be padded batches, many times as large"
-        _check_folds(self.accelerator.unwrap_model(self.model), "model", larger)
+        if not hasattr(self, "bins"):
+            self._pack()
+        make_reference(self)
+
+    def _pack(self) -> None:
+        """Refuse what cannot be packed, and make bins."""
+        otherwise = larger(self.token_budget)
+        check_folds(self.accelerator.unwrap_model(self.model), "model", otherwise)
         reference = getattr(self, "ref_model", None)
         if reference is not None and not self.args.precompute_ref_log_probs:
-            _check_folds(reference := self.accelerator.unwrap_model(reference), "ref_model", larger)
+            check_folds(reference := self.accelerator.unwrap_model(reference), "ref_model", otherwise)
             hook = hook_of(reference)
             assert hook is not None
             hook.folding.of_trainer = True  # KTO's asks for no cache, but before TRL 1.16 does not say so
-        make_reference(self)
-        if not isinstance(self.train_dataset, Sized):
-            raise FlexpatchError("packing needs a dataset of known length; this one is streamed")
-        if (shown := columns_of_images(self.train_dataset)) and not self.takes_images:
-            raise FlexpatchError(
-                f"{type(self).__name__} packs no rows with images, as TRL's takes none, and the dataset has a column "
-                f"'{shown[0]}': remove it to train on text, or train with PackedDPOTrainer or PackedKTOTrainer"
-            )
-        self.groups, lengths = self._items(token_budget)
+        check_packs(self, self.takes_images)
+        self.groups, lengths = self._items(self.token_budget)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.bins = BinSampler(lengths, token_budget, self.accelerator.num_processes, seed)
+        self.bins = BinSampler(lengths, self.token_budget, self.accelerator.num_processes, seed)
+
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the reference's log-probs of a dataset. TRL asks for them while it builds the trainer, for hours."""
+        if not hasattr(self, "bins"):
+            self._pack()
+        return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
 
     def _items(self, token_budget: int) -> tuple[list[list[int]] | None, list[int]]:
         """Return the rows of each item of the dataset (``None``: one), and its length in a shared row."""
@@ -84,9 +89,7 @@ class _PackedTrainer(RunsAhead):
             batch_size=1,
             sampler=self.bins,
             collate_fn=partial(self.collate_bin, self.data_collator),
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers,
+            **loader_settings(self.args),
         )
         return prepare(self.accelerator, loader)
 
@@ -124,7 +127,8 @@ class _PackedTrainer(RunsAhead):
 class PackedDPOTrainer(ReferenceFirst, _PackedTrainer, DPOTrainer):
     """DPOTrainer whose micro-batches hold as many pairs as fit a budget of shared tokens.
 
-    ``per_device_train_batch_size`` is ignored. ``gradient_accumulation_steps`` counts packed micro-batches.
+    ``per_device_train_batch_size``, ``train_sampling_strategy`` and ``dataloader_drop_last`` have no say in bins.
+    ``gradient_accumulation_steps`` counts packed micro-batches.
 
     Micro-batches hold different numbers of pairs, and DPOTrainer averages over the pairs of each. So each micro-batch's
     loss is weighted by its share of the step's pairs, over all ranks. The gradient is then the mean over the step's
@@ -137,9 +141,10 @@ class PackedDPOTrainer(ReferenceFirst, _PackedTrainer, DPOTrainer):
         args, kwargs: Arguments of DPOTrainer. Model and reference must fold batches (:func:`flexpatch.apply`).
 
     Raises:
-        FlexpatchError: If the model or the reference does not fold, the dataset is streamed, a pair exceeds the
-            budget, the loss is not a mean over pairs (sft, aot), or the dataset has images and batches with images of
-            this model do not fold, some rows have none and ranks shard the model, or ZeRO-3 is on.
+        FlexpatchError: If the model or the reference does not fold, the dataset is streamed or empty, a pair exceeds
+            the budget, ``auto_find_batch_size`` is on, the loss is not a mean over pairs (sft, aot), or the dataset has
+            images and batches with images of this model do not fold, some rows have none and ranks shard the model, or
+            ZeRO-3 is on.
         UnsupportedModelError: If dropout is active in training, without ``apply(model, shared_dropout=True)``.
     """
 
@@ -196,8 +201,8 @@ class PackedKTOTrainer(_PackedTrainer, KTOTrainer):
 
     takes_images = True
 
-    def __init__(self, *args: Any, token_budget: int, **kwargs: Any) -> None:
-        super().__init__(*args, token_budget=token_budget, **kwargs)
+    def _pack(self) -> None:
+        super()._pack()
         if not self.calculate_KL:
             return
         if self.args.precompute_ref_log_probs:
@@ -207,8 +212,8 @@ class PackedKTOTrainer(_PackedTrainer, KTOTrainer):
             )
         if min(map(len, self.bins), default=2) < 2:
             raise FlexpatchError(
-                f"with token_budget={token_budget} a micro-batch would hold the completions of one prompt alone, and "
-                "KTO's estimate of the KL divergence needs those of others: raise it, or use "
+                f"with token_budget={self.token_budget} a micro-batch would hold the completions of one prompt alone, "
+                "and KTO's estimate of the KL divergence needs those of others: raise it, or use "
                 "loss_type='apo_zero_unpaired'"
             )
 
@@ -247,20 +252,28 @@ class WholeGroups(Trainer):
         args, kwargs: Arguments of the trainer. The model must fold batches (:func:`flexpatch.apply`).
 
     Raises:
-        FlexpatchError: If the model does not fold, or ``per_device_train_batch_size`` is not a multiple of
-            ``num_generations``.
+        FlexpatchError: If the model does not fold, ``per_device_train_batch_size`` is not a multiple of
+            ``num_generations``, or tokens are picked by their entropy (``top_entropy_quantile``) within several
+            micro-batches of a generation.
     """
 
     _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check_folds(self.accelerator.unwrap_model(self.model), "model", "its groups would be computed unshared")
+        check_folds(self.accelerator.unwrap_model(self.model), "model", "its groups would be computed unshared")
         rows, group = self.args.per_device_train_batch_size, self.num_generations
         if rows % group:
             raise FlexpatchError(
                 f"per_device_train_batch_size={rows} is not a multiple of num_generations={group}, so micro-batches "
                 "cannot hold whole groups"
+            )
+        parts, share = self.args.steps_per_generation, getattr(self.args, "top_entropy_quantile", 1.0)
+        if parts > 1 and share < 1:
+            raise FlexpatchError(
+                f"top_entropy_quantile={share} trains the tokens of highest entropy of each micro-batch, and the "
+                f"{parts} micro-batches of a generation hold other completions here than the stock trainer's: set "
+                "steps_per_generation=1, leave it at 1.0, or use the stock trainer"
             )
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -279,21 +292,3 @@ class PackedGRPOTrainer(WholeGroups, GRPOTrainer):
 
 class PackedRLOOTrainer(WholeGroups, RLOOTrainer):
     """RLOOTrainer whose micro-batches hold whole groups. See :class:`WholeGroups`."""
-
-
-def _check_folds(model: nn.Module, name: str, otherwise: str) -> None:
-    """Refuse a model that would run batches as they are given."""
-    settings = settings_of(model)
-    if settings is not None and settings["fold"]:
-        if name == "model":  # the trainer may have given it an adapter since
-            check_dropout(model, trains=True, shared_dropout=settings["shared_dropout"])
-        return
-    if settings is not None:
-        raise FlexpatchError(f"{name} does not fold batches, because of flexpatch.apply(fold=False): {otherwise}")
-    way = "pass flexpatch.apply(model)"
-    if name == "ref_model":
-        way = (
-            "pass ref_model=flexpatch.apply(copy.deepcopy(model)), since one that the trainer makes comes too late, or "
-            "train an adapter, without which the model is the reference"
-        )
-    raise FlexpatchError(f"{name} does not fold batches: {otherwise}. So {way}")

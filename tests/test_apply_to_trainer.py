@@ -1,16 +1,21 @@
 """One line for a trainer: all models that it holds are patched, and dropout is accepted or refused before it trains."""
 
 import copy
+import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from parameterized import parameterized
 from torch import nn
-from transformers import ImageGPTConfig, ImageGPTModel
+from transformers import ImageGPTConfig, ImageGPTModel, TrainingArguments
+from transformers import Trainer as HuggingFaceTrainer
 
 import flexpatch
 from flexpatch import FlexpatchWarning, UnsupportedModelError
+from flexpatch.callbacks import Flexpatch
 from flexpatch.models import tiny_model
 from flexpatch.patch import settings_of
 from flexpatch.trainers import models_of
@@ -31,10 +36,10 @@ def batch() -> dict[str, torch.Tensor]:
     return dict(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def with_dropout(**settings: Any) -> nn.Module:
+def with_dropout(model: Any = None, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
-    return peft.get_peft_model(tiny_model("llama"), config, **settings)
+    return peft.get_peft_model(tiny_model("llama") if model is None else model, config, **settings)
 
 
 def test_all_models_are_found_once() -> None:
@@ -92,6 +97,43 @@ def test_dropout_of_the_policy_is_refused_before_it_trains() -> None:
     flexpatch.apply(Trainer(tiny_model("llama"), ref_model=with_dropout().eval().requires_grad_(False)))
 
 
+def lone() -> dict[str, torch.Tensor]:
+    """A batch whose rows have nothing in common."""
+    return dict(input_ids=torch.arange(3, 123).view(4, 30), attention_mask=torch.ones(4, 30, dtype=torch.int64))
+
+
+@parameterized.expand(["lora_dropout", "NEFTune"])
+def test_what_comes_after_apply_is_refused_in_the_first_batch_of_a_training(what: str) -> None:
+    """Though nothing folds yet: trainers add adapters and noise to a patched model, and their batches are shuffled."""
+    model = flexpatch.apply(tiny_model("llama"))
+    if what == "NEFTune":
+        model.get_input_embeddings().neftune_noise_alpha = 5.0
+    else:
+        model = with_dropout(model=model)
+    model.eval()(**lone(), use_cache=False)
+    model.train()
+    one = {name: tensor[:1] for name, tensor in lone().items()}
+    model(**one, use_cache=False)  # batches of one row have nothing to share, ever
+    with torch.no_grad():
+        model(**lone(), use_cache=False)
+    for _ in range(2):
+        with pytest.raises(UnsupportedModelError, match=what):
+            model(**lone(), use_cache=False)
+    assert flexpatch.savings(model).batches == 3
+
+
+def test_a_training_without_anything_to_refuse_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look takes time, and batches that run as they are given need it no more."""
+    looks: list[None] = []
+    monkeypatch.setattr("flexpatch.folding.check_mode", lambda *_, **__: looks.append(None))
+    model = flexpatch.apply(tiny_model("llama")).train()
+    for _ in range(3):
+        model(**lone(), use_cache=False)
+    assert len(looks) == 1 and flexpatch.savings(model).folded == 0
+    model(**batch(), use_cache=False)
+    assert len(looks) == 2 and flexpatch.savings(model).folded == 1
+
+
 def test_dropout_by_consent() -> None:
     """Equal tokens have equal draws; without dropout all is exact as ever."""
     model = flexpatch.apply(with_dropout(), backend="dense", shared_dropout=True).train()
@@ -116,3 +158,25 @@ def test_attention_dropout_needs_more_than_consent() -> None:
     flexpatch.apply(model, shared_dropout=True).train()
     with pytest.raises(UnsupportedModelError, match=r"attention_dropout 0.1 in .* is active"):
         model(**batch(), use_cache=False)
+
+
+def test_a_model_that_is_made_for_each_training(tmp_path: Path) -> None:
+    """A trainer with ``model_init`` trains another model than it holds before."""
+
+    def trained(make: Any, apply: bool = False, **given: Any) -> Any:
+        args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+        ids, mask = batch().values()
+        data = [dict(input_ids=i, attention_mask=m, labels=i) for i, m in zip(ids, mask, strict=True)]
+        trainer = HuggingFaceTrainer(None, args, train_dataset=data, model_init=make, **given)
+        if apply:
+            flexpatch.apply(trainer)
+        trainer.train()
+        return trainer.model
+
+    with pytest.warns(FlexpatchWarning, match=r"makes another model by model_init.*return flexpatch.apply\(model\)"):
+        assert not flexpatch.is_applied(trained(lambda: tiny_model("llama"), apply=True))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*model_init", FlexpatchWarning)
+        for apply in (True, False):
+            assert flexpatch.savings(trained(lambda: flexpatch.apply(tiny_model("llama")), apply)).folded == 1
+        assert flexpatch.savings(trained(lambda: tiny_model("llama"), callbacks=[Flexpatch()])).folded == 1

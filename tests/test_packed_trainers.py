@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import AutoModelForSequenceClassification, set_seed
 from trl import (
+    DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
     KTOConfig,
@@ -216,9 +217,19 @@ def test_refusals_of_kto() -> None:
 
 
 @needs_precomputed
-def test_precomputed_references_of_kto_are_refused() -> None:
+def test_refusals_come_before_references_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which TRL does while it builds a trainer, of the whole dataset."""
+    precomputed = dict(precompute_ref_log_probs=True)
+    for stock in (KTOTrainer, DPOTrainer):
+        monkeypatch.setattr(stock, "_precompute_ref_logps", None)  # calling it is an error
     with pytest.raises(FlexpatchError, match="precompute_ref_log_probs=True scores the rotated completions"):
-        kto(PackedKTO, completions(), dict(precompute_ref_log_probs=True), token_budget=300)
+        kto(PackedKTO, completions(), precomputed, token_budget=300)
+    with pytest.raises(FlexpatchError, match="loss_type sft is not a mean over pairs"):
+        train(Packed, Path(), settings=precomputed | dict(loss_type="sft"), token_budget=300)
+    with pytest.raises(FlexpatchError, match=r"outside 1 to 50 \(the budget"):
+        train(Packed, Path(), settings=precomputed, token_budget=50)
+    with pytest.raises(FlexpatchError, match="model does not fold"):
+        train(Packed, Path(), tiny_model("llama"), precomputed, token_budget=300)
 
 
 # Models that would not fold
@@ -321,6 +332,29 @@ def test_a_step_of_whole_groups_is_a_step_of_shuffled_ones(
     assert sorted(p for prompts in whole for p in prompts) == sorted(p for prompts in shuffled for p in prompts)
     assert true.norm() > 1e-3 and off(change, true) < EQUAL
     assert flexpatch.savings(ours.model, 4).computed < flexpatch.savings(one.model, 4).computed
+
+
+def test_tokens_picked_by_entropy() -> None:
+    """The trainer picks them in each micro-batch: those of a generation hold other completions as whole groups."""
+    settings = dict(per_device_train_batch_size=4, top_entropy_quantile=0.5)
+    message = r"top_entropy_quantile=0.5 .*the 4 micro-batches of a generation.*steps_per_generation=1"
+    with pytest.raises(FlexpatchError, match=message):
+        online(PackedGRPOTrainer, GRPOConfig, [], **settings)
+    settings |= dict(steps_per_generation=1)
+    _, true = online(GRPOTrainer, GRPOConfig, [], **settings)
+    assert off(online(PackedGRPOTrainer, GRPOConfig, [], **settings)[1], true) < EQUAL
+
+    class Unchecked(PackedGRPOTrainer):
+        """What the refusal spares."""
+
+        def __init__(self, model: Any, reward: Any, args: Any, **given: Any) -> None:
+            picked, args.top_entropy_quantile = args.top_entropy_quantile, 1.0
+            super().__init__(model, reward, args, **given)
+            self.top_entropy_quantile = picked
+
+    settings |= dict(steps_per_generation=4)
+    _, true = online(GRPOTrainer, GRPOConfig, [], **settings)
+    assert off(online(Unchecked, GRPOConfig, [], **settings)[1], true) > BROKEN
 
 
 def test_groups_are_gathered() -> None:

@@ -1,23 +1,29 @@
 """Packed batches under TRL's DPOTrainer, and savings among a trainer's metrics."""
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from helpers.needs import needs
 from helpers.processes import PROGRAMS, start_python, torchrun
+from helpers.tokenizers_offline import make_tokenizer
 from helpers.trl_runs import PAIRS, Packed, Stock, rows, train, unweighted, weights
+from parameterized import parameterized
 from programs import packed_ranks
 from torch.autograd.graph import saved_tensors_hooks
-from trl import DPOTrainer
+from transformers import AutoModelForSequenceClassification
+from trl import DPOConfig, DPOTrainer, RewardConfig
 from trl.trainer import dpo_trainer
 
 import flexpatch
 from flexpatch import FlexpatchError
 from flexpatch.callbacks import SavingsCallback
 from flexpatch.models import tiny_model
-from flexpatch.trl import pair_lengths
+from flexpatch.trl import PackedDPOTrainer, PackedRewardTrainer, pair_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -143,6 +149,57 @@ def test_refusals(tmp_path: Path) -> None:
         train(Packed, tmp_path, tiny_model("llama"), token_budget=300)
     with pytest.raises(FlexpatchError, match=r"sample \d+ has \d+ tokens, outside 1 to 50 \(the budget"):
         train(Packed, tmp_path, token_budget=50)
+
+
+@parameterized.expand([("300",), (None,), (0,), (300.5,)])
+def test_a_budget_is_a_number_of_tokens(budget: Any) -> None:
+    """Wrong ones are told before a model is looked at."""
+    with pytest.raises(FlexpatchError, match=f"token_budget={budget!r}; expected a number of tokens"):
+        PackedDPOTrainer(None, token_budget=budget)
+
+
+def test_smaller_batches_are_no_way_out_of_memory(tmp_path: Path) -> None:
+    """Each retry would train on the same bins, until the trainer has no smaller number of pairs left to try."""
+    with pytest.raises(FlexpatchError, match=r"auto_find_batch_size=True .*lower token_budget"):
+        train(Packed, tmp_path, settings=dict(auto_find_batch_size=True), token_budget=300)
+
+
+def test_a_streamed_dataset(tmp_path: Path) -> None:
+    with pytest.raises(FlexpatchError, match="this one is streamed: load it without streaming=True"):
+        train(
+            Packed, tmp_path, settings=dict(max_steps=1), token_budget=300, train_dataset=rows().to_iterable_dataset()
+        )
+
+
+@pytest.mark.parametrize("kind", [PackedDPOTrainer, PackedRewardTrainer])
+def test_a_dataset_of_which_nothing_is_left(tmp_path: Path, kind: Any) -> None:
+    """TRL drops rows whose prompts fill the longest sequence."""
+    words = [dict(prompt="a b c d " * 9, chosen="e", rejected="f")]
+    given: dict[str, Any] = dict(train_dataset=Dataset.from_list(words), processing_class=make_tokenizer())
+    config: Any = DPOConfig
+    if kind is PackedRewardTrainer:
+        sizes = tiny_model("llama").config
+        sizes.num_labels = 1
+        model, config = AutoModelForSequenceClassification.from_config(sizes), RewardConfig
+    else:
+        model, given["ref_model"] = tiny_model("llama"), flexpatch.apply(tiny_model("llama"))
+    args = config(str(tmp_path), max_length=4, use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(FlexpatchError, match="no rows to pack: perhaps max_length=4 leaves nothing"):
+        kind(flexpatch.apply(model), args=args, token_budget=300, **given)
+
+
+@needs("transformers", "5.17", "older ones have fewer settings of data loaders")
+def test_settings_of_the_data_loader(tmp_path: Path) -> None:
+    """Those of the trainer's arguments. Workers that are spawned need what can be pickled."""
+    workers = dict(num_workers=1, prefetch_factor=5, multiprocessing_context="spawn", in_order=False)
+    settings = {f"dataloader_{name}": value for name, value in workers.items()}
+    kind = type("Untrained", (Packed,), dict(train=lambda self: None))
+    loader = train(kind, tmp_path, settings=settings, token_budget=300).get_train_dataloader()
+    assert (loader.num_workers, loader.prefetch_factor, loader.in_order) == (1, 5, False)
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+    dataset, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    batch = collate([dataset[dataset.bins.bins[0]]])
+    assert len(batch["input_ids"]) == 2 * len(dataset.bins.bins[0])
 
 
 @pytest.mark.parametrize("loss", [["sft"], ["sigmoid", "aot"]])

@@ -66,9 +66,9 @@ def train(
     trainer = kind(
         model,
         args=DPOConfig(**config),
-        train_dataset=rows(pairs),
         processing_class=make_tokenizer(),
         **dict(
+            train_dataset=rows(pairs),
             ref_model=flexpatch.apply(tiny_model("llama", 1)),
             optimizers=(SGD(model.parameters(), lr=config["learning_rate"]), None),
         )
