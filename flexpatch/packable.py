@@ -91,6 +91,36 @@ def check_packs(trainer: Any, takes_images: bool) -> None:
         )
 
 
+def check_groups(trainer: Any) -> None:
+    """Refuse a trainer that generates, and whose micro-batches cannot hold whole groups.
+
+    Args:
+        trainer: After TRL has built it.
+
+    Raises:
+        FlexpatchError: Saying what to do.
+    """
+    check_folds(trainer.accelerator.unwrap_model(trainer.model), "model", "its groups would be computed unshared")
+    if shown := columns_of_images(trainer.train_dataset):
+        raise FlexpatchError(
+            f"{type(trainer).__name__} cannot group rows with images by their prompts, and the dataset has a column "
+            f"'{shown[0]}': use the stock trainer with flexpatch.apply(model), or remove the column to train on text"
+        )
+    rows, group = trainer.args.per_device_train_batch_size, trainer.num_generations
+    if rows % group:
+        raise FlexpatchError(
+            f"per_device_train_batch_size={rows} is not a multiple of num_generations={group}, so micro-batches "
+            "cannot hold whole groups"
+        )
+    parts, share = trainer.args.steps_per_generation, getattr(trainer.args, "top_entropy_quantile", 1.0)
+    if parts > 1 and share < 1:
+        raise FlexpatchError(
+            f"top_entropy_quantile={share} trains the tokens of highest entropy of each micro-batch, and the {parts} "
+            "micro-batches of a generation hold other completions here than the stock trainer's: set "
+            "steps_per_generation=1, leave it at 1.0, or use the stock trainer"
+        )
+
+
 def loader_settings(args: Any) -> dict[str, Any]:
     """Return what a trainer's arguments say of data loaders, but for the sizes of batches.
 

@@ -23,7 +23,7 @@ from flexpatch.bins import BinDataset, BinSampler, group_by_prompt, pair_lengths
 from flexpatch.errors import FlexpatchError
 from flexpatch.forward import hook_of
 from flexpatch.groups import gather_groups
-from flexpatch.packable import check_budget, check_folds, check_packs, larger, loader_settings
+from flexpatch.packable import check_budget, check_folds, check_groups, check_packs, larger, loader_settings
 from flexpatch.picture_bins import Pictured, check_images, columns_of_images, pictured_rows, shards
 from flexpatch.run_ahead import ReferenceFirst, RunsAhead, prepare
 
@@ -252,29 +252,16 @@ class WholeGroups(Trainer):
         args, kwargs: Arguments of the trainer. The model must fold batches (:func:`flexpatch.apply`).
 
     Raises:
-        FlexpatchError: If the model does not fold, ``per_device_train_batch_size`` is not a multiple of
-            ``num_generations``, or tokens are picked by their entropy (``top_entropy_quantile``) within several
-            micro-batches of a generation.
+        FlexpatchError: If the model does not fold, the dataset has images, ``per_device_train_batch_size`` is not a
+            multiple of ``num_generations``, or tokens are picked by their entropy (``top_entropy_quantile``) within
+            several micro-batches of a generation.
     """
 
     _buffered_inputs: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_folds(self.accelerator.unwrap_model(self.model), "model", "its groups would be computed unshared")
-        rows, group = self.args.per_device_train_batch_size, self.num_generations
-        if rows % group:
-            raise FlexpatchError(
-                f"per_device_train_batch_size={rows} is not a multiple of num_generations={group}, so micro-batches "
-                "cannot hold whole groups"
-            )
-        parts, share = self.args.steps_per_generation, getattr(self.args, "top_entropy_quantile", 1.0)
-        if parts > 1 and share < 1:
-            raise FlexpatchError(
-                f"top_entropy_quantile={share} trains the tokens of highest entropy of each micro-batch, and the "
-                f"{parts} micro-batches of a generation hold other completions here than the stock trainer's: set "
-                "steps_per_generation=1, leave it at 1.0, or use the stock trainer"
-            )
+        check_groups(self)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """Return the next micro-batch. TRL's method keeps those of a generation, whose rows are put in order here."""

@@ -377,3 +377,10 @@ def test_groups_are_gathered() -> None:
 def test_refusals_of_groups() -> None:
     with pytest.raises(FlexpatchError, match="per_device_train_batch_size=6 is not a multiple of num_generations=4"):
         online(PackedGRPOTrainer, GRPOConfig, [], per_device_train_batch_size=6)
+
+    class Pictured(PackedGRPOTrainer):
+        def __init__(self, *args: Any, train_dataset: Any, **given: Any) -> None:
+            super().__init__(*args, train_dataset=train_dataset.add_column("image", ["x.png"] * 4), **given)
+
+    with pytest.raises(FlexpatchError, match="the dataset has a column 'image': use the stock trainer"):
+        online(Pictured, GRPOConfig, [], per_device_train_batch_size=4)
