@@ -170,9 +170,8 @@ def main() -> None:
 def label_of(options: argparse.Namespace) -> str:
     """Name the part of the results that equal options belong to."""
     kind = "full fine-tuning" if options.full else "LoRA" if options.lora == "all-linear" else "LoRA on attention"
-    extra = f", rows of {' or '.join(f'{budget:,}' for budget in options.budgets)} tokens" + (
-        ", layers not compiled" if options.eager else ""
-    )
+    tokens = " or ".join(f"{budget:,}" for budget in options.budgets)
+    extra = f", rows of {tokens} tokens" + (", layers not compiled" if options.eager else "")
     return f"{options.shape}, {kind}{extra}{', reference precomputed' if options.precompute else ''}"
 
 
