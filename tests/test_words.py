@@ -126,6 +126,15 @@ def test_begins_with_a_verb_or_a_noun(path: Path) -> None:
     assert riddles(path.read_text(encoding="utf-8")) == []
 
 
+def test_modules_tell_of_themselves() -> None:
+    """Two with one first sentence: one of them tells of the other, whose text an edit of several files gave it."""
+    firsts: dict[str, list[str]] = {}
+    for path in FILES:
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        firsts.setdefault(text.partition("\n")[0], []).append(str(path.relative_to(ROOT)))
+    assert {first: paths for first, paths in firsts.items() if first and len(paths) > 1} == {}
+
+
 @pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
 def test_public_functions_tell_what_they_take_and_give(path: Path) -> None:
     assert undocumented(path.read_text(encoding="utf-8")) == []
