@@ -35,6 +35,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 ALONE = "one GPU"
 WHOLE = "fsdp2-whole"
 TITLES = {ALONE: ALONE, "ddp": "DDP", "fsdp2": "FSDP2", WHOLE: "FSDP2, layers stay whole behind their forward"}
+FILES = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", WHOLE: "fsdp2.yaml"}  # of examples/accelerate
 
 
 def main() -> None:
@@ -42,7 +43,7 @@ def main() -> None:
     add = parser.add_argument
     add("lengths", type=Path)
     add("--sets", nargs="+", default=["gsm8k_4shot"])
-    add("--engines", nargs="+", choices=["ddp", "fsdp2", WHOLE], default=["ddp", "fsdp2"])
+    add("--engines", nargs="+", choices=FILES, default=["ddp", "fsdp2"])
     add("--ranks", type=int, default=2)
     add("--shape", choices=SHAPES, default="Mistral-7B")
     add("--bins", type=int, default=4, help="packed batches of each rank an epoch (%(default)s)")
@@ -72,8 +73,8 @@ def command(engine: str, options: argparse.Namespace) -> list[str]:
     launcher: list[str] = []
     if engine != ALONE:
         precision = {"bfloat16": "bf16", "float16": "fp16"}.get(options.dtype, "no")
-        launcher = ["-m", "accelerate.commands.launch", "--config_file"]
-        launcher += [f"{ROOT}/examples/accelerate/{engine.removesuffix('-whole')}.yaml"]
+        file = f"{ROOT}/examples/accelerate/{FILES[engine]}"
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", file]
         launcher += ["--main_process_port", "0", "--num_processes", str(options.ranks), "--mixed_precision", precision]
         launcher += [f"{ROOT}/tests/programs/cpu_ranks.py"] if options.device == "cpu" else []
     return [sys.executable, *launcher, *words]
@@ -83,7 +84,8 @@ def environment(engine: str, options: argparse.Namespace) -> dict[str, str]:
     """Name the devices that an engine sees. Accelerate has FSDP2 for GPUs alone: cpu_ranks.py pretends."""
     if options.device == "cuda":
         return {"CUDA_VISIBLE_DEVICES": "0"} if engine == ALONE else {}
-    return {"ACCELERATE_TORCH_DEVICE": "cpu"} if engine.startswith("fsdp2") else {"ACCELERATE_USE_CPU": "true"}
+    pretends = FILES.get(engine) == "fsdp2.yaml"
+    return {"ACCELERATE_TORCH_DEVICE": "cpu"} if pretends else {"ACCELERATE_USE_CPU": "true"}
 
 
 def work(options: argparse.Namespace) -> None:

@@ -25,11 +25,6 @@ def check_budget(token_budget: Any) -> None:
         raise FlexpatchError(f"token_budget={token_budget!r}; expected a number of tokens, such as 16384")
 
 
-def larger(token_budget: int) -> str:
-    """Say what a batch of a budget would be that does not fold."""
-    return f"micro-batches of {token_budget:,} shared tokens would be padded batches, many times as large"
-
-
 def check_folds(model: nn.Module, name: str, otherwise: str) -> None:
     """Refuse a model that would run batches as they are given.
 
@@ -58,12 +53,11 @@ def check_folds(model: nn.Module, name: str, otherwise: str) -> None:
     raise FlexpatchError(f"{name} does not fold batches: {otherwise}. So {way}")
 
 
-def check_packs(trainer: Any, takes_images: bool) -> None:
+def check_packs(trainer: Any) -> None:
     """Refuse a dataset of which no bins can be made, and a setting that would start the training again for nothing.
 
     Args:
-        trainer: After TRL has built it.
-        takes_images: Whether it packs rows with images.
+        trainer: A packed trainer, once TRL has prepared its dataset. ``takes_images`` tells whether it packs images.
 
     Raises:
         FlexpatchError: Saying what to do.
@@ -84,7 +78,7 @@ def check_packs(trainer: Any, takes_images: bool) -> None:
             f"train_dataset has no rows to pack: perhaps max_length={args.max_length} leaves nothing of their answers. "
             "Raise it, or pass other rows"
         )
-    if (shown := columns_of_images(dataset)) and not takes_images:
+    if (shown := columns_of_images(dataset)) and not trainer.takes_images:
         raise FlexpatchError(
             f"{type(trainer).__name__} packs no rows with images, as TRL's takes none, and the dataset has a column "
             f"'{shown[0]}': remove it to train on text, or train with PackedDPOTrainer or PackedKTOTrainer"

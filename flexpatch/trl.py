@@ -23,7 +23,7 @@ from flexpatch.bins import BinDataset, BinSampler, group_by_prompt, pair_lengths
 from flexpatch.errors import FlexpatchError
 from flexpatch.forward import hook_of
 from flexpatch.groups import gather_groups
-from flexpatch.packable import check_budget, check_folds, check_groups, check_packs, larger, loader_settings
+from flexpatch.packable import check_budget, check_folds, check_groups, check_packs, loader_settings
 from flexpatch.picture_bins import Pictured, check_images, columns_of_images, pictured_rows, shards
 from flexpatch.run_ahead import ReferenceFirst, RunsAhead, prepare
 
@@ -45,13 +45,17 @@ class _PackedTrainer(RunsAhead):
         check_budget(token_budget)
         self.token_budget = token_budget
         super().__init__(*args, **kwargs)
+        self._pack_once()
+        make_reference(self)
+
+    def _pack_once(self) -> None:
+        """Pack, unless that was done while TRL built the trainer."""
         if not hasattr(self, "bins"):
             self._pack()
-        make_reference(self)
 
     def _pack(self) -> None:
         """Refuse what cannot be packed, and make bins."""
-        otherwise = larger(self.token_budget)
+        otherwise = f"micro-batches of {self.token_budget:,} shared tokens would be padded batches, many times as large"
         check_folds(self.accelerator.unwrap_model(self.model), "model", otherwise)
         reference = getattr(self, "ref_model", None)
         if reference is not None and not self.args.precompute_ref_log_probs:
@@ -59,18 +63,17 @@ class _PackedTrainer(RunsAhead):
             hook = hook_of(reference)
             assert hook is not None
             hook.folding.of_trainer = True  # KTO's asks for no cache, but before TRL 1.16 does not say so
-        check_packs(self, self.takes_images)
-        self.groups, lengths = self._items(self.token_budget)
+        check_packs(self)
+        self.groups, lengths = self._items()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.bins = BinSampler(lengths, self.token_budget, self.accelerator.num_processes, seed)
 
     def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the reference's log-probs of a dataset. TRL asks for them while it builds the trainer, for hours."""
-        if not hasattr(self, "bins"):
-            self._pack()
+        self._pack_once()
         return super()._precompute_ref_logps(*args, **kwargs)  # type: ignore[misc]
 
-    def _items(self, token_budget: int) -> tuple[list[list[int]] | None, list[int]]:
+    def _items(self) -> tuple[list[list[int]] | None, list[int]]:
         """Return the rows of each item of the dataset (``None``: one), and its length in a shared row."""
         raise NotImplementedError
 
@@ -150,7 +153,7 @@ class PackedDPOTrainer(ReferenceFirst, _PackedTrainer, DPOTrainer):
 
     takes_images = True
 
-    def _items(self, token_budget: int) -> tuple[None, list[int]]:
+    def _items(self) -> tuple[None, list[int]]:
         losses = [self.args.loss_type] if isinstance(self.args.loss_type, str) else self.args.loss_type
         if mixed := set(losses) & set(NOT_MEANS):
             raise FlexpatchError(
@@ -174,7 +177,7 @@ class PackedRewardTrainer(_PackedTrainer, RewardTrainer):
         FlexpatchError: If the model does not fold, the dataset is streamed or has images, or a pair exceeds the budget.
     """
 
-    def _items(self, token_budget: int) -> tuple[None, list[int]]:
+    def _items(self) -> tuple[None, list[int]]:
         return None, sequence_lengths(self.train_dataset)
 
 
@@ -217,11 +220,11 @@ class PackedKTOTrainer(_PackedTrainer, KTOTrainer):
                 "loss_type='apo_zero_unpaired'"
             )
 
-    def _items(self, token_budget: int) -> tuple[list[list[int]], list[int]]:
+    def _items(self) -> tuple[list[list[int]], list[int]]:
         if columns_of_images(self.train_dataset):
             rows = [(row.prompt, row.shared, row.answers) for row in self._pictured(1)]
-            return group_by_prompt(rows, token_budget)
-        return prompt_groups(self.train_dataset, self.args.max_length, token_budget)
+            return group_by_prompt(rows, self.token_budget)
+        return prompt_groups(self.train_dataset, self.args.max_length, self.token_budget)
 
     @staticmethod
     def collate_bin(collate: Collate, bins: list[list[Any]]) -> Any:

@@ -4,6 +4,7 @@ chunks; and Liger's kernels, whichever is applied first."""
 import copy
 import gc
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -50,10 +51,11 @@ def wide() -> nn.Module:
         return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **WIDE), dtype=torch.bfloat16).train()
 
 
-def step(model: nn.Module, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Answers' log-probs, and the gradient of a DPO loss."""
+def step(model: nn.Module, rows: Rows, between: Callable[[], Any] = lambda: None) -> tuple[Tensor, Tensor]:
+    """Answers' log-probs, and the gradient of a DPO loss. ``between`` is called before backward."""
     model.zero_grad()
     answers = flexpatch.answer_logprobs(model, rows).answers
+    between()
     flexpatch.dpo_loss(answers).loss.backward()
     trained = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return answers.detach(), torch.cat(trained)
@@ -178,13 +180,11 @@ def test_activation_offloading(compiled: bool) -> None:
 
     def run(where: AbstractContextManager[Any]) -> tuple[int, Tensor, Tensor]:
         """Bytes that wait for backward, log-probs, and the gradient."""
-        model.zero_grad(set_to_none=True)
-        before = torch.cuda.memory_allocated()
+        model.zero_grad()
+        before, held = torch.cuda.memory_allocated(), []
         with where:
-            answers = flexpatch.answer_logprobs(model, rows).answers
-            held = torch.cuda.memory_allocated() - before
-            flexpatch.dpo_loss(answers).loss.backward()
-        return held, answers.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            found = step(model, rows, lambda: held.append(torch.cuda.memory_allocated() - before))
+        return held[0], *found
 
     step(model, rows)  # compiles
     held, expected, gradient = run(nullcontext())
