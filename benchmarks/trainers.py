@@ -119,7 +119,7 @@ def main() -> None:
     add("--groups", nargs="+", default=["16:on", "4:on", "2:off"], metavar="SIZE:on|off", help="(%(default)s)")
     add("--flash", help="an installed FlashAttention, by transformers' name, such as flash_attention_4")
     add("--precompute", action="store_true", help="compute reference log-probs before training, in all modes")
-    add("--quick", action="store_true", help="warm stock up by one step instead of an epoch")
+    add("--quick", action="store_true", help="warm each of stock's settings up by one step instead of an epoch")
     add("--seconds", type=float, default=math.inf, help="begin no mode of a set after so many seconds")
     add("--bins", type=int, default=6, help="packed batches an epoch (%(default)s)")
     add(
@@ -234,7 +234,7 @@ def measure_sets(
 ) -> None:
     """Measure the modes of every set that ``results`` does not have yet."""
     start = time.perf_counter()
-    warm = True
+    warmed = ""
     for name, mode in itertools.product(lengths, options.modes):
         modes = results.setdefault(name, {})
         if mode in modes:
@@ -245,10 +245,10 @@ def measure_sets(
                 flush=True,
             )
             break
-        if warm:  # compiles kernels of TRL
-            short = argparse.Namespace(**vars(options) | dict(pairs=1, quick=True))
-            measure(short, "stock", lengths[name], min(options.batch_sizes), True)
-            warm = False
+        if warmed != name:  # TRL's kernels compile again for a few of a set's lengths
+            once = argparse.Namespace(**vars(options) | dict(quick=True))
+            measure(once, "stock", lengths[name], min(options.batch_sizes), True)
+            warmed = name
         began = time.perf_counter()
         modes[mode] = best(options, mode, name, lengths[name], modes)
         print(f"{name}, {mode}: {time.perf_counter() - began:.0f} s, at {began - start:.0f} s", flush=True)
