@@ -1,9 +1,9 @@
 """Simulates how long ranks wait for one another in packed epochs of ``flexpatch.trl.PackedDPOTrainer``.
 
-    python benchmarks/balance.py LENGTHS.json
+    python benchmarks/balance.py
 
-LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths. Lengths are drawn with replacement, and
-each is changed by up to a tenth, so that a few hundred samples make a smooth distribution.
+Lengths are drawn with replacement, and each is changed by up to a tenth, so that a few hundred samples make a smooth
+distribution.
 
 A bin costs the FLOPs of a step of a model of Mistral-7B's shape: products with the layers' weights (6 x weights x
 tokens), attention to visible pairs of tokens, and the output layer on answer tokens. A step takes as long as its
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lengths import add_lengths
 from tqdm import tqdm
 from train import MISTRAL
 
@@ -44,7 +45,7 @@ LINES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--pairs", type=int, default=60_000, help="pairs of an epoch (%(default)s)")
     add("--ranks", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
     add("--budgets", type=int, nargs="+", default=[8192, 16384, 32768], help="tokens of a row (%(default)s)")

@@ -1,7 +1,7 @@
 """Measures the first step that a user waits for: with empty caches of kernels, in a second run, over a run's lengths.
 
-    python benchmarks/first_step.py LENGTHS.json                  # on a GPU, about three minutes
-    python benchmarks/first_step.py LENGTHS.json --device cpu     # small, forward alone
+    python benchmarks/first_step.py                  # on a GPU, about three minutes
+    python benchmarks/first_step.py --device cpu     # small, forward alone
 
 Each line is a process of its own. *Cold* begins with empty folders TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR, *warm*
 is the same program again, with what the first left in them. Packed rows: forward and backward through frozen layers
@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from lengths import add_lengths
 
 
 def main() -> int:
@@ -56,7 +58,7 @@ CASES = {
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--device", default="cuda")
     add("--cases", nargs="+", choices=CASES, default=list(CASES))
     add("--set", default="hh", help="lengths of pairs (%(default)s)")

@@ -1,15 +1,14 @@
 """Times hybrids on shared rows against packed pairs: the same model, kernels and loss, without and with shared prompts.
 
-    python benchmarks/hybrids.py LENGTHS.json                        # on a GPU; writes hybrids.json and table.md
-    python benchmarks/hybrids.py LENGTHS.json --sets gsm8k_4shot hh --mixers unshared branched
-    python benchmarks/hybrids.py LENGTHS.json --device cpu --shape tiny --budget 2048 --dtype float32
+    python benchmarks/hybrids.py                        # on a GPU; writes hybrids.json and table.md
+    python benchmarks/hybrids.py --sets gsm8k_4shot hh --mixers unshared branched
+    python benchmarks/hybrids.py --device cpu --shape tiny --budget 2048 --dtype float32
 
-LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids are random. A step is that of DPO
-with LoRA on all linear layers: log-probs of the answers with the adapters off, then on, and the backward pass. With
---full all weights get gradients, and the reference is a second model; no optimizer runs in either. *Shared*
-packs trees into one row of --budget tokens, *pairs* packs each answer with its own copy of the prompt into as many such
-rows. GRPO's shape is a prompt of 4,096 tokens with 16 answers of 256. Times are medians after two warm steps.
-*kept* is the speed-up over the token ratio: 1 if shared tokens cost nothing at all.
+Ids are random. A step is that of DPO with LoRA on all linear layers: log-probs of the answers with the adapters off,
+then on, and the backward pass. With --full all weights get gradients, and the reference is a second model; no optimizer
+runs in either. *Shared* packs trees into one row of --budget tokens, *pairs* packs each answer with its own copy of the
+prompt into as many such rows. GRPO's shape is a prompt of 4,096 tokens with 16 answers of 256. Times are medians after
+two warm steps. *kept* is the speed-up over the token ratio: 1 if shared tokens cost nothing at all.
 """
 
 import argparse
@@ -26,6 +25,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from lengths import add_lengths
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,7 +56,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--sets", nargs="*", help="default: all")
     add("--shape", choices=SHAPES, default="8 layers of Qwen3.5-9B")
     add("--mixers", nargs="+", default=["unshared", "branched"], help="ways of flexpatch.apply (%(default)s)")
@@ -106,7 +106,7 @@ def main() -> None:
         print(record, flush=True)
         records.append(record)
         (options.output / "hybrids.json").write_text(json.dumps([conditions, records], indent=1))
-    table = table_of(records, options.mixers) + "\n" + conditions + ". `python benchmarks/hybrids.py LENGTHS.json`\n"
+    table = table_of(records, options.mixers) + "\n" + conditions + ". `python benchmarks/hybrids.py`\n"
     (options.output / "table.md").write_text(table)
     print(table)
 

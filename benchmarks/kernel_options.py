@@ -1,12 +1,12 @@
 """Compares options of FlexAttention's kernels on packed rows: tiles, stages, warps, loads, blocks of the mask, and FA4.
 
-    python benchmarks/kernel_options.py LENGTHS.json                           # on a GPU, about four minutes
-    python benchmarks/kernel_options.py LENGTHS.json --heads 128 --rows 16384  # the most telling part
-    python benchmarks/kernel_options.py LENGTHS.json --device cpu              # a dry run, forward alone
-    python benchmarks/kernel_options.py LENGTHS.json --render runs/kernel_options/kernel_options.json  # its table again
+    python benchmarks/kernel_options.py                           # on a GPU, about four minutes
+    python benchmarks/kernel_options.py --heads 128 --rows 16384  # the most telling part
+    python benchmarks/kernel_options.py --device cpu              # a dry run, forward alone
+    python benchmarks/kernel_options.py --render runs/kernel_options/kernel_options.json  # its table again
 
 Times attention alone, forward and backward, in Mistral-7B's shape (32 query heads, 8 of keys; with --heads 64 of half
-the width) over shared rows of --rows tokens: pairs with lengths as in LENGTHS.json, pairs of one length, and one long
+the width) over shared rows of --rows tokens: pairs with lengths of real sets, pairs of one length, and one long
 document (a prompt of three quarters of the row and two answers of an eighth). Options of forward and of backward are
 compiled together, but are independent: the fastest of each are compared again, together, on longer rows.
 
@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 from layers import PAIRED, Pair, Row, Setup, attempt, attention_ms, line, make_row, milliseconds
+from lengths import add_lengths
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -489,7 +490,7 @@ def finalists(record: dict[str, Any], found: list[Trial], options: argparse.Name
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--device", default="cuda")
     add("--dtype", default="bfloat16")
     add("--heads", type=int, nargs="+", default=[128, SMALL_HEADS], help="head sizes (%(default)s)")
@@ -567,7 +568,7 @@ def page(results: dict[str, Any], lengths: Any, options: argparse.Namespace) -> 
         f"{options.rest:g} s for 16,384 tokens, plus attention by torch's own options. *Error*: the largest of output",
         "and gradients, against a float32 softmax, over that of torch's own options. Options are named by BLOCK_M,",
         "BLOCK_N, warps and stages of forward / BLOCK_M1, N1, M2, N2, warps and stages of backward.",
-        f"{results['about']}. `python benchmarks/kernel_options.py LENGTHS.json {asked}`",
+        f"{results['about']}. `python benchmarks/kernel_options.py {asked}`",
     ]
     parts.append(" ".join(conditions))
     return "\n\n".join(parts)

@@ -1,7 +1,7 @@
 """Measures levers of a step's speed, one after the other: full fine-tuning of layers as wide as a 7B model's.
 
-    python benchmarks/levers.py LENGTHS.json                                              # on a GPU
-    python benchmarks/levers.py LENGTHS.json --device cpu --shape tiny --shared-tokens 512 --dtype float32
+    python benchmarks/levers.py                                              # on a GPU
+    python benchmarks/levers.py --device cpu --shape tiny --shared-tokens 512 --dtype float32
 
 Forward and backward of a DPO loss over one shared row (reference log-probs given, no optimizer step), with and without
 recomputation, compiled layers and Liger's kernels. Useful TFLOP/s count 6 x the layers' weights x tokens of the row,
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import transformers
+from lengths import add_lengths
 from tqdm import tqdm
 from train import CLASSES, SHAPES, draw_pairs, free_memory, make_job, matmul_rate, measure_layout
 
@@ -35,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--set", default="ultrafeedback")
     add("--shape", choices=SHAPES, default="8 layers of Mistral-7B")
     add("--mode", choices=("full", "lora"), default="full")
@@ -64,8 +65,8 @@ def main() -> int:
     for name in tqdm(options.variants, disable=None):
         given = dict(checkpointing="none", compile=False, liger=False, backend="auto") | VARIANTS[name]
         torch._dynamo.reset()
-        job = make_job(options.shape, options.mode, "none", argparse.Namespace(**(vars(options) | given)))
         try:
+            job = make_job(options.shape, options.mode, "none", argparse.Namespace(**(vars(options) | given)))
             record, _ = measure_layout(job, "shared packed", pairs, argparse.Namespace(**(vars(options) | given)))
             losses.append(record["loss"])
         except torch.OutOfMemoryError:
@@ -75,7 +76,7 @@ def main() -> int:
             continue
         results["variants"][name] = record
         print(name, record, flush=True)
-        del job
+        job = None
         free_memory()
         (options.output / "levers.json").write_text(json.dumps(results, indent=1))
         (options.output / "table.md").write_text(table(results))

@@ -1,13 +1,13 @@
 """Checks rows of 32k and 64k tokens on one GPU with a 7B model, and measures their speed and memory.
 
-    python benchmarks/long_rows.py LENGTHS.json
-    python benchmarks/long_rows.py LENGTHS.json --rows 131072 --checks --sets --settings shared --compile --gb 80 \\
+    python benchmarks/long_rows.py
+    python benchmarks/long_rows.py --rows 131072 --checks --sets --settings shared --compile --gb 80 \\
         --once --offload
-    python benchmarks/long_rows.py LENGTHS.json --tiny           # on a CPU, small
+    python benchmarks/long_rows.py --tiny           # on a CPU, small
 
 A step is forward and backward of LoRA DPO (rank 16 in all linear layers, a reference pass with it off, random weights,
 gradient checkpointing), without optimizer, over one row of shared tokens: one long document (a prompt of three quarters
-of the row and two answers of an eighth), or pairs with lengths as in LENGTHS.json. *Stock* computes the same pairs
+of the row and two answers of an eighth), or pairs with lengths of real sets. *Stock* computes the same pairs
 unpatched, right-padded, on sdpa, with the same checkpointing, in micro-batches of at most --tokens padded tokens, or of
 one pair if it has more; its logits are of answers alone. *Triton* is backend="flex", where auto takes FlashAttention-4.
 *Auto* is recompute_layers="auto" after two optimizer steps and what it measures after them, *triton auto* the same on
@@ -39,6 +39,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from lengths import add_lengths
 from torch import Tensor
 from torch.nn import functional as F
 from train import (
@@ -119,7 +120,7 @@ def main() -> int:
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--shape", choices=SHAPES, default="Mistral-7B")
     add("--check-shape", choices=SHAPES, default="2 layers of Mistral-7B", help="model of the checks (%(default)s)")
     add("--rows", type=int, nargs="+", default=[32768, 65536], help="tokens of a row (%(default)s)")

@@ -1,7 +1,7 @@
 """Measures peak memory of a step at equal batches, and the largest batch that fits: padded pairs and shared rows.
 
-    python benchmarks/memory.py LENGTHS.json                          # on a GPU
-    python benchmarks/memory.py LENGTHS.json --modes lora --checkpointing none all --compile --sets hh
+    python benchmarks/memory.py                          # on a GPU
+    python benchmarks/memory.py --modes lora --checkpointing none all --compile --sets hh
 
 A step is forward and backward of a DPO loss (with --modes lora also the reference's forward), without optimizer. *At
 equal batches* is the peak beyond the memory allocated before the step, for --pairs pairs. *Largest batch* counts pairs
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from lengths import add_lengths
 from tqdm import tqdm
 from train import SHAPES, Job, free_memory, make_batches, make_job, prepare, train_step
 
@@ -32,7 +33,7 @@ Pairs = list[list[list[int]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--shape", choices=SHAPES, default="Mistral-7B")
     add("--modes", nargs="+", choices=("full", "lora"), default=["lora"])
     add("--sets", nargs="+", help="default: all")

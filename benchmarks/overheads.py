@@ -1,10 +1,10 @@
 """Measures the time that flexpatch adds to a training step, at 4k to 128k shared tokens, and its share of a 7B step.
 
-    python benchmarks/overheads.py LENGTHS.json          # on a GPU; --profile: folding the largest batch, by function
-    python benchmarks/overheads.py LENGTHS.json --device cpu --tokens 512 1024 --dtype float32 --hidden 256
+    python benchmarks/overheads.py          # on a GPU; --profile: folding the largest batch, by function
+    python benchmarks/overheads.py --device cpu --tokens 512 1024 --dtype float32 --hidden 256
 
-LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths. Pairs are drawn from each of --sets
-equally often, with replacement, until they hold the tokens asked for; ids are random. Median milliseconds of each part:
+Pairs are drawn from each of --sets equally often, with replacement, until they hold the tokens asked for; ids are
+random. Median milliseconds of each part:
 
 - "folding a batch": the pre-hook on the pairs as a padded batch (copies, merging, row, mask);
 - "the same batch again": the pre-hook of the reference pass over the batch;
@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from lengths import add_lengths
 from masks import measure
 from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
@@ -61,7 +62,7 @@ SUMS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--sets", nargs="+", default=["hh", "ultrafeedback"])
     add("--tokens", type=int, nargs="+", default=[1 << k for k in range(12, 18)])
     add("--hidden", type=int, default=4096, help="a multiple of 128 (%(default)s, as in a 7B model)")

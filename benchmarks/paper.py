@@ -1,16 +1,16 @@
 """Reproduces the tables and figures of arXiv 2410.20305, Accelerating DPO with Prefix Sharing, on one GPU.
 
-    python benchmarks/paper.py LENGTHS.json                       # all pieces, on a GPU
-    python benchmarks/paper.py LENGTHS.json --pieces medians      # one piece, within ten minutes
-    python benchmarks/paper.py LENGTHS.json --pieces --resume a/paper.json b/paper.json     # one table of several calls
-    python benchmarks/paper.py LENGTHS.json --device cpu --shape tiny --whole tiny --dtype float32 --shared-tokens 4096
+    python benchmarks/paper.py                       # all pieces, on a GPU
+    python benchmarks/paper.py --pieces medians      # one piece, within ten minutes
+    python benchmarks/paper.py --pieces --resume a/paper.json b/paper.json     # one table of several calls
+    python benchmarks/paper.py --device cpu --shape tiny --whole tiny --dtype float32 --shared-tokens 4096
 
-LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths. Pieces, the most telling first:
+Pieces, the most telling first:
 
 medians   Tables 1 and 2: training steps at the median pair of each of the paper's six datasets, in layers as wide as
           a 7B model's. No packing: micro-batches of --micro-pairs pairs. Packing: as many pairs as fit --shared-tokens.
 figures   Figures 3 to 5: the MLP, attention alone and the attention layer, over lengths and ratios.
-sets      Tables 1 and 2 again, on pairs with lengths of the sets in LENGTHS.json.
+sets      Tables 1 and 2 again, on pairs with lengths of real sets.
 whole     Table 2 at the six medians in a whole 7B model.
 
 Steps are those of benchmarks/train.py --modes full, layers those of benchmarks/layers.py. Table 3 asks whether training
@@ -32,6 +32,7 @@ import layers
 import torch
 import train
 import transformers
+from lengths import add_lengths
 from pages import RESULTS
 from pages import table as read_table
 from transformers.models.mistral import modeling_mistral as mistral
@@ -78,7 +79,7 @@ Points = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--pieces", nargs="*", choices=EXPECTED, default=list(EXPECTED), help="(%(default)s)")
     add("--points", nargs="+", help="only these datasets, sets, or points such as 512:4 (default: all)")
     add("--shape", choices=train.SHAPES, default="8 layers of Mistral-7B", help="of medians and sets (%(default)s)")
@@ -258,7 +259,7 @@ def report(results: dict[str, Any]) -> str:
     missing = [piece for piece in EXPECTED if not found[piece]]
     if missing:
         told.append(f"Not measured in these calls: {', '.join(missing)}.")
-    return "\n\n".join([*parts, "Conditions. " + " ".join(told) + " `python benchmarks/paper.py LENGTHS.json`"]) + "\n"
+    return "\n\n".join([*parts, "Conditions. " + " ".join(told) + " `python benchmarks/paper.py`"]) + "\n"
 
 
 def medians_table(points: dict[str, Any], layouts: tuple[str, ...], kind: str) -> str:

@@ -1,8 +1,8 @@
 """Times packed LoRA DPO on several GPUs against one: weak scaling under DDP and FSDP2.
 
-    python benchmarks/scaling.py LENGTHS.json                          # on two GPUs, about four minutes
-    python benchmarks/scaling.py LENGTHS.json --ranks 8 --engines ddp
-    python benchmarks/scaling.py LENGTHS.json --device cpu --shape tiny --dtype float32 --budget 2048
+    python benchmarks/scaling.py                          # on two GPUs, about four minutes
+    python benchmarks/scaling.py --ranks 8 --engines ddp
+    python benchmarks/scaling.py --device cpu --shape tiny --dtype float32 --budget 2048
 
 Runs PackedDPOTrainer as benchmarks/trainers.py does, with compiled layers and recompute_layers="auto": first alone,
 then on --ranks under each engine, as accelerate launches it with the files of examples/accelerate. Every rank takes
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lengths import add_lengths
 from trainers import SHAPES, conditions_of, measure, settings_of
 from waits import LEAST_MS, Waits, cells_of
 
@@ -41,7 +42,7 @@ FILES = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", WHOLE: "fsdp2.yaml"}  # of ex
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--sets", nargs="+", default=["gsm8k_4shot"])
     add("--engines", nargs="+", choices=FILES, default=["ddp", "fsdp2"])
     add("--ranks", type=int, default=2)
@@ -130,7 +131,7 @@ def table(options: argparse.Namespace) -> str:
     text = (
         f"PackedDPOTrainer, LoRA on all linear layers, {options.bins} rows of {options.budget:,} tokens an epoch on "
         f'each rank, compiled layers, recompute_layers="auto"; the median step of a warm epoch. '
-        f"Conditions: {results[ALONE]['conditions']}. `python benchmarks/scaling.py LENGTHS.json`"
+        f"Conditions: {results[ALONE]['conditions']}. `python benchmarks/scaling.py`"
     )
     return "\n".join([*lines, "", text]) + "\n"
 

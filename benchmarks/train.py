@@ -1,12 +1,12 @@
 """Times whole training steps of 7-8B models on one GPU, with sharing and packing and without.
 
-    python benchmarks/train.py LENGTHS.json                                # Mistral-7B, on 80 GB
-    python benchmarks/train.py LENGTHS.json --shapes Llama-3-8B --modes lora --sets hh tldr --compile --profile
-    python benchmarks/train.py LENGTHS.json --device cpu --shapes tiny --dtype float32 --shared-tokens 2048
+    python benchmarks/train.py                                # Mistral-7B, on 80 GB
+    python benchmarks/train.py --shapes Llama-3-8B --modes lora --sets hh tldr --compile --profile
+    python benchmarks/train.py --device cpu --shapes tiny --dtype float32 --shared-tokens 2048
 
-LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths; ids and weights are random. A step is
-forward and backward of DPO, without optimizer, on the same pairs in every layout. Modes: full (gradients of all
-weights, reference log-probs given), lora (rank 16 in all linear layers, a reference pass with it off). Layouts:
+Ids and weights are random. A step is forward and backward of DPO, without optimizer, on the same pairs in every layout.
+Modes: full (gradients of all weights, reference log-probs given), lora (rank 16 in all linear layers, a reference pass
+with it off). Layouts:
 
 padded pairs    Right-padded micro-batches through the unpatched model on sdpa, as in stock trainers, each of as many
                 pairs as --tokens padded tokens allow. Logits are computed only of tokens that predict an answer.
@@ -43,6 +43,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from lengths import add_lengths
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from tqdm import tqdm
@@ -105,7 +106,7 @@ class Job:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--shapes", nargs="+", choices=SHAPES, default=["Mistral-7B"])
     add("--modes", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     add("--sets", nargs="*", help="default: all")

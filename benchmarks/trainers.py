@@ -1,12 +1,11 @@
 """Times stock TRL trainers, these trainers after one line of flexpatch, and packed batches.
 
-    python benchmarks/trainers.py LENGTHS.json                     # on a GPU; all parts
-    python benchmarks/trainers.py LENGTHS.json --sets hh tldr --parts dpo
-    python benchmarks/trainers.py LENGTHS.json --parts --merge a/trainers.json b/trainers.json    # one table of both
-    python benchmarks/trainers.py LENGTHS.json --device cpu --shape tiny --pairs 16 --budget 4096 --dtype float32
+    python benchmarks/trainers.py                     # on a GPU; all parts
+    python benchmarks/trainers.py --sets hh tldr --parts dpo
+    python benchmarks/trainers.py --parts --merge a/trainers.json b/trainers.json    # one table of both
+    python benchmarks/trainers.py --device cpu --shape tiny --pairs 16 --budget 4096 --dtype float32
 
-LENGTHS.json maps names of datasets to [prompt, chosen, rejected] token lengths. Pairs have lengths at even steps
-through a set, in random order, so that few pairs are like many; ids are random. Parts:
+Pairs have lengths at even steps through a set, in random order, so that few pairs are like many; ids are random. Parts:
 
 dpo       LoRA DPOTrainer, reference = adapter off. Stock runs --batch-sizes upwards without gradient checkpointing,
           until memory ends or a size is a tenth slower than the fastest; then with checkpointing, from the last size
@@ -54,6 +53,7 @@ import torch
 import transformers
 import trl
 from hybrids import SHAPES as HYBRIDS
+from lengths import add_lengths
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -106,7 +106,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path)
+    add_lengths(parser)
     add("--sets", nargs="+", help="default: all")
     add("--parts", nargs="*", choices=PARTS, default=["dpo", "nothing", "grpo"])
     add(

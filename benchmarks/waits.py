@@ -1,8 +1,8 @@
 """Shows where a step of a trainer goes: kernels by class, and what the host does while the GPU waits for it.
 
-    python benchmarks/waits.py LENGTHS.json --modes stock packed                  # on a GPU
+    python benchmarks/waits.py --modes stock packed                  # on a GPU
     python benchmarks/waits.py --render runs/waits/waits.json --branch 0.5        # table and trees again
-    python benchmarks/waits.py LENGTHS.json --sets hh --device cpu --shape tiny --dtype float32 --budget 2048
+    python benchmarks/waits.py --sets hh --device cpu --shape tiny --dtype float32 --budget 2048
 
 Trains as benchmarks/trainers.py does: packed with recompute_layers="auto", the other modes without gradient
 checkpointing. During one warm step, as the GPU runs it (the host may be ahead), a thread notes the main thread's Python
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from lengths import add_lengths
 from torch.autograd import DeviceType
 from train import by_class
 from trainers import MODES, PRECOMPUTED, SHAPES, conditions_of, mark_of, measure, seconds_between, settings_of
@@ -86,7 +87,7 @@ WALKS = ("__repr__", "named_modules", "train")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("lengths", type=Path, nargs="?")
+    add_lengths(parser)
     add("--render", type=Path, metavar="JSON", help="measure nothing: waits.json of an earlier call")
     add("--sets", nargs="+", default=["hh", "gsm8k_4shot"])
     add("--modes", nargs="+", choices=(*MODES, *PRECOMPUTED), default=["packed"])
@@ -100,8 +101,6 @@ def main() -> None:
     add("--device", default="cuda")
     add("--output", type=Path, default=Path("runs/waits"))
     options = parser.parse_args()
-    if (options.lengths is None) == (options.render is None):
-        parser.error("either LENGTHS.json or --render")
     options.output.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.render.read_text()) if options.render else measure_all(options)
     for run in results["runs"]:
