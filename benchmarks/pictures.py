@@ -1,13 +1,15 @@
-"""Draw the two pictures of README: a row with its mask, and the speed table as bars.
+"""Draw the pictures of README and docs: a row with its mask, the speed table as bars, the paper's figures as curves.
 
-    python benchmarks/pictures.py      # writes docs/images/row.svg and docs/images/speed.svg
+    python benchmarks/pictures.py      # writes docs/images/row.svg, speed.svg and paper.svg
     python benchmarks/pictures.py runs/pictures
 
 The row comes from ``build_rows`` and the mask from ``dense_mask``: the code that training runs. The bars come from
-benchmarks/results/trainers.md. Text stays text in the files, so that a test can read what they show.
+benchmarks/results/trainers.md, the curves from benchmarks/results/paper.json. Text stays text in the files, so that a
+test can read what they show.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ NODES = [0, 0, 0, 0, 1, 1, 2, 3, 3, 4, 4, 4, 4, 5, 5, 6, 6]
 LABELS = ["prompt", "both answers", "chosen", "rejected", "second prompt", "chosen", "rejected"]
 COLORS = ["#4878a8", "#7fa8c9", "#6a9f58", "#d1605e", "#6b6b9e", "#6a9f58", "#d1605e"]
 STOCK, ONE_LINE, PACKED = "#b0b0b0", "#7fa8c9", "#4878a8"
+PANELS = {"mlp": "3: MLP", "attention": "4: attention", "layer": "5: attention layer"}  # of the paper's figures
+RATIOS = {0.5: "#d1605e", 1.0: "#c98a3d", 4.0: "#6a9f58", 16.0: "#4878a8"}
 
 
 def example() -> Rows:
@@ -93,6 +97,27 @@ def draw_speed(path: Path) -> None:
     save(figure, path)
 
 
+def draw_paper(path: Path) -> None:
+    """Draw figures 3 to 5 of the paper: what sharing gains over the fastest separate kernel, and the ideal, dashed."""
+    points = json.loads((RESULTS / "paper.json").read_text(encoding="utf-8"))["figures"]["points"].values()
+    figure, panels = pyplot.subplots(1, len(PANELS), figsize=(9, 3.2), sharey=True, layout="constrained")
+    for axes, (part, title) in zip(panels, PANELS.items(), strict=True):
+        for ratio, color in RATIOS.items():
+            chosen = sorted((of for of in points if of["ratio"] == ratio), key=lambda of: int(of["prompt"]))
+            prompts = [of["prompt"] for of in chosen]
+            axes.plot(prompts, [of["ideal"][part] for of in chosen], "--", color=color, linewidth=1)
+            gains = [of["mlp"] if part == "mlp" else of[f"{part}_best"] for of in chosen]
+            axes.plot(prompts, gains, "o-", color=color, markersize=4, label=f"{ratio:g}")
+        axes.axhline(1, color=STOCK, linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(prompts, [f"{prompt:,}" for prompt in prompts])
+        axes.set(title=title, xlabel="tokens of the prompt")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="speed-up")
+    figure.legend(*panels[0].get_legend_handles_labels(), title="prompt : answer", loc="outside right", frameon=False)
+    save(figure, path)
+
+
 def save(figure: pyplot.Figure, path: Path) -> None:
     """Write an SVG whose bytes depend on the picture alone: no date, no random ids."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,11 +126,12 @@ def save(figure: pyplot.Figure, path: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Write both pictures to a folder."""
+    """Write all pictures to a folder."""
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "flexpatch"})
     draw_row(folder / "row.svg")
     draw_speed(folder / "speed.svg")
+    draw_paper(folder / "paper.svg")
 
 
 if __name__ == "__main__":

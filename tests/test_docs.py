@@ -179,7 +179,7 @@ def test_pictures_are_those_of_the_results(tmp_path: Path) -> None:
     program = [sys.executable, str(ROOT / "benchmarks" / "pictures.py"), str(tmp_path)]
     run = subprocess.run(program, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    for name in ("row.svg", "speed.svg"):
+    for name in ("row.svg", "speed.svg", "paper.svg"):
         assert drawn(tmp_path / name) == drawn(ROOT / "docs" / "images" / name), "python benchmarks/pictures.py"
 
 
