@@ -63,7 +63,7 @@ def report(runs: dict[str, Any]) -> str:
         f"{settings['model'] or 'SmolLM2-135M-Instruct (dequantized)'}, {settings['dtype']}, {settings['batch_size']} "
         f"pairs a step of `{Path(settings['data']).name}`, {device}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if name != "flexpatch")
-        + "; `python benchmarks/hh.py`.",
+        + f"; `python benchmarks/hh.py {Path(settings['data']).name} --steps {steps}`.",
     ]
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/images.py                                            # on a GPU; both parts, both shapes
     python benchmarks/images.py --shapes "Gemma 3 4B" --parts grpo
-    python benchmarks/images.py --device cpu --shapes tiny "tiny, with blocks" --dtype float32 --pairs 4 \
+    python benchmarks/images.py --device cpu --shapes tiny "tiny, with blocks" --dtype float32 --pairs 4 \\
         --batch-sizes 1 2 --answers 12 --groups 4 --completions 16
 
 Random weights; prompts of about 1,000 image tokens and a question. Parts:

@@ -258,7 +258,7 @@ def report(results: dict[str, Any]) -> str:
     told = [f"{piece}: {results[piece]['conditions']}." for piece in EXPECTED if found[piece]]
     missing = [piece for piece in EXPECTED if not found[piece]]
     if missing:
-        told.append(f"Not measured in these calls: {', '.join(missing)}.")
+        told.append(f"Not measured: {', '.join(missing)}.")
     return "\n\n".join([*parts, "Conditions. " + " ".join(told) + " `python benchmarks/paper.py`"]) + "\n"
 
 

@@ -736,7 +736,7 @@ def dpo_table(results: dict[str, Any], label: str, group: dict[str, Any] | None 
     lines.append(
         f"\nDPOTrainer, {label}; reference {when}. Stock: the fastest of batches of {sizes} pairs, with and "
         f"without gradient checkpointing, on {' or '.join(kernels)}; one line: the largest that fits without; packed: "
-        'recompute_layers="auto"; *tokens*: how many times fewer the folded batches of the one line hold.'
+        'recompute_layers="auto"; *tokens*: padded tokens of the one line\'s batches over those that it computed.'
     )
     compiled = {name: modes for name, modes in results.items() if not {"stock", COMPILED} - set(modes)}
     if compiled:

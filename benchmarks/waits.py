@@ -287,7 +287,7 @@ def table(results: dict[str, Any]) -> str:
     notes = ", ".join(str(run["notes"]) for run in runs)
     text = (
         f"*Pairs*: of a step, on average. *GPU idle*: {results['least_ms']} ms or more without a kernel; below, who "
-        f"asks for what the host does meanwhile, by {notes} notes of its functions.\n\n"
+        f"asks for what the host does meanwhile, by {notes} samples of the functions that it runs.\n\n"
         f"Conditions: {results['conditions']}"
     )
     return "\n".join([*steps, "", *waits, "", text]) + "\n"

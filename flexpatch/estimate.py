@@ -35,6 +35,8 @@ Token counts are exact. Speed-ups are an estimate by FLOPs, not a measurement:
   another costs 4 * heads * head size FLOPs a layer. Sliding windows are ignored.
 - In padded batches every column sees all columns before it. In folded and packed rows a token is computed once and sees
   the tokens before it in its sequence. FlexAttention (GPU) computes just these pairs; the dense backend computes all.
+- Folded batches also share between rows of a dataset (a system prompt, the same prompt again). So do batches of packed
+  trainers, whose tokens are counted here without.
 - A batch that folding would shrink by less than a tenth runs as it was given, as after flexpatch.apply on a GPU.
 - A token's logits cost 2 * hidden size * vocabulary FLOPs: for every column of padded and folded batches, since
   trainers ask for all logits; in packed rows for the tokens that predict an answer's tokens."""

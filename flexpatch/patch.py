@@ -82,7 +82,7 @@ def apply(
             its kernels fit (deep rows on FlashAttention-4's where that is installed), dense elsewhere.
         fold: Fold ordinary batches. Without it they run as they are given.
         compile: Compile decoder layers for rows on the flex backend, whose lengths are then padded to a few (at most a
-            quarter longer). All other calls stay uncompiled. Each length compiles for most of a minute: worth it for
+            quarter longer). All other calls stay uncompiled. Each length compiles for 10 to 50 s: worth it for
             full rows of one budget, such as packed batches.
         mixers: Layers that no mask can cut (scans, convolutions) run ``"branched"`` on the row, from their parents'
             states, or ``"unshared"`` on separate sequences. ``"auto"``: branched where that is known to be exact.
