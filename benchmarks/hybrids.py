@@ -2,7 +2,7 @@
 
     python benchmarks/hybrids.py                        # on a GPU; writes hybrids.json and table.md
     python benchmarks/hybrids.py --sets gsm8k_4shot hh --mixers unshared branched
-    python benchmarks/hybrids.py --device cpu --shape tiny --budget 2048 --dtype float32
+    python benchmarks/hybrids.py --device cpu --shape tiny --budget 2048 --dtype float32 --sets hh --grpo 99 4 16
 
 Ids are random. A step is that of DPO with LoRA on all linear layers: log-probs of the answers with the adapters off,
 then on, and the backward pass. With --full all weights get gradients, and the reference is a second model; no optimizer
