@@ -286,6 +286,11 @@ def being_recorded(ids: Tensor) -> bool:
     """
     if torch.jit.is_tracing() or torch.compiler.is_exporting() or get_proxy_mode() is not None:
         return True
-    if type(ids) not in (Tensor, nn.Parameter) or ids.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(ids):
-        return True
+    if type(ids) not in (Tensor, nn.Parameter) or ids.is_meta or is_transformed(ids.detach()):
+        return True  # torch.func.grad holds whatever is computed within it, of ids that it does not hold too
     return ids.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Tell whether a transform of torch.func holds a tensor."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)

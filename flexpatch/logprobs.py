@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from flexpatch.attention import many_recompiles
+from flexpatch.calls import is_transformed
 from flexpatch.errors import FlexpatchError
 from flexpatch.fold import lookup
 from flexpatch.internals import head_of, pretrained, text_config
@@ -142,7 +143,8 @@ def token_logprobs(
         return pick(_logits(head, transform, hidden_CD), targets_C)
 
     chunks = list(zip(hidden_TD.split(size), targets_T.split(size), strict=True))
-    if not torch.is_grad_enabled() or not (hidden_TD.requires_grad or any(p.requires_grad for p in parameters)):
+    trains = hidden_TD.requires_grad or any(p.requires_grad for p in parameters)
+    if not torch.is_grad_enabled() or not trains or is_transformed(hidden_TD):  # torch.func takes no checkpoint
         return torch.cat([score(*chunk) for chunk in chunks])
     if whole and not any(p.requires_grad for p in parameters):
         slopes = _compiled(_slopes) if compiled else _slopes

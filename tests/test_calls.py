@@ -14,6 +14,7 @@ from helpers.oracle import BOUNDS, random_ids, see_siblings
 from parameterized import parameterized
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import flexpatch
@@ -216,6 +217,26 @@ def test_ids_without_values_are_recorded() -> None:
     torch.func.vmap(lambda row: within.append(being_recorded(row)) or row)(ids)
     make_fx(lambda x: within.append(being_recorded(x)) or x + 1)(ids)
     assert within == [True, True]
+
+
+def test_transforms_of_torch_func() -> None:
+    """The numbers of ids cannot be read within a gradient: the batch runs as it was given. vmap over weights folds."""
+    stock, model = (model.double() for model in twins())
+    given = batch() | dict(use_cache=False)
+
+    def gradient(model: nn.Module) -> dict[str, torch.Tensor]:
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        return torch.func.grad(lambda some: functional_call(model, some, (), given).logits.square().mean())(weights)
+
+    with pytest.warns(flexpatch.FlexpatchWarning, match="being traced"):
+        ours = gradient(model)
+    assert all(torch.equal(ours[name], true) for name, true in gradient(stock).items())
+    assert flexpatch.savings(model).folded == 0
+    several = {name: torch.stack([weight.detach(), 2 * weight.detach()]) for name, weight in model.named_parameters()}
+    ours = torch.func.vmap(lambda some: functional_call(model, some, (), given).logits)(several)
+    true = [functional_call(stock, {n: w[i] for n, w in several.items()}, (), given).logits for i in range(2)]
+    assert ((ours - torch.stack(true)).abs().amax(-1) * given["attention_mask"]).max() < 1e-6
+    assert flexpatch.savings(model).folded == 1
 
 
 # --- hooks of others -------------------------------------------------------------------------------------------------

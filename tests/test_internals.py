@@ -30,7 +30,7 @@ PRIVATE = {
     "mixers": {"_modules"},
     # Counts writes to a tensor.
     "masks": {"_version"},
-    # Tells tensors that vmap holds; torch has no public way to ask.
+    # Tells tensors that torch.func holds; torch has no public way to ask.
     "calls": {"_functorch"},
     # One walk over all modules before every call: it reads their attributes, and imports nothing.
     "refusals": {"_forward_hooks", "_forward_pre_hooks", "_gradient_checkpointing_func", "_modules"},

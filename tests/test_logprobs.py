@@ -113,6 +113,18 @@ def test_without_gradients() -> None:
     assert (tokens - whole(head, hidden, targets, UNCHANGED)).abs().max() < 1e-12
 
 
+@parameterized.expand([("frozen",), ("trained",)])
+def test_gradients_of_torch_func(kind: str) -> None:
+    """It takes neither a function that keeps its gradient from forward nor a checkpoint."""
+    head, hidden, targets = head_of(kind), torch.randn(T, D, dtype=torch.float64), torch.arange(T)
+
+    def gradient(logps: Any) -> Tensor:
+        return torch.func.grad(lambda hidden: logps(head, hidden, targets).square().mean())(hidden)
+
+    true = gradient(partial(whole, form=UNCHANGED))
+    assert (gradient(partial(token_logprobs, chunk_tokens=5)) - true).norm() < 1e-12 * true.norm()
+
+
 @parameterized.expand([(0,), (-3,)])
 def test_bad_sizes(size: int) -> None:
     with pytest.raises(flexpatch.FlexpatchError, match="chunk_tokens"):

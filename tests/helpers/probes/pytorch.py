@@ -80,13 +80,17 @@ def _dispatcher_has_handlers() -> bool:
     return enabled and not before and not attends()
 
 
-@probe("torch", "_functorch.is_functorch_wrapped_tensor", "calls.being_recorded", "to leave ids alone that vmap holds")
-def _vmap_wraps_tensors() -> bool:
+@probe(
+    "torch", "_functorch.is_functorch_wrapped_tensor", "calls.is_transformed",
+    "to leave ids alone that vmap holds, or within a gradient of torch.func",
+)  # fmt: skip
+def _transforms_wrap_tensors() -> bool:
     seen: list[bool] = []
     ids = torch.arange(4)
     wraps = torch._C._functorch.is_functorch_wrapped_tensor
     torch.func.vmap(lambda x: seen.append(wraps(x)) or x)(ids)
-    return seen == [True] and not wraps(ids)
+    torch.func.grad(lambda x: seen.append(wraps(ids.detach())) or x)(torch.ones(()))
+    return seen == [True, True] and not wraps(ids.detach())
 
 
 @probe(
