@@ -125,8 +125,8 @@ def token_logprobs(
         FlexpatchError: For ``chunk_tokens < 1``.
     """
     parameters = list(head.parameters())
-    if chunk_tokens is not None and (not isinstance(chunk_tokens, int) or chunk_tokens < 1):
-        raise FlexpatchError(f"chunk_tokens={chunk_tokens}; expected at least 1, or None")
+    if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
+        raise FlexpatchError(f"chunk_tokens={chunk_tokens!r}; expected a whole number from 1 on, or None")
     # Sharded heads (flat or empty parameters, DTensors, or none) are gathered by hooks at every call: ranks must call
     # equally often, and the hooks' bookkeeping expects one backward.
     whole = any(p.ndim == 2 for p in parameters)

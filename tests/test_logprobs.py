@@ -125,9 +125,9 @@ def test_gradients_of_torch_func(kind: str) -> None:
     assert (gradient(partial(token_logprobs, chunk_tokens=5)) - true).norm() < 1e-12 * true.norm()
 
 
-@parameterized.expand([(0,), (-3,)])
-def test_bad_sizes(size: int) -> None:
-    with pytest.raises(flexpatch.FlexpatchError, match="chunk_tokens"):
+@parameterized.expand([(0,), (-3,), (True,), (1.5,), ("8",)])
+def test_bad_sizes(size: Any) -> None:
+    with pytest.raises(flexpatch.FlexpatchError, match=f"chunk_tokens={size!r}; expected"):
         token_logprobs(head_of("frozen"), torch.zeros(1, D), torch.zeros(1, dtype=torch.int64), chunk_tokens=size)
 
 
