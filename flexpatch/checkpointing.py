@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from flexpatch.compiled import run_compiled
 from flexpatch.errors import FlexpatchError, FlexpatchWarning
-from flexpatch.internals import layers_of
+from flexpatch.internals import layers_of, text_config
 from flexpatch.keeping import WAYS, Choice, Sizes, choose, mixture, moved
 from flexpatch.meters import Memory, Meter, cuda_memory, hooks_take_activations, kind_of, some_weights
+from flexpatch.refusals import check_routers
 from flexpatch.row_calls import plan_in
 from flexpatch.segments import NO_LOAD, Load
 from flexpatch.selective import (
@@ -133,6 +134,8 @@ class Recomputation:
             return call, None
         plan = plan_in(call)
         load = NO_LOAD if plan is None else plan.segments.load
+        if (self.setting == "auto" or self.setting in range(1, len(layers))) and not run_compiled(layers, call):
+            check_routers(text_config(backbone), call, layers)
         able, untried = self._able(layers, call) if plan is None else ([], {})
         graphs = bool(able) and run_compiled(able, call)
         choice, measured = self.plan(layers, call["input_ids"], backbone, load, able, graphs)

@@ -125,3 +125,29 @@ def test_under_checkpointing() -> None:
     (true, slope, _), (ours, our_slope, _) = (results(m, batch("left")) for m in (stock, model))
     assert (ours - true).abs() < 1e-6 and (our_slope - slope).norm() < 1e-5 * slope.norm()
     assert flexpatch.savings(model).folded == 1
+
+
+@parameterized.expand([(0, False), (None, True), (99, True), ("partly", True)])
+def test_under_reentrant_checkpointing(setting: Any, lost: bool) -> None:
+    """Router logits of recomputed layers have no gradient then, in the unpatched model either."""
+    stock = eager_experts(tiny_model("qwen3_moe")).train()
+    model = flexpatch.apply(copy.deepcopy(stock), recompute_layers=setting)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    full = results(stock, batch("left"))[1]
+    stock.gradient_checkpointing_enable({"use_reentrant": True})
+    slope = results(stock, batch("left"))[1] if lost else full
+    assert (slope - full).norm() > 0.1 * full.norm() if lost else True
+    assert (results(model, batch("left"))[1] - slope).norm() < 1e-5 * slope.norm()
+
+
+@parameterized.expand([(1,), (3,), ("auto",)])
+def test_routers_that_reentrant_checkpointing_would_part_are_refused(setting: Any) -> None:
+    """Those of layers that are kept would have gradients, and no others: by free memory, with "auto"."""
+    model = flexpatch.apply(eager_experts(tiny_model("qwen3_moe")).train(), recompute_layers=setting)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(flexpatch.UnsupportedModelError, match="router logits get no gradient in layers"):
+        results(model, batch("left"))
+    if setting != "auto":  # it measures a GPU
+        assert model(**batch("left"), use_cache=False).loss.requires_grad
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        results(model, batch("left"))
