@@ -47,8 +47,8 @@ OFFLOADS = (
 )
 WHOLE = (
     "flexpatch: recompute_layers='partly' recomputes whole layers here: it needs torch's own checkpointing, "
-    "model.gradient_checkpointing_enable({'use_reentrant': False}), no mixers that carry a state, no kernels that "
-    "write over what they are given (Liger's rope), and no ZeRO-3"
+    "model.gradient_checkpointing_enable({'use_reentrant': False}), without debug=True, no mixers that carry a state, "
+    "no kernels that write over what they are given (Liger's rope), and no ZeRO-3"
 )
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint as checkpointing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -73,12 +74,14 @@ def can_keep_products(layer: nn.Module) -> bool:
     """Tell whether a layer's checkpointing function is torch's own, not reentrant, and has no contexts yet.
 
     Others, such as reentrant ones or those that move activations to the host, take no contexts or have a job that these
-    would undo.
+    would undo. Torch's debugging of checkpoints has contexts of its own.
     """
     function = getattr(layer, "_gradient_checkpointing_func", None)
     if not isinstance(function, partial) or function.func is not checkpoint:
         return False
-    return function.keywords.get("use_reentrant") is False and "context_fn" not in function.keywords
+    given, everywhere = function.keywords, getattr(checkpointing, "_checkpoint_debug_enabled", None)
+    debugs = given.get("debug", False) if everywhere is None else everywhere
+    return given.get("use_reentrant") is False and "context_fn" not in given and not debugs
 
 
 def keep_products(layer: Any, made: Callable[[], Any] = contexts) -> None:

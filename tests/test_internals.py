@@ -24,8 +24,8 @@ PRIVATE = {
     },
     # Layers find their row again as they are recomputed.
     "carrying": {"_gradient_checkpointing_func"},
-    # Layers keep their products for one call.
-    "selective": {"_gradient_checkpointing_func"},
+    # Layers keep their products for one call, unless torch debugs checkpoints, which it has no public way to ask.
+    "selective": {"_checkpoint_debug_enabled", "_gradient_checkpointing_func"},
     # One walk over all modules before every forward of a row.
     "mixers": {"_modules"},
     # Counts writes to a tensor.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import set_checkpoint_debug_enabled
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import flexpatch
@@ -360,4 +361,21 @@ def test_checkpointing_of_other_kinds_recomputes_whole_layers() -> None:
     layer = model.model.layers[0]
     for function in (lambda f, *args: f(*args), partial(torch.utils.checkpoint.checkpoint, use_reentrant=True)):
         layer._gradient_checkpointing_func = function
+        assert not can_keep_products(layer)
+
+
+def test_checkpoints_that_are_debugged_recompute_whole_layers() -> None:
+    """Torch refuses contexts of others then."""
+    model = tiny_model("llama").train()
+    model.gradient_checkpointing_enable(NOT_REENTRANT | {"debug": True})
+    flexpatch.apply(model, recompute_layers="partly")
+    with pytest.warns(flexpatch.FlexpatchWarning, match="without debug=True"):
+        Result.packed(model, flexpatch.build_rows([few()])).matches(oracle("llama", 0, samples=few))
+    layer = model.model.layers[0]
+    assert not can_keep_products(layer)
+    with set_checkpoint_debug_enabled(False):
+        assert can_keep_products(layer)
+    model.gradient_checkpointing_enable(NOT_REENTRANT)
+    assert can_keep_products(layer)
+    with set_checkpoint_debug_enabled(True):
         assert not can_keep_products(layer)

@@ -171,3 +171,13 @@ def _writes_are_counted() -> bool:
 def _block_masks_have_four_dimensions() -> bool:
     mask = row_mask()
     return isinstance(mask, flex_attention.BlockMask) and len(mask.shape) == 4
+
+
+@probe(
+    "torch", "utils.checkpoint._checkpoint_debug_enabled", "selective.can_keep_products",
+    "to leave checkpoints alone that are debugged, which take no contexts",
+)  # fmt: skip
+def _checkpoints_tell_that_they_are_debugged() -> bool:
+    with torch.utils.checkpoint.set_checkpoint_debug_enabled(True):
+        on = torch.utils.checkpoint._checkpoint_debug_enabled
+    return on is True and torch.utils.checkpoint._checkpoint_debug_enabled is None
