@@ -274,6 +274,26 @@ def test_experts_that_are_looped_over_are_refused() -> None:
     assert len(str(error.value)) < 800
 
 
+@parameterized.expand([("DoRA",), ("LoHa",), ("LoKr",)])
+def test_adapters_that_do_not_compile_are_refused_by_name(kind: str) -> None:
+    """Where a release of torch or peft compiles them, they are right."""
+    configs = dict(
+        DoRA=peft.LoraConfig(target_modules=["q_proj"], use_dora=True),
+        LoHa=peft.LoHaConfig(target_modules=["q_proj"], init_weights=False),
+        LoKr=peft.LoKrConfig(target_modules=["q_proj"], init_weights=False),
+    )
+    model = peft.get_peft_model(deep("llama", 2), configs[kind]).double()
+    rows = build_rows(ROWS)
+    true = Result.packed(flexpatch.apply(model, backend="dense"), rows)
+    flexpatch.apply(model, backend="flex", compile=True)
+    try:
+        ours = Result.packed(model, rows)
+    except flexpatch.UnsupportedModelError as error:
+        assert kind in str(error) and len(str(error)) < 800
+    else:
+        ours.matches(true)
+
+
 def test_a_foreign_forward_is_not_overwritten() -> None:
     model = tiny_model("llama")
     model.model.layers[1].forward = model.model.layers[1].forward
