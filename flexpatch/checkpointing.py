@@ -132,9 +132,9 @@ class Recomputation:
         layers = [layer for layer in layers if layer.gradient_checkpointing]
         if not layers:
             return call, None
-        plan = plan_in(call)
-        load = NO_LOAD if plan is None else plan.segments.load
-        if (self.setting == "auto" or self.setting in range(1, len(layers))) and not run_compiled(layers, call):
+        load = NO_LOAD if (plan := plan_in(call)) is None else plan.segments.load
+        parts = self.setting in range(1, len(layers)) or (self.setting == "auto" and not _gathers(layers))
+        if parts and not run_compiled(layers, call):
             check_routers(text_config(backbone), call, layers)
         able, untried = self._able(layers, call) if plan is None else ([], {})
         graphs = bool(able) and run_compiled(able, call)

@@ -32,6 +32,7 @@ from flexpatch.unshare import Unsharing
 
 # Names the attribute of a call's ``input_ids`` that holds its exits.
 EXITS = "flexpatch_exits"
+SWITCH = (False, True)
 
 
 @dataclass
@@ -67,9 +68,11 @@ class BackboneHook:
         recompute_layers: int | str | None,
         shared_dropout: bool,
     ) -> None:
-        for name, value, known in (("backend", backend, BACKENDS), ("mixers", mixers, WAYS)):
+        switches = dict(fold=fold, compile=compile, shared_dropout=shared_dropout)
+        one_of = [("backend", backend, BACKENDS), ("mixers", mixers, WAYS), *((*of, SWITCH) for of in switches.items())]
+        for name, value, known in one_of:
             if value not in known:
-                raise FlexpatchError(f"{name}={value!r}; expected one of {', '.join(known)}")
+                raise FlexpatchError(f"{name}={value!r}; expected one of {', '.join(map(str, known))}")
         self.fold = fold
         self.compile = compile
         self.way = mixers

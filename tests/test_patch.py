@@ -102,6 +102,12 @@ class ApplyTest(unittest.TestCase):
             assert isinstance(mask, Tensor) == (backend != "flex"), f"backend={backend} made a {type(mask).__name__}"
         assert implementation(flexpatch.remove(model)) == "eager"
 
+    @parameterized.expand([("fold", "no"), ("compile", "yes"), ("shared_dropout", 2)])
+    def test_switches_take_true_and_false(self, name: str, value: Any) -> None:
+        """A text such as "no" counts as true."""
+        with pytest.raises(FlexpatchError, match=f"{name}={value!r}; expected one of False, True"):
+            flexpatch.apply(tiny_model("llama"), **{name: value})
+
     def test_unknown_backends_are_refused(self) -> None:
         with pytest.raises(FlexpatchError, match="'triton'; expected one of auto, flex, fa4, dense"):
             flexpatch.apply(tiny_model("llama"), backend="triton")

@@ -151,3 +151,15 @@ def test_routers_that_reentrant_checkpointing_would_part_are_refused(setting: An
         assert model(**batch("left"), use_cache=False).loss.requires_grad
         model.gradient_checkpointing_enable({"use_reentrant": False})
         results(model, batch("left"))
+
+
+def test_layers_that_gather_their_weights_are_never_parted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 has "auto" recompute all layers: routers lose the gradients that they lose unpatched."""
+    stock = eager_experts(tiny_model("qwen3_moe")).train()
+    model = flexpatch.apply(copy.deepcopy(stock), recompute_layers="auto")
+    monkeypatch.setattr("flexpatch.checkpointing._gathers", lambda layers: True)
+    for each in (stock, model):
+        each.gradient_checkpointing_enable({"use_reentrant": True})
+    slope = results(stock, batch("left"))[1]
+    with pytest.warns(flexpatch.FlexpatchWarning, match="ZeRO"):
+        assert (results(model, batch("left"))[1] - slope).norm() < 1e-5 * slope.norm()
