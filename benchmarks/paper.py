@@ -3,7 +3,8 @@
     python benchmarks/paper.py                       # all pieces, on a GPU
     python benchmarks/paper.py --pieces medians      # one piece, within ten minutes
     python benchmarks/paper.py --pieces --resume a/paper.json b/paper.json     # one table of several calls
-    python benchmarks/paper.py --device cpu --shape tiny --whole tiny --dtype float32 --shared-tokens 4096
+    python benchmarks/paper.py --device cpu --shape tiny --whole tiny --dtype float32 --shared-tokens 2048 \\
+        --points TLDR hh 512:4
 
 Pieces, the most telling first:
 
