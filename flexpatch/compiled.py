@@ -110,12 +110,15 @@ def _forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with many_recompiles(), compiling("layers", mask.seq_lengths[0], *kind):
             return _recording(layer, *args, **kwargs)
     except torch._dynamo.exc.TorchDynamoException as error:
-        raise UnsupportedModelError(
-            f"a {type(layer).__name__} of this model does not compile; apply with compile=False. Known causes: experts "
-            "run by a loop (set_experts_implementation('grouped_mm'), in 16 bits), peft's code of DoRA, LoHa and LoKr, "
-            "and hooks of modules in the layer: DeepSpeed's ZeRO-3 gathers weights in them (FSDP2 does not). Torch "
-            "says: " + next((line for line in str(error).splitlines() if line), type(error).__name__)
-        ) from None
+        said = next((line for line in str(error).splitlines() if line), type(error).__name__)
+    # Torch keeps an error that it met in the layer's code, such as a refusal of ours, in its trace alone.
+    _plain(layer, *args, **kwargs)
+    raise UnsupportedModelError(
+        f"a {type(layer).__name__} of this model does not compile; apply with compile=False. Known causes: experts "
+        "run by a loop (set_experts_implementation('grouped_mm'), in 16 bits), peft's code of DoRA, LoHa and LoKr, "
+        "and hooks of modules in the layer: DeepSpeed's ZeRO-3 gathers weights in them (FSDP2 does not). Torch says: "
+        + said
+    )
 
 
 def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -447,6 +447,12 @@ class RealCompilationTest(unittest.TestCase):
         with pytest.raises(FlexpatchError, match=r"no backward on the CPU.*backend='dense'"):
             flex(*random_qkv(1, 2, 1, 150, 16, torch.float32), mask_of(rows_of(150)))
 
+    def test_compiled_layers_say_so_too(self) -> None:
+        """Torch meets the error while it traces a layer."""
+        model = flexpatch.apply(tiny_model("llama", dtype=torch.float32), backend="flex", compile=True)
+        with pytest.raises(FlexpatchError, match=r"^FlexAttention has no backward on the CPU.*backend='dense'"):
+            model(torch.ones(2, 40, dtype=torch.long), use_cache=False)
+
     @pytest.mark.slow
     def test_inductor_on_the_cpu(self) -> None:
         """The generated kernel, forward; needs a C++ compiler."""
