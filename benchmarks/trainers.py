@@ -3,7 +3,7 @@
     python benchmarks/trainers.py                     # on a GPU; all parts
     python benchmarks/trainers.py --sets hh tldr --parts dpo
     python benchmarks/trainers.py --parts --merge a/trainers.json b/trainers.json    # one table of both
-    python benchmarks/trainers.py --device cpu --shape tiny --pairs 16 --budget 4096 --dtype float32
+    python benchmarks/trainers.py --device cpu --shape tiny --pairs 8 --budget 2048 --dtype float32 --sets hh
 
 Pairs have lengths at even steps through a set, in random order, so that few pairs are like many; ids are random. Parts:
 
