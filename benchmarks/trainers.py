@@ -12,11 +12,11 @@ dpo       LoRA DPOTrainer, reference = adapter off. Stock runs --batch-sizes upw
           that ran without (smaller sizes would not be faster); then the fastest setting on --flash. The fastest
           counts. One line, flexpatch.apply(model), runs the largest of --one-line-sizes that fits without
           checkpointing. Both count the second of two epochs over equal batches; with --quick, stock counts one epoch,
-          after a step with its longest batch. Packed, PackedDPOTrainer, runs --bins rows of --budget tokens (of
-          several budgets the fastest counts) with compiled layers and as much checkpointing as memory demands: the
-          median step (rows are full, so equally long). --modes adds both with reference log-probs computed before
-          training: stock again at its two fastest settings, and packed. "one line, compiled" is flexpatch.apply(model,
-          compile=True).
+          after a step with its longest batch, and each set begins with an epoch that nobody counts. Packed,
+          PackedDPOTrainer, runs --bins rows of --budget tokens (of several budgets the fastest counts) with compiled
+          layers and as much checkpointing as memory demands: the median step (rows are full, so equally long). --modes
+          adds both with reference log-probs computed before training: stock again at its two fastest settings, and
+          packed. "one line, compiled" is flexpatch.apply(model, compile=True).
 nothing   DPOTrainer on pairs that share nothing and need no padding: the cost of flexpatch where it cannot gain.
 grpo      Log-probs, forward and backward, of a prompt of 4,096 tokens with 16 answers of 256.
 grpo-trainer
@@ -245,8 +245,9 @@ def measure_sets(
                 flush=True,
             )
             break
-        if warmed != name:  # TRL's kernels compile again for a few of a set's lengths
-            once = argparse.Namespace(**vars(options) | dict(quick=True))
+        if warmed != name and (options.quick or not warmed):  # TRL's kernels compile again for a few lengths of a set
+            pairs = options.pairs if options.quick else 1
+            once = argparse.Namespace(**vars(options) | dict(pairs=pairs, quick=True))
             measure(once, "stock", lengths[name], min(options.batch_sizes), True)
             warmed = name
         began = time.perf_counter()

@@ -23,6 +23,7 @@ from flexpatch.media import Images
 from flexpatch.padding_free import VARLEN, boundaries, find_starts
 from flexpatch.refusals import longrope_limit, scaling_limit
 from flexpatch.registry import Adapter
+from flexpatch.settings import asked
 
 # Where there are no images these arguments change nothing.
 IGNORED = {*TYPES, "labels"}
@@ -56,10 +57,6 @@ def obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> st
     Returns:
         The reason as the end of a sentence; ``None`` if there is none.
     """
-
-    def asked(name: str) -> Any:
-        return call[name] if call.get(name) is not None else getattr(config, name, None)
-
     ids, mask = call.get("input_ids"), call.get("attention_mask")
     if call.get("cu_seq_lens_q") is not None and call.get("position_ids") is None:
         return "cu_seq_lens without position_ids"
@@ -71,14 +68,14 @@ def obstacle(backbone: PreTrainedModel, config: Any, call: dict[str, Any]) -> st
         return "input_ids that are being traced or exported, or have no values"
     if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
         return "an attention_mask of the caller's own (not one number for each token)"
-    if asked("use_cache"):
+    if asked(config, call, "use_cache"):
         return "use_cache not given, whose cache may be wanted (pass False, or set model.config.use_cache = False)"
     positions = call.get("position_ids")
     if positions is not None and (positions.is_floating_point() or positions.shape not in (ids.shape, ids[:1].shape)):
         return "position_ids that are not integers, one for each token"
-    if asked("output_attentions"):
+    if asked(config, call, "output_attentions"):
         return "output_attentions=True"
-    if asked("return_dict") is False:
+    if asked(config, call, "return_dict") is False:
         return "return_dict=False"
     multimodal = config is not backbone.config
     record = media_of(backbone.config) if multimodal else None

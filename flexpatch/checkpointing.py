@@ -29,6 +29,7 @@ from flexpatch.selective import (
     keep_products,
     watch_products,
 )
+from flexpatch.settings import asked
 
 # Of the memory that the process could have: allocators lose some to fragments, kernels take workspaces.
 USABLE = 0.9
@@ -133,9 +134,9 @@ class Recomputation:
         if not layers:
             return call, None
         load = NO_LOAD if (plan := plan_in(call)) is None else plan.segments.load
-        parts = self.setting in range(1, len(layers)) or (self.setting == "auto" and not _gathers(layers))
-        if parts and not run_compiled(layers, call):
-            check_routers(text_config(backbone), call, layers)
+        routers = asked(text_config(backbone), call, "output_router_logits") and not run_compiled(layers, call)
+        if routers and (self.setting in range(1, len(layers)) or (self.setting == "auto" and not _gathers(layers))):
+            check_routers(layers)
         able, untried = self._able(layers, call) if plan is None else ([], {})
         graphs = bool(able) and run_compiled(able, call)
         choice, measured = self.plan(layers, call["input_ids"], backbone, load, able, graphs)
@@ -172,8 +173,7 @@ class Recomputation:
         able = [layer for layer in layers if can_keep_products(layer)]
         if run_compiled(able, call):
             return able, {}
-        kinds = zip(self._describe(layers), layers, strict=True)
-        pairs = [(kind, layer) for kind, layer in kinds if layer in able]
+        pairs = [pair for pair in zip(self._describe(layers), layers, strict=True) if pair[1] in able]
         untried = {kind: layer for kind, layer in reversed(pairs) if kind not in self.survives}
         return [layer for kind, layer in pairs if self.survives.get(kind)], untried
 

@@ -68,8 +68,8 @@ class BackboneHook:
         recompute_layers: int | str | None,
         shared_dropout: bool,
     ) -> None:
-        switches = dict(fold=fold, compile=compile, shared_dropout=shared_dropout)
-        one_of = [("backend", backend, BACKENDS), ("mixers", mixers, WAYS), *((*of, SWITCH) for of in switches.items())]
+        switches = (("fold", fold, SWITCH), ("compile", compile, SWITCH), ("shared_dropout", shared_dropout, SWITCH))
+        one_of = (("backend", backend, BACKENDS), ("mixers", mixers, WAYS), *switches)
         for name, value, known in one_of:
             if value not in known:
                 raise FlexpatchError(f"{name}={value!r}; expected one of {', '.join(map(str, known))}")

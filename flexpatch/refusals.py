@@ -1,6 +1,6 @@
 """Reject model states, and rows, in which sharing a prefix would change results. Errors name the way out."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -132,23 +132,19 @@ def _is_reentrant(function: Any) -> bool:
     return False
 
 
-def check_routers(config: Any, call: Mapping[str, Any], layers: Iterable[nn.Module]) -> None:
-    """Refuse router logits of layers of which reentrant checkpointing recomputes some.
+def check_routers(layers: Iterable[nn.Module]) -> None:
+    """Refuse router logits, which a call asks for, of layers of which reentrant checkpointing recomputes some.
 
     It runs them without gradients, also where hooks record a router's logits: an auxiliary loss would train the routers
     of other layers alone.
 
     Args:
-        config: The configuration of the text stack.
-        call: Arguments of the backbone by name.
-        layers: Its checkpointed layers.
+        layers: Checkpointed layers.
 
     Raises:
         UnsupportedModelError: With the way out.
     """
-    asked = call.get("output_router_logits")
-    asked = getattr(config, "output_router_logits", False) if asked is None else asked
-    if asked and any(_is_reentrant(vars(layer).get("_gradient_checkpointing_func")) for layer in layers):
+    if any(_is_reentrant(vars(layer).get("_gradient_checkpointing_func")) for layer in layers):
         raise UnsupportedModelError(
             "router logits get no gradient in layers that reentrant checkpointing recomputes, unpatched either, but do "
             "in those that recompute_layers keeps: model.gradient_checkpointing_enable({'use_reentrant': False}), or "

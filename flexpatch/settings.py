@@ -1,4 +1,4 @@
-"""Settings of configurations with which no architecture is exact."""
+"""Settings of configurations: those with which no architecture is exact, and those that a call may overrule."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +9,20 @@ def ropes(config: Any) -> dict[str, Mapping[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [rope for rope in parameters.values() if isinstance(rope, Mapping)]
     return {rope.get("rope_type", "default"): rope for rope in nested or [parameters]}
+
+
+def asked(config: Any, call: Mapping[str, Any], name: str) -> Any:
+    """Find what a call asks for: by its argument, or the configuration's setting where it has none.
+
+    Args:
+        config: The configuration of a text model.
+        call: Arguments of a call by name.
+        name: Of the argument, and of the setting.
+
+    Returns:
+        The value; ``None`` if neither says.
+    """
+    return call[name] if call.get(name) is not None else getattr(config, name, None)
 
 
 def inexact_setting(config: Any, adapter: Any) -> str | None:
